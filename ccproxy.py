@@ -1,0 +1,5259 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
+"""ccproxy: use a Command Code subscription from any OpenAI or Anthropic client.
+
+    python3 ccproxy.py                 listen on 127.0.0.1:3000
+    python3 ccproxy.py --help          every option
+    python3 ccproxy.py --check         the configuration in effect, and where it came from
+
+One file, no dependency but Python 3.9 or newer.  A client's request comes in at the top of an
+hourglass, passes its waist, and the answer goes out at the bottom in the client's own dialect:
+
+    a client's request                                      the client's answer
+      OpenAI chat        \\                                  /  SSE frames or one JSON body
+      Anthropic messages  > Prompt -> upstream -> Events <     written by the face that
+                         /    (one body)   (one grammar)  \\  read the request
+
+A face is one public API; it knows its own format and the waist, never the upstream.  The upstream
+format knows its own format and the waist, never a face.  Everything above the line THE SHELL is
+pure: no socket, file, clock, environment or chance.  What is below it talks to the world.
+
+Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
+
+    CONSTANTS & LIMITS (pure)
+    ERRORS (pure)
+    CONFIG (pure)
+    REDACTION & LOG LINES (pure)
+    HTTP WIRE (pure)
+    STREAM FRAMING (pure)
+    CATALOGUE (pure)
+    MODELS (pure)
+    MODEL LISTS (pure)
+    KEYS (pure)
+    PROMPT (pure)
+    EVENTS (pure)
+    GRAMMAR (pure)
+    CONTENT PARTS (pure)
+    TOOLS (pure)
+    MESSAGES TO TURNS (pure)
+    PROMPT REPAIR (pure)
+    TOKEN COUNT (pure)
+    ANSWER FILTERS (pure)
+    UPSTREAM ERRORS (pure)
+    UPSTREAM FORMAT: ALPHA (pure)
+    FACE: CHAT (pure)
+    FACE: MESSAGES (pure)
+    ANSWER (pure)
+    THE SHELL
+    WIRE
+    UPSTREAM CALLS
+    RELAY
+    ENDPOINTS
+    SERVER
+    COMMAND LINE
+"""
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import errno
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import signal
+import ssl
+import sys
+import time
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass, field, replace
+from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Set, Tuple, Union)
+from urllib.parse import unquote, urlsplit
+
+__version__ = "0.1.0"
+
+Json = Dict[str, Any]        # a decoded JSON object
+
+# === CONSTANTS & LIMITS (pure) =============================================
+# Every number and fixed string that more than one function needs, with its
+# unit and its reason.  What a person may want to change is an option instead
+# (CONFIG); what only a test wants to shrink is a field of `Limits`.
+
+KIB, MIB = 1024, 1024 * 1024
+
+MAX_REQUEST_LINE_BYTES = 16 * KIB   # RFC 9112 3 asks for 8000 at least; then 414
+MAX_HEAD_BYTES = 64 * KIB           # 8x what browsers send; a longer head is an attack: 431
+MAX_HEAD_FIELDS = 128               # HAProxy 101, Envoy 100; the same for trailers
+MAX_LEADING_CRLFS = 4               # RFC 9112 2.2: ignore at least one before a request line
+MAX_CHUNK_LINE_BYTES = 4 * KIB      # size and extensions; CVE-2023-39326 was an endless one
+CHUNK_OVERHEAD_FACTOR = 16          # framing bytes allowed per data byte, plus the next line
+CHUNK_OVERHEAD_BYTES = 16 * KIB
+MAX_INTERIM_HEADS = 8               # 1xx answers skipped before the real one
+MAX_LINE_BYTES = 32 * MIB           # one upstream event; start-step lines (skipped) echo requests
+MAX_INFLATED_BYTES = 32 * MIB       # what one upstream read may become when it was compressed
+MAX_ERROR_BODY_BYTES = 64 * KIB     # of an upstream error answer; the rest says nothing new
+MAX_ERROR_TEXT = 2000               # characters of an upstream message that are shown
+MAX_NOTE_BYTES = 1024               # the x-ccproxy-notes header; clients cap heads at 8-16 KiB
+MAX_LOG_VALUE = 300                 # characters of one value in a log line
+MAX_SESSION_VALUE = 512             # characters of a client's session header that count
+MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's clock
+READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
+READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
+BUFFER_BYTES = 256 * KIB            # unread input at which a connection stops reading
+DISCARD_BYTES = 64 * KIB            # of an unwanted body that is read rather than hung up on
+
+MAX_OUTPUT_TOKENS = 200_000         # the upstream answers 400 above this, for every model
+DEFAULT_OUTPUT_TOKENS = 64_000      # what the vendor's own client sends
+MAX_TOOL_NAME = 64                  # OpenAI's limit; Anthropic takes 128, others less
+
+DEFAULT_CLI_VERSION = "1.64.0"      # x-command-code-version: the newest that was studied
+DEFAULT_MODEL = "deepseek/deepseek-v4-flash"    # the vendor's own default, on every plan
+DEFAULT_SIGNATURE = "ccproxy"       # SDKs want a string where the upstream signed nothing
+
+KEY_PATTERN = re.compile(r"user_[A-Za-z0-9_-]+")
+VERSION_PATTERN = re.compile(r"[0-9]+(\.[0-9]+){1,3}([-+.][0-9A-Za-z.-]+)?")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Limits(NamedTuple):
+    """Time limits in seconds and the sizes that tests shrink."""
+
+    head: float = 20.0              # from a request's first byte to its whole head; then 408
+    first_request: float = 60.0     # a new connection that stays silent
+    keep_alive: float = 75.0        # between requests; longer than clients' own pools keep
+    body_idle: float = 30.0         # without one byte of a request body
+    body_grace: float = 60.0        # after this, a body must average `body_rate`
+    body_rate: int = 500            # bytes per second: slower is a slowloris
+    write_stalled: float = 120.0    # a client that reads nothing is dropped after this
+    linger: float = 2.0             # reading on after an early answer, so that no RST eats it
+    silence: float = 15.0           # to the first decisive event, and between SSE comments
+    after_end: float = 1.0          # reading on for the cost after the answer's end
+    error_body: float = 10.0        # for the body of an upstream error answer
+    pool_idle: float = 60.0         # an idle upstream connection is closed after this
+    pool_size: int = 64             # idle upstream connections kept
+    sweep: float = 0.5              # how often deadlines are looked at
+    backoff: Tuple[float, ...] = (0.5, 1.5)     # before the 2nd and 3rd attempt
+    short_retry_after: float = 2.0  # a longer wait is the client's decision, not ours
+    side_call: float = 10.0         # the model list
+    list_wait: float = 3.0          # a client's /v1/models waits this long for a fresh list
+    npm: float = 20.0               # `npm view`, for cliVersion auto
+    bodies: int = 256 * MIB         # request bodies in memory at once; then 503
+
+
+# === ERRORS (pure) =========================================================
+# `ProxyError` is the one exception that crosses functions.  FAILURES is the
+# one table of what can go wrong: which upstream failure is meant (its status,
+# or words in its code or message), and what the client is told in either API.
+# How an upstream writes its errors is its format's business, not told here.
+
+NEVER, CLIENT, BOTH = "never", "client", "both"     # who may try the same request again
+
+
+class Failure(NamedTuple):
+    """One row: an upstream's failure, and the answer that a client gets for it."""
+
+    kind: str
+    upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by words alone, or ours
+    words: str                      # pattern in the upstream's code or message, any case
+    status: int                     # ours
+    anthropic: str                  # error.type of Messages
+    openai: str                     # error.type of Chat Completions
+    code: Optional[str]             # error.code there
+    again: str                      # NEVER sends x-should-retry: false
+
+
+FAILURES = (
+    # The first row that fits an upstream failure counts: words before bare statuses.
+    Failure("billing", (), r"premium_credits_exhausted|insufficient[ _](credits?|balance|funds)",
+            402, "billing_error", "insufficient_quota", "insufficient_quota", NEVER),
+    Failure("plan", (), r"model_not_in_plan|upgrade_required", 403, "permission_error",
+            "permission_error", "model_not_in_plan", NEVER),
+    Failure("too_long", (400, 413, 422), r"prompt is too long|context[ _](length|window)"
+            r"|maximum context|too many (input )?tokens|input is too long", 400,
+            "invalid_request_error", "invalid_request_error", "context_length_exceeded", NEVER),
+    Failure("model", (400, 403, 404), r"model/provider not recognized|unsupported_model"
+            r"|model_not_found|unknown model", 404, "not_found_error",
+            "invalid_request_error", "model_not_found", NEVER),
+    Failure("usage_window", (400, 403, 429), r"usage limit|usage_limit|window limit", 429,
+            "rate_limit_error", "usage_limit_reached", "usage_limit_reached", NEVER),
+    Failure("invalid", (400, 405, 406, 411, 415, 417), "", 400, "invalid_request_error",
+            "invalid_request_error", None, NEVER),
+    Failure("authentication", (401,), "", 401, "authentication_error",
+            "authentication_error", "invalid_api_key", NEVER),
+    Failure("billing", (402,), "", 402, "billing_error", "insufficient_quota",
+            "insufficient_quota", NEVER),
+    Failure("permission", (403, 451), "", 403, "permission_error", "permission_error",
+            "permission_denied", NEVER),
+    Failure("not_found", (404, 410), "", 404, "not_found_error", "invalid_request_error",
+            "not_found", NEVER),
+    Failure("timeout", (408, 504), "", 504, "timeout_error", "timeout_error", "timeout", BOTH),
+    Failure("too_large", (413,), "", 413, "request_too_large", "invalid_request_error",
+            "request_too_large", NEVER),
+    Failure("unprocessable", (422,), "", 422, "invalid_request_error", "invalid_request_error",
+            "unprocessable", NEVER),
+    Failure("rate_limit", (429,), "", 429, "rate_limit_error", "rate_limit_exceeded",
+            "rate_limit_exceeded", BOTH),
+    Failure("unavailable", (503,), "", 503, "overloaded_error", "server_error",
+            "service_unavailable", BOTH),
+    Failure("overloaded", (529,), "", 529, "overloaded_error", "server_error", "overloaded",
+            BOTH),
+    Failure("upstream", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
+    # From here on: what never comes from an upstream.
+    Failure("upstream_final", (), "", 502, "api_error", "server_error", "upstream_error", NEVER),
+    Failure("empty", (), "", 502, "api_error", "server_error", "empty_response", NEVER),
+    Failure("late", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
+    Failure("method", (), "", 405, "invalid_request_error", "invalid_request_error",
+            "method_not_allowed", NEVER),
+    Failure("slow_client", (), "", 408, "timeout_error", "timeout_error", "request_timeout",
+            CLIENT),
+    Failure("length_required", (), "", 411, "invalid_request_error", "invalid_request_error",
+            "length_required", NEVER),
+    Failure("target_too_long", (), "", 414, "invalid_request_error", "invalid_request_error",
+            "uri_too_long", NEVER),
+    Failure("encoding", (), "", 415, "invalid_request_error", "invalid_request_error",
+            "unsupported_encoding", NEVER),
+    Failure("expectation", (), "", 417, "invalid_request_error", "invalid_request_error",
+            "expectation_failed", NEVER),
+    Failure("head_too_large", (), "", 431, "invalid_request_error", "invalid_request_error",
+            "head_too_large", NEVER),
+    Failure("internal", (), "", 500, "api_error", "server_error", "internal_error", CLIENT),
+    Failure("not_implemented", (), "", 501, "invalid_request_error", "invalid_request_error",
+            "not_implemented", NEVER),
+    Failure("busy", (), "", 503, "overloaded_error", "server_error", "busy", CLIENT),
+    Failure("http_version", (), "", 505, "invalid_request_error", "invalid_request_error",
+            "http_version", NEVER),
+    Failure("config", (), "", 500, "api_error", "server_error", "config", NEVER),
+)
+
+
+def failures_by_kind() -> Dict[str, Failure]:
+    table: Dict[str, Failure] = {}
+    for row in FAILURES:
+        table.setdefault(row.kind, row)
+    return table
+
+
+KINDS = failures_by_kind()
+
+
+class ProxyError(Exception):
+    """Whatever a client (or, of kind `config`, the person who starts us) must be told.
+
+    `kind` names a row of FAILURES.  Known besides, where it is known: `status`, `code` (the
+    upstream's own word), `param` (path of the field at fault), `details`, `retry_after`
+    (seconds), `retryable` (we may try again), `trace_id` (the upstream's).
+    """
+
+    def __init__(self, kind: str, message: str, **known: Any) -> None:
+        super().__init__(message)
+        row = KINDS[kind]
+        self.kind, self.message = kind, message
+        self.status: int = known.get("status") or row.status
+        self.code: Optional[str] = known.get("code")
+        self.param: Optional[str] = known.get("param")
+        self.details: Optional[Json] = known.get("details")
+        self.retry_after: Optional[float] = known.get("retry_after")
+        self.retryable: bool = known.get("retryable", row.again == BOTH)
+        self.trace_id: Optional[str] = known.get("trace_id")
+
+
+def classify_failure(status: int, code: str, message: str) -> str:
+    """The kind of an upstream failure, by the first row that fits."""
+    said = "%s %s" % (code, message)
+    for row in FAILURES:
+        by_status = status in row.upstream
+        if row.words and (by_status or not row.upstream) and re.search(row.words, said, re.I):
+            return row.kind
+        if by_status and not row.words:
+            return row.kind
+    if 400 <= status < 500:
+        return "invalid"
+    return "upstream"
+
+
+def error_fields(error: ProxyError) -> List[Tuple[str, str]]:
+    """The response headers that go with an error."""
+    fields = []
+    if error.retry_after is not None:
+        fields.append(("retry-after", "%d" % -(-error.retry_after // 1)))
+    again = KINDS[error.kind].again
+    if again == NEVER or (again == BOTH and not error.retryable):
+        fields.append(("x-should-retry", "false"))
+    if error.kind == "authentication":
+        fields.append(("www-authenticate", 'Bearer realm="Command Code"'))
+    return fields
+
+
+def error_extras(error: ProxyError) -> Json:
+    """What both APIs' error objects carry beyond their own members, where it is known."""
+    extras: Json = {}
+    if error.details:
+        extras["details"] = error.details
+    if error.code:
+        extras["upstream_code"] = error.code
+    if error.retry_after is not None:
+        extras["retry_after"] = -(-error.retry_after // 1)
+    if error.trace_id:
+        extras["trace_id"] = error.trace_id
+    return extras
+
+
+# === CONFIG (pure) =========================================================
+# One row of OPTIONS is one option: its flag, its environment names, its entry
+# in config.json, its line in --help and in the README's table all come from
+# that row.  Reading the file and the environment is the command line's work;
+# here they are dicts.  Nothing but the rows knows an option by name.
+
+BOOLEAN_WORDS = {"1": True, "true": True, "yes": True, "on": True,
+                 "0": False, "false": False, "no": False, "off": False}
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Option(NamedTuple):
+    """One option.  `kind` names a row of VALUE_READERS; `choices` bounds or lists its values."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    env: Tuple[str, ...] = ()       # besides CC_ and the name in upper snake case
+    choices: Tuple[Any, ...] = ()
+
+
+OPTIONS = (
+    Option("port", "int", 3000, "port to listen on (0: any free one)", ("PORT",), (0, 65535)),
+    Option("host", "str", "127.0.0.1", "address to listen on; beyond loopback is warned about",
+           ("HOST",)),
+    Option("apiBase", "url", "https://api.commandcode.ai", "base URL of Command Code",
+           ("COMMANDCODE_API_BASE",)),
+    Option("defaultModel", "str", DEFAULT_MODEL,
+           'model for requests that name none, or "default"', ("COMMANDCODE_DEFAULT_MODEL",)),
+    Option("modelAliases", "map", {}, "names of your own for models; * stands for anything "
+           "(claude-*=moonshotai/Kimi-K3)"),
+    Option("allowedModels", "list", [], "if set, only these models are served",
+           ("COMMANDCODE_ALLOWED_MODELS",)),
+    Option("allowUnknownModels", "bool", True, "pass on model ids that the catalogue lacks",
+           ("COMMANDCODE_ALLOW_UNKNOWN_MODELS",)),
+    Option("useProviderModels", "bool", True, "ask the upstream for its list of models"),
+    Option("modelRefreshIntervalMs", "int", 3_600_000, "how old that list may become, in ms",
+           (), (1000, 7 * 86_400_000)),
+    Option("includeReasoning", "bool", True, "show thinking as reasoning_content in Chat "
+           "Completions", ("INCLUDE_REASONING",)),
+    Option("emptyResponsePolicy", "choice", "error_on_length", "an answer cut by length before "
+           "anything was shown: an error, or an empty success",
+           ("COMMANDCODE_EMPTY_VISIBLE_RESPONSE_POLICY",), ("error_on_length", "allow")),
+    Option("corsOrigin", "str", "", "origin that browsers may call from (*: any; several: with "
+           "commas); unset: none", ("CORS_ORIGIN",)),
+    Option("maxBodyBytes", "int", 64 * MIB, "largest request body, also after decompression",
+           ("REQUEST_BODY_LIMIT_BYTES",), (1024, 1024 * MIB)),
+    Option("maxConnections", "int", 4096, "client connections at once; more get a 503", (),
+           (1, 1_000_000)),
+    Option("upstreamConnectSeconds", "seconds", 10, "time to connect to the upstream", (),
+           (0.01, 3600)),
+    Option("upstreamIdleSeconds", "seconds", 300, "an upstream silent for this long is given up",
+           (), (0.01, 86_400)),
+    Option("drainSeconds", "seconds", 30, "how long running answers may go on after SIGTERM", (),
+           (0, 86_400)),
+    Option("projectSlug", "str", "project", "x-project-slug sent upstream", ("PROJECT_SLUG",)),
+    Option("cliVersion", "str", DEFAULT_CLI_VERSION, "x-command-code-version sent upstream; auto: "
+           "ask an installed npm once a day", ("COMMANDCODE_CLI_VERSION",)),
+    Option("logLevel", "choice", "info", "least level that is logged", ("LOG_LEVEL",), LOG_LEVELS),
+    Option("logFile", "str", "", "log to this file instead of standard error", ("LOG_FILE",)),
+)
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"[A-Z]", lambda letter: "_" + letter[0].lower(), name)
+
+
+def flag_name(option: Option) -> str:
+    return "--" + snake_case(option.name).replace("_", "-")
+
+
+def environment_names(option: Option) -> Tuple[str, ...]:
+    return ("CC_" + snake_case(option.name).upper(),) + option.env
+
+
+# One attribute per option, in snake case: config.api_base.  Built from the rows, so that
+# a new option is a new row and nothing else.
+Config = namedtuple("Config", [snake_case(option.name) for option in OPTIONS])  # type: ignore
+
+
+class Origin(NamedTuple):
+    """Where an upstream is: `host` without brackets, `base` the path before every request's."""
+
+    scheme: str
+    host: str
+    port: int
+    base: str
+
+    @property
+    def authority(self) -> str:
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        default = 443 if self.scheme == "https" else 80
+        return host if self.port == default else "%s:%d" % (host, self.port)
+
+
+def parse_origin(url: str) -> Origin:
+    """Origin of an http(s) base URL.  Raises ValueError that says what is wrong with it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an http:// or https:// URL")
+    if parts.username or parts.query or parts.fragment or re.search(r"[^!-~]", url):
+        raise ValueError("must hold only scheme, host, port and path")
+    port = parts.port or (443 if parts.scheme == "https" else 80)     # raises ValueError too
+    return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+
+
+def read_number(option: Option, given: Any) -> Any:
+    """An int or a span of seconds within the option's bounds."""
+    convert = int if option.kind == "int" else float
+    if isinstance(given, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", given, re.ASCII):
+        given = float(given) if "." in given else int(given)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or convert(given) != given:
+        raise ValueError("must be a %s" % ("whole number" if convert is int else "number"))
+    least, most = option.choices
+    if not least <= given <= most:
+        raise ValueError("must be from %s to %s" % (least, most))
+    return convert(given)
+
+
+def read_boolean(option: Option, given: Any) -> bool:
+    value = BOOLEAN_WORDS.get(given.lower()) if isinstance(given, str) else given
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def read_string(option: Option, given: Any) -> str:
+    if not isinstance(given, str):
+        raise ValueError("must be a string")
+    if re.search(r"[\x00-\x1f\x7f]", given):
+        raise ValueError("must not hold control characters")
+    return given.strip()
+
+
+def read_choice(option: Option, given: Any) -> str:
+    value = read_string(option, given).lower()
+    if value not in option.choices:
+        raise ValueError("must be one of: " + ", ".join(option.choices))
+    return value
+
+
+def read_url(option: Option, given: Any) -> str:
+    value = read_string(option, given)
+    parse_origin(value)
+    return value.rstrip("/")
+
+
+def read_list(option: Option, given: Any) -> List[str]:
+    values = given.split(",") if isinstance(given, str) else given
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("must be a list of strings (or names with commas between them)")
+    return [value.strip() for value in values if value.strip()]
+
+
+def read_map(option: Option, given: Any) -> Dict[str, str]:
+    """An object of strings; from a flag or the environment also `a=b,c=d`."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        given = json.loads(given)
+    elif isinstance(given, str):
+        pairs = [pair.partition("=") for pair in given.split(",") if pair.strip()]
+        given = {name.strip(): value.strip() for name, _, value in pairs}
+    if not isinstance(given, dict) or not all(
+            isinstance(value, str) and value and name for name, value in given.items()):
+        raise ValueError('must be an object of strings, like {"claude-*": "moonshotai/Kimi-K3"}')
+    return given
+
+
+VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
+    "int": read_number, "seconds": read_number, "bool": read_boolean, "str": read_string,
+    "choice": read_choice, "url": read_url, "list": read_list, "map": read_map}
+
+
+def read_value(option: Option, given: Any, source: str) -> Any:
+    """A given value as the option's own type.  Raises ProxyError `config` naming the source."""
+    try:
+        return VALUE_READERS[option.kind](option, given)
+    except ValueError as error:
+        raise ProxyError("config", "%s: %s %s (it is %s)" % (
+            source, option.name, error, json.dumps(given)[:100])) from None
+
+
+def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
+                entries: Mapping[str, Any], file_name: str) -> Tuple[Config, Dict[str, str]]:
+    """The configuration in effect, and for each option the source that gave it.
+
+    The order is flags (by option name), environment, entries of the file, defaults.  An empty
+    environment variable counts as unset.  Raises ProxyError of kind `config`.
+    """
+    unknown = sorted(set(entries) - {option.name for option in OPTIONS})
+    if unknown:
+        raise ProxyError("config", "%s: unknown option %s (--help lists them)"
+                         % (file_name, ", ".join(unknown)))
+    values, sources = {}, {}
+    for option in OPTIONS:
+        places = [(flag_name(option), flags.get(option.name))]
+        places += [("environment " + name, environment.get(name) or None)
+                   for name in environment_names(option)]
+        places.append((file_name, entries.get(option.name)))
+        source, given = next(((where, value) for where, value in places if value is not None),
+                             ("default", option.default))
+        values[snake_case(option.name)] = read_value(option, given, source)
+        sources[option.name] = source
+    config = Config(**values)
+    if config.cli_version != "auto" and not VERSION_PATTERN.fullmatch(config.cli_version):
+        raise ProxyError("config", "%s: cliVersion must be a version such as %s, or auto"
+                         % (sources["cliVersion"], DEFAULT_CLI_VERSION))
+    return config, sources
+
+
+# === REDACTION & LOG LINES (pure) ==========================================
+# What may be shown of a key or of what a client sent.  A key is shown as six
+# hex digits of its SHA-256.  Log values are printable ASCII on one line, so
+# that no client can forge a line or move a terminal's cursor.
+
+
+def key_name(key: str) -> str:
+    """The only form in which a key is ever shown."""
+    return "key:" + hashlib.sha256(key.encode()).hexdigest()[:6]
+
+
+def redact(text: str) -> str:
+    """Replace whatever looks like a Command Code key by its name."""
+    return KEY_PATTERN.sub(lambda found: key_name(found[0]), text)
+
+
+def printable(text: str, most: int) -> str:
+    """Text as printable ASCII, redacted and at most so many characters."""
+    shown = redact(text[:4 * most]).encode("ascii", "backslashreplace").decode()
+    shown = re.sub(r"[\x00-\x1f\x7f]", "?", shown)
+    return shown if len(shown) <= most else shown[:most - 3] + "..."
+
+
+def log_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "%.3f" % value
+    text = printable(str(value), MAX_LOG_VALUE)
+    return text if re.fullmatch(r"[^\s\"=;]+", text) else json.dumps(text)
+
+
+def log_line(fields: Mapping[str, Any]) -> str:
+    """One request as `name=value ...`; what is None or empty is left out."""
+    return " ".join("%s=%s" % (name, log_value(value)) for name, value in fields.items()
+                    if value is not None and value != "")
+
+
+def add_note(notes: List[str], code: str, detail: str) -> None:
+    """Remember something that was dropped, clamped or changed, as `code=detail`."""
+    notes.append("%s=%s" % (code, printable(detail, 120).replace(";", ",")))
+
+
+def format_notes(notes: Iterable[str]) -> str:
+    """Value of x-ccproxy-notes: each note once, `; ` between, at most MAX_NOTE_BYTES."""
+    unique = list(dict.fromkeys(notes))
+    shown, size = [], 0
+    for note in unique:
+        size += len(note) + 2
+        if size > MAX_NOTE_BYTES - 16:      # room for the last words
+            break
+        shown.append(note)
+    if len(shown) < len(unique):
+        shown.append("+%d more" % (len(unique) - len(shown)))
+    return "; ".join(shown)
+
+
+# === HTTP WIRE (pure) ======================================================
+# HTTP/1.1 by hand (RFC 9110, 9112): heads, body framing and content codings of
+# both directions, on bytes with explicit ASCII classes.  Strict, so that no
+# two parties can see different messages in the same bytes: a framing error is
+# one answer and the end of the connection.  Whoever calls says with `fault`
+# whose fault a malformed message is: a client's (400) or the upstream's (502).
+# HTTP/2, trailers' contents and ranges are left out on purpose.
+
+Fault = Callable[[str], ProxyError]
+Fields = Dict[str, str]             # lower-case name to value; repeated ones joined by ", "
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t ]*([\t -~\x80-\xff]*)")
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)")
+HOST_VALUE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?")
+ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
+
+REASONS = {100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+           402: "Payment Required", 403: "Forbidden", 404: "Not Found",
+           405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
+           413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+           417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+           429: "Too Many Requests", 431: "Request Header Fields Too Large",
+           500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+           529: "Overloaded"}
+
+
+class Framing(NamedTuple):
+    """How a body ends: `chunked`, after `length` bytes, or (`length` None) with the connection."""
+
+    chunked: bool
+    length: Optional[int]
+
+
+class RequestHead(NamedTuple):
+    """A request without its body.  `path` is the target without its query, still encoded."""
+
+    method: str
+    target: str
+    path: str
+    minor: int                      # of HTTP/1.x
+    fields: Fields
+    framing: Framing
+    keep_alive: bool
+
+
+class ResponseHead(NamedTuple):
+    """An upstream's answer without its body."""
+
+    status: int
+    fields: Fields
+    framing: Framing
+    keep_alive: bool
+
+
+def client_fault(message: str) -> ProxyError:
+    return ProxyError("invalid", "Malformed HTTP request: " + message)
+
+
+def upstream_fault(message: str) -> ProxyError:
+    return ProxyError("upstream", "The upstream sent malformed HTTP: " + message)
+
+
+def find_head_end(data: Union[bytes, bytearray], start: int, fault: Fault) -> int:
+    """Index behind the empty line that ends a head, -1 when it is not there yet.
+
+    `start` is where looking begins, so that a head in many pieces costs linear time.
+    Raises what `fault` makes of a line end that is not CRLF and of a head that is too long.
+    """
+    end = data.find(b"\r\n\r\n", max(0, start - 3))
+    stop = len(data) if end < 0 else end + 4
+    bare = BARE_LINE_END.search(data, max(0, start - 1), stop)
+    if bare:
+        raise fault("a line must end with CR LF, not with a bare CR or LF")
+    if stop > MAX_HEAD_BYTES:
+        raise ProxyError("head_too_large", "The head of the request is longer than %d bytes."
+                         % MAX_HEAD_BYTES) if fault is client_fault else fault("endless head")
+    return -1 if end < 0 else stop
+
+
+def parse_fields(lines: List[bytes], fault: Fault) -> List[Tuple[str, str]]:
+    """Header or trailer lines as (lower-case name, value) pairs, in order (RFC 9112 5)."""
+    if len(lines) > MAX_HEAD_FIELDS:
+        raise ProxyError("head_too_large", "More than %d header fields." % MAX_HEAD_FIELDS) \
+            if fault is client_fault else fault("too many header fields")
+    pairs = []
+    for line in lines:
+        found = FIELD_LINE.fullmatch(line)
+        if not found:
+            raise fault("bad header line %r" % line[:80])
+        pairs.append((found[1].decode("ascii").lower(),
+                      found[2].rstrip(b" \t").decode("latin-1")))
+    return pairs
+
+
+def join_fields(pairs: List[Tuple[str, str]]) -> Fields:
+    fields: Fields = {}
+    for name, value in pairs:
+        fields[name] = fields[name] + ", " + value if name in fields else value
+    return fields
+
+
+def read_length(pairs: List[Tuple[str, str]], fault: Fault) -> Optional[int]:
+    """Content-Length as a number, None when absent; differing or odd ones are a fault."""
+    given = {value for name, value in pairs if name == "content-length"}
+    if not given:
+        return None
+    value = given.pop()
+    if given or not re.fullmatch("[0-9]{1,18}", value):
+        raise fault("Content-Length must be one decimal number")
+    return int(value)
+
+
+def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
+    """Whether the body is chunked; every other transfer coding is refused (RFC 9112 6.1)."""
+    given = [value for name, value in pairs if name == "transfer-encoding"]
+    if not given:
+        return False
+    codings = [coding.strip(" \t") for coding in ",".join(given).split(",")]
+    if len(codings) == 1 and re.fullmatch("chunked", codings[0], re.I | re.A):
+        return True
+    plain = all(re.fullmatch("[A-Za-z0-9._-]+", coding) for coding in codings)
+    lower = [coding.lower() for coding in codings]
+    if plain and "chunked" not in lower[:-1] and fault is client_fault:
+        raise ProxyError("not_implemented", "Transfer-Encoding: only `chunked` is understood.")
+    raise fault("Transfer-Encoding must be exactly `chunked`")
+
+
+def wants_keep_alive(minor: int, fields: Fields) -> bool:
+    tokens = {token.strip(" \t").lower() for token in fields.get("connection", "").split(",")}
+    return "close" not in tokens if minor else "keep-alive" in tokens
+
+
+def check_host(pairs: List[Tuple[str, str]], minor: int, authority: Optional[str]) -> None:
+    """Exactly one well-formed Host (RFC 9112 3.2); HTTP/1.0 may lack it."""
+    hosts = [value for name, value in pairs if name == "host"]
+    if len(hosts) > 1 or (not hosts and minor):
+        raise client_fault("there must be exactly one Host header")
+    for host in hosts + ([authority] if authority is not None else []):
+        if not HOST_VALUE.fullmatch(host):
+            raise client_fault("Host must be a host name and perhaps a port")
+
+
+def parse_request_head(data: bytes) -> RequestHead:
+    """Head of a client's request, given with its empty line and without leading CRLFs.
+
+    Raises ProxyError: 400, 414, 417, 431, 501 or 505, always the end of the connection.
+    """
+    line, *rest = data[:-4].split(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE_BYTES:
+        raise ProxyError("target_too_long", "The request line is longer than %d bytes."
+                         % MAX_REQUEST_LINE_BYTES)
+    found = REQUEST_LINE.fullmatch(line)
+    if not found:
+        raise client_fault("bad request line %r" % line[:80])
+    if found[3] != b"1":
+        raise ProxyError("http_version", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    method, target, minor = found[1].decode(), found[2].decode(), min(int(found[4]), 1)
+    pairs = parse_fields(rest, client_fault)
+    absolute = ABSOLUTE_TARGET.fullmatch(target)
+    check_host(pairs, minor, absolute[1] if absolute else None)
+    fields = join_fields(pairs)
+    length, chunked = read_length(pairs, client_fault), is_chunked(pairs, client_fault)
+    if chunked and (length is not None or not minor):
+        raise client_fault("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+    if minor and fields.get("expect", "100-continue").lower() != "100-continue":
+        raise ProxyError("expectation", "Expect: only 100-continue is understood.")
+    path = (absolute[2] or "/") if absolute else target
+    return RequestHead(method, target, path.partition("?")[0], minor, fields,
+                       Framing(chunked, length or 0), wants_keep_alive(minor, fields))
+
+
+def parse_response_head(data: bytes) -> ResponseHead:
+    """Head of an upstream's answer, given with its empty line.  Raises ProxyError `upstream`."""
+    line, *rest = data[:-4].split(b"\r\n")
+    found = STATUS_LINE.fullmatch(line)
+    if not found:
+        raise upstream_fault("bad status line %r" % line[:80])
+    minor, status = int(found[1]), int(found[2])
+    pairs = parse_fields(rest, upstream_fault)
+    fields = join_fields(pairs)
+    chunked, length = is_chunked(pairs, upstream_fault), read_length(pairs, upstream_fault)
+    if status < 200 or status in (204, 304):
+        chunked, length = False, 0
+    framing = Framing(chunked, None if chunked else length)
+    keep_alive = wants_keep_alive(minor, fields) and (chunked or length is not None)
+    return ResponseHead(status, fields, framing, keep_alive)
+
+
+class ChunkedBody:
+    """Takes the chunked coding off (RFC 9112 7.1).
+
+    `feed(data)` gives the content that is complete so far.  Once `done`, `rest` holds what came
+    behind the body.  Trailers are checked and dropped, never merged into the head.
+    """
+
+    __slots__ = ("fault", "tail", "left", "done", "rest", "spent", "carried", "trailers")
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.tail = b""             # a line that is not whole yet
+        self.left = -2              # of the chunk and its CRLF; -2: a size line comes next
+        self.done = False
+        self.rest = b""
+        self.spent = self.carried = 0       # bytes of framing, bytes of content
+        self.trailers = -1          # lines of them read; -1: still in the chunks
+
+    def feed(self, data: bytes) -> bytes:
+        data, self.tail = self.tail + data if self.tail else data, b""
+        pieces: List[bytes] = []
+        at, end = 0, len(data)
+        while at < end and not self.done and not self.tail:
+            if self.trailers >= 0:
+                at = self.read_trailer(data, at)
+            elif self.left == -2:
+                at = self.read_size(data, at)
+            else:
+                at = self.read_content(data, at, pieces)
+        if self.done:
+            self.rest = data[at:]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_size(self, data: bytes, at: int) -> int:
+        """Read one size line; leaves it in `tail` when it is not whole."""
+        found = CHUNK_LINE.match(data, at)
+        if not found:
+            if b"\n" in data[at:at + MAX_CHUNK_LINE_BYTES] or len(data) - at > MAX_CHUNK_LINE_BYTES:
+                raise self.fault("bad chunk size line")
+            self.tail = data[at:]
+            return len(data)
+        self.left = int(found[1], 16)
+        self.spent += found.end() - at + 2
+        if self.spent > CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES:
+            raise self.fault("chunks with more framing than content")
+        if not self.left:
+            self.trailers = 0
+        return found.end()
+
+    def read_content(self, data: bytes, at: int, pieces: List[bytes]) -> int:
+        """Read what there is of a chunk and of the CRLF behind it."""
+        if self.left > 0:
+            piece = data[at:at + self.left]
+            pieces.append(piece)
+            self.left -= len(piece)
+            self.carried += len(piece)
+            at += len(piece)
+            if self.left:
+                return at
+        if len(data) - at < 2:
+            self.tail = data[at:]
+            if self.tail and self.tail != b"\r":
+                raise self.fault("a chunk must end with CR LF")
+            return len(data)
+        if data[at:at + 2] != b"\r\n":
+            raise self.fault("a chunk must end with CR LF")
+        self.left = -2
+        return at + 2
+
+    def read_trailer(self, data: bytes, at: int) -> int:
+        """Read one trailer line or the empty line that ends the body."""
+        end = data.find(b"\n", at)
+        self.spent += len(data) - at if end < 0 else end + 1 - at
+        if self.spent > MAX_HEAD_BYTES + CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES:
+            raise self.fault("trailers too long")
+        if end < 0:
+            self.tail = data[at:]
+            return len(data)
+        if data[end - 1:end] != b"\r" or end == at:
+            raise self.fault("a trailer line must end with CR LF")
+        if end - 1 == at:
+            self.done = True
+            return end + 1
+        parse_fields([data[at:end - 1]], self.fault)
+        self.trailers += 1
+        if self.trailers > MAX_HEAD_FIELDS:
+            raise self.fault("too many trailers")
+        return end + 1
+
+    def eof(self) -> None:
+        """The connection ended: a fault unless the body had."""
+        if not self.done:
+            raise self.fault("the connection ended inside a chunked body")
+
+
+class PlainBody:
+    """A body of `length` bytes, or one that ends with the connection; the API of ChunkedBody."""
+
+    __slots__ = ("fault", "left", "done", "rest")
+
+    def __init__(self, length: Optional[int], fault: Fault) -> None:
+        self.fault, self.left = fault, length
+        self.done, self.rest = length == 0, b""
+
+    def feed(self, data: bytes) -> bytes:
+        if self.left is None:
+            return data
+        content = data[:self.left]
+        self.left -= len(content)
+        if not self.left:
+            self.done, self.rest = True, data[len(content):]
+        return content
+
+    def eof(self) -> None:
+        if self.left:
+            raise self.fault("the connection ended %d bytes before the body" % self.left)
+        self.done = True
+
+
+class InflatedBody:
+    """A framed body whose content is gzip or deflate; the API of ChunkedBody."""
+
+    __slots__ = ("framed", "inflater", "fault")
+
+    def __init__(self, framed: Union[ChunkedBody, PlainBody], fault: Fault) -> None:
+        self.framed, self.fault = framed, fault
+        self.inflater = zlib.decompressobj(47)      # gzip or zlib, told apart by its head
+
+    @property
+    def done(self) -> bool:
+        return self.framed.done
+
+    @property
+    def rest(self) -> bytes:
+        return self.framed.rest
+
+    def feed(self, data: bytes) -> bytes:
+        try:
+            content = self.inflater.decompress(self.framed.feed(data), MAX_INFLATED_BYTES)
+        except zlib.error:
+            raise self.fault("content that is not the gzip it says to be") from None
+        if self.inflater.unconsumed_tail:
+            raise self.fault("compressed content that grows beyond all bounds")
+        return content
+
+    def eof(self) -> None:
+        self.framed.eof()
+
+
+Body = Union[ChunkedBody, PlainBody, InflatedBody]
+
+
+def open_body(framing: Framing, coding: str, fault: Fault) -> Body:
+    """The reader for a body with this framing and Content-Encoding."""
+    framed = ChunkedBody(fault) if framing.chunked else PlainBody(framing.length, fault)
+    if coding in ("", "identity"):
+        return framed
+    if coding in ("gzip", "x-gzip", "deflate"):
+        return InflatedBody(framed, fault)
+    raise fault("Content-Encoding %s, which was not asked for" % printable(coding, 40))
+
+
+def inflate(data: bytes, coding: str, most: int) -> bytes:
+    """A whole request body without its Content-Encoding.
+
+    Raises ProxyError: 413 when it becomes more than `most` bytes, 415 for an unknown coding.
+    """
+    if coding in ("", "identity"):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip or "
+                         "deflate.", param="content-encoding")
+    content = b""
+    try:
+        while data:
+            inflater = zlib.decompressobj(47)
+            content += inflater.decompress(data, most + 1 - len(content))
+            if inflater.unconsumed_tail or len(content) > most:
+                raise too_large(most)
+            if not inflater.eof:
+                raise client_fault("the compressed body is cut off")
+            data = inflater.unused_data     # a further gzip member
+    except zlib.error:
+        raise client_fault("the body is not the %s it says to be" % coding) from None
+    return content
+
+
+def too_large(most: int) -> ProxyError:
+    return ProxyError("too_large", "The request body is larger than %d bytes (maxBodyBytes)."
+                      % most)
+
+
+def head_bytes(first_line: str, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """A head, ready to send; what could end a line in a value becomes `?`."""
+    lines = [first_line] + ["%s: %s" % pair for pair in fields]
+    safe = [line if line.isascii() and line.isprintable() else re.sub(r"[^\t -~]", "?", line)
+            for line in lines]
+    return ("\r\n".join(safe) + "\r\n\r\n").encode("ascii")
+
+
+def response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    return head_bytes("HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown")), fields)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+# === STREAM FRAMING (pure) =================================================
+# Bytes to whole lines on the way in, JSON objects to SSE frames on the way
+# out.  Lines of any length in any pieces cost linear time; a kind of line that
+# nobody wants (the echo of the whole request) is dropped without being kept.
+
+
+class LineBuffer:
+    """Holds back the beginning of a line until its end has come.
+
+    `feed(data)` gives all lines that are complete, as one run of bytes that ends with a newline.
+    A line that begins with `skip` is dropped, whatever its length.
+    """
+
+    __slots__ = ("skip", "pieces", "size", "skipping")
+
+    def __init__(self, skip: bytes) -> None:
+        self.skip = skip
+        self.pieces: List[bytes] = []       # of the line that is not whole
+        self.size = 0
+        self.skipping = False
+
+    def feed(self, data: bytes) -> bytes:
+        if self.skipping:
+            end = data.find(b"\n") + 1
+            if not end:
+                return b""
+            data, self.skipping = data[end:], False
+        end = data.rfind(b"\n") + 1
+        if end == len(data) and not self.pieces:
+            return data
+        if not end:
+            self.hold(data)
+            return b""
+        whole = b"".join(self.pieces + [data[:end]])
+        self.pieces, self.size = [], 0
+        if end < len(data):
+            self.hold(data[end:])
+        return whole
+
+    def hold(self, data: bytes) -> None:
+        """Keep the beginning of a line, unless it is one to skip."""
+        self.pieces.append(data)
+        self.size += len(data)
+        if self.size > MAX_LINE_BYTES:
+            raise upstream_fault("a line longer than %d bytes" % MAX_LINE_BYTES)
+        if self.pieces[0] is data or self.size - len(data) < len(self.skip):
+            if b"".join(self.pieces).startswith(self.skip):
+                self.pieces, self.size, self.skipping = [], 0, True
+
+    def flush(self) -> bytes:
+        """What stands behind the last newline: at the end of a stream, a line too."""
+        last, self.pieces, self.size = b"".join(self.pieces), [], 0
+        return last
+
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False,
+                           check_circular=False)
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON, escaped as JSON.stringify does; raises ValueError for inf and nan."""
+    return ENCODER.encode(value).encode("utf-8", "backslashreplace")
+
+
+def data_frame(value: Json) -> bytes:
+    return b"data: %b\n\n" % to_json(value)
+
+
+def event_frame(name: str, value: Json) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(value))
+
+
+def comment_frame(text: str) -> bytes:
+    """An SSE comment: keeps a connection alive without waking the client's own watchdog."""
+    return b": %b\n\n" % printable(text, 500).encode()
+
+
+def refuse_constant(word: str) -> None:
+    raise ValueError("%s is not JSON" % word)
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)      # NaN and Infinity are not JSON
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def clean_text(text: str) -> str:
+    """Text with every lone surrogate made U+FFFD (json joins those that are pairs)."""
+    return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
+
+
+def clean_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [clean_value(item) for item in value]
+    if isinstance(value, dict):
+        return {clean_text(name): clean_value(item) for name, item in value.items()}
+    return value
+
+
+def parse_object(data: bytes, notes: List[str]) -> Json:
+    """A request body as a JSON object.  Raises ProxyError `invalid` (RFC 8259)."""
+    try:
+        text = data.decode("utf-8-sig")
+        value = DECODER.decode(text)
+        if ESCAPED_SURROGATE.search(text):
+            cleaned = clean_value(value)
+            if cleaned != value:
+                add_note(notes, "replaced", "lone surrogates by U+FFFD")
+            value = cleaned
+    except UnicodeDecodeError as error:
+        raise ProxyError("invalid", "The body is not UTF-8 (at byte %d)." % error.start) from None
+    except json.JSONDecodeError as error:
+        raise ProxyError("invalid", "The body is not JSON: %s at line %d, column %d."
+                         % (error.msg, error.lineno, error.colno)) from None
+    except ValueError as error:
+        raise ProxyError("invalid", "The body is not JSON: %s." % str(error)[:100]) from None
+    except RecursionError:
+        raise ProxyError("invalid", "The body is not usable: nested too deeply.") from None
+    if not isinstance(value, dict):
+        raise ProxyError("invalid", "The body must be a JSON object.")
+    return value
+
+
+# === CATALOGUE (pure) ======================================================
+# The models of the vendor's own client 1.64.0, read 2026-11-20: the fallback
+# when the live list cannot be had, and the only source of efforts, limits and
+# plans, which that list lacks.  It moves weekly, so ids that are not in it are
+# passed through.  Columns: wire id, name, context in tokens (0: not known),
+# most output tokens (0: not known), input, efforts, least plan (hidden: not
+# in the vendor's own list; -: not told).
+
+CATALOGUE = """
+deepseek/deepseek-v4-pro|DeepSeek V4 Pro|1000000|0|text|high max|Go
+deepseek/deepseek-v4-flash|DeepSeek V4 Flash|1000000|0|text|high max|Go
+deepseek/deepseek-v4-flash-vision-exp|DeepSeek V4 Flash Vision (exp)|1000000|0|vision|high max|Go
+deepseek/deepseek-v4-flash-fast|DeepSeek V4 Flash Fast|1000000|0|text|low high max|Go
+deepseek/deepseek-v4.1-flash|DeepSeek V4.1 Flash|1000000|0|vision|low high max|Go
+moonshotai/Kimi-K3|Kimi K3|1000000|0|vision|low high max|Go
+moonshotai/Kimi-K2.7-Code|Kimi K2.7 Code|256000|0|vision|-|Go
+moonshotai/Kimi-K2.7-Code-Highspeed|Kimi K2.7 Code HighSpeed|262000|0|vision|-|Go
+moonshotai/Kimi-K2.6|Kimi K2.6|256000|0|vision|-|Go
+moonshotai/Kimi-K2.5|Kimi K2.5|256000|0|vision|-|Go
+z-ai/glm-5.3-flash|GLM-5.3 Flash|1048576|131072|vision|low high max|Go
+z-ai/glm-5.3-flashx|GLM-5.3 FlashX|1000000|131072|vision|low high max|Go
+zai-org/GLM-5.3|GLM-5.3|1000000|0|text|low high max|Go
+zai-org/GLM-5.2|GLM-5.2|1000000|0|text|high max|Go
+zai-org/GLM-5.2-Fast|GLM-5.2 Fast|1000000|0|text|-|Go
+zai-org/GLM-5.1|GLM-5.1|0|0|text|-|Go
+zai-org/GLM-5|GLM-5|200000|0|text|-|Go
+MiniMaxAI/MiniMax-M3|MiniMax M3|1000000|0|vision|low medium high|Go
+MiniMaxAI/MiniMax-M2.7|MiniMax M2.7|0|0|text|-|Go
+MiniMaxAI/MiniMax-M2.5|MiniMax M2.5|200000|0|text|-|Go
+xiaomi/mimo-v2.6-pro|MiMo V2.6 Pro|1048576|0|vision|-|Go
+xiaomi/mimo-v2.6-pro-ultraspeed|MiMo V2.6 Pro UltraSpeed|1048576|0|vision|-|GOAT
+xiaomi/mimo-v2.6-flash|MiMo V2.6 Flash|1048576|0|vision|-|Go
+xiaomi/mimo-v2.5-pro|MiMo V2.5 Pro|1000000|0|text|-|Go
+xiaomi/mimo-v2.5|MiMo V2.5|1000000|0|vision|-|Go
+Qwen/Qwen3.8-Omni-Flash|Qwen 3.8 Omni Flash|1000000|131072|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Max-0902|Qwen 3.8 Max 0902|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Max|Qwen 3.8 Max|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.8-27B|Qwen 3.8 27B|262144|32768|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Flash|Qwen 3.8 Flash|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.7-Max|Qwen 3.7 Max|1000000|0|text|-|Go
+Qwen/Qwen3.7-Plus|Qwen 3.7 Plus|1000000|0|vision|-|Go
+Qwen/Qwen3.7-Flash|Qwen 3.7 Flash|1000000|0|vision|-|Go
+Qwen/Qwen3.6-Max-Preview|Qwen 3.6 Max Preview|0|0|text|-|Go
+Qwen/Qwen3.6-Plus|Qwen 3.6 Plus|0|0|vision|-|Go
+meituan/LongCat-2.0|LongCat 2.0|1048576|0|text|-|Go
+stepfun/Step-5-Preview|Step 5 Preview|1000000|0|vision|low medium high|Go
+stepfun/Step-3.7-Flash|Step 3.7 Flash|256000|0|vision|-|Go
+stepfun/Step-3.5-Flash|Step 3.5 Flash|1000000|0|text|-|Go
+tencent/hy3-paid|Tencent Hy3|262144|0|text|-|Go
+tencent/hy4-preview|Tencent Hy4 Preview|1048576|0|text|low medium high|Go
+nvidia/nemotron-3-ultra-550b-a55b|Nemotron 3 Ultra|1000000|0|text|-|Go
+thinkingmachines/inkling|Inkling|256000|0|vision|-|Go
+thinkingmachines/inkling-small|Inkling Small|1000000|0|vision|-|Go
+poolside/laguna-s-2.1-free|Laguna S 2.1|256000|32768|text|-|Go
+inclusionai/ling-3.0-flash-sante:free|Ling 3.0 Flash Sante|262144|32768|text|-|Go
+claude-sonnet-5|Claude Sonnet 5|1000000|0|vision|low medium high xhigh max|Pro
+claude-sonnet-4-6|Claude Sonnet 4.6|1000000|0|vision|low medium high xhigh max|Pro
+claude-fable-5-1|Claude Fable 5.1|1000000|0|vision|low medium high xhigh max|Max
+claude-fable-5|Claude Fable 5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-5-5|Claude Opus 5.5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-5|Claude Opus 5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-4-8|Claude Opus 4.8|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-4-7|Claude Opus 4.7|1000000|0|vision|low medium high xhigh max|Max
+claude-haiku-4-5-20251001|Claude Haiku 4.5|200000|0|vision|-|Pro
+gpt-6-astra|GPT-6 Astra|1050000|0|vision|low medium high xhigh max|Max
+gpt-6-sol|GPT-6 Sol|1050000|0|vision|low medium high xhigh max|Pro
+gpt-6-luna|GPT-6 Luna|1050000|0|vision|low medium high xhigh max|Go
+gpt-5.6-sol|GPT-5.6 Sol|1050000|0|vision|low medium high xhigh max|GOAT
+gpt-5.6-terra|GPT-5.6 Terra|1050000|0|vision|low medium high xhigh max|Pro
+gpt-5.6-luna|GPT-5.6 Luna|1050000|0|vision|low medium high xhigh max|Go
+gpt-5.5|GPT-5.5|400000|0|vision|low medium high xhigh|Pro
+gpt-5.4|GPT-5.4|400000|0|vision|low medium high xhigh|Pro
+gpt-5.3-codex|GPT-5.3 Codex|400000|0|vision|low medium high xhigh|Pro
+gpt-5.4-mini|GPT-5.4 Mini|400000|0|vision|low medium high|Pro
+google/gemini-3.8-flash|Gemini 3.8 Flash|1000000|0|vision|low medium high|GOAT
+google/gemini-3.7-flash|Gemini 3.7 Flash|1048576|0|vision|low medium high|GOAT
+google/gemini-3.6-flash|Gemini 3.6 Flash|1000000|0|vision|low medium high|Pro
+google/gemini-3.5-flash|Gemini 3.5 Flash|1000000|0|vision|low medium high|Pro
+google/gemini-3.5-flash-lite|Gemini 3.5 Flash Lite|1000000|0|vision|low medium high|Pro
+google/gemini-3.1-flash-lite|Gemini 3.1 Flash Lite|1000000|0|vision|low medium high|Pro
+sakana/fugu-ultra|Fugu Ultra|1000000|0|vision|high xhigh|Max
+meta/muse-spark-1.1|Muse Spark 1.1|1048576|0|vision|low medium high xhigh|Pro
+meta/muse-spark-1.2|Muse Spark 1.2|1048576|0|vision|low medium high xhigh|GOAT
+meta/muse-spark-1.2-contributor|Muse Spark 1.2 Contributor|1048576|0|vision|low medium high xhigh|Go
+meta/muse-spark-1.3|Muse Spark 1.3|1048576|0|vision|low medium high xhigh max|GOAT
+meta/muse-spark-1.3-contributor|Muse Spark 1.3 Contributor|1048576|0|vision|low medium high xhigh|Go
+xai/grok-4.5|Grok 4.5|500000|0|vision|low medium high|Go
+xai/grok-4.6|Grok 4.6|500000|0|vision|low medium high xhigh|GOAT
+xai/grok-4.7|Grok 4.7|500000|0|vision|low medium high xhigh|GOAT
+minimax/minimax-m3-free|MiniMax M3|1000000|0|vision|low medium high|hidden
+minimax/minimax-m2.7-free|MiniMax M2.7|197000|0|text|-|hidden
+meituan/LongCat-2.0:free|LongCat 2.0|1048576|0|text|-|hidden
+tencent/Hy3|Tencent Hy3 (Free)|262144|0|text|-|hidden
+inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
+"""
+
+
+# === MODELS (pure) =========================================================
+# Which model a request means and what that model takes: aliases, ids in any
+# case, short names, efforts, output limits, and the two list formats.  A name
+# that nothing knows is passed on as it is: the catalogue is always behind.
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
+EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
+DECISION_MODELS = ("typesafe/jev", "jev", "jev-latest", "typesafe-ai/jev")
+
+# A family's name stands for its present flagship, where no catalogue id matches.
+SHORT_NAMES = {
+    "claude": "claude-sonnet-5", "sonnet": "claude-sonnet-5", "opus": "claude-opus-5-5",
+    "haiku": "claude-haiku-4-5-20251001", "fable": "claude-fable-5-1", "gpt": "gpt-6-sol",
+    "codex": "gpt-5.3-codex", "deepseek": "deepseek/deepseek-v4-pro",
+    "deepseek-pro": "deepseek/deepseek-v4-pro", "deepseek-flash": "deepseek/deepseek-v4-flash",
+    "kimi": "moonshotai/Kimi-K3", "glm": "zai-org/GLM-5.3", "glm-flash": "z-ai/glm-5.3-flash",
+    "minimax": "MiniMaxAI/MiniMax-M3", "mimo": "xiaomi/mimo-v2.6-pro", "qwen": "Qwen/Qwen3.8-Max",
+    "qwen-flash": "Qwen/Qwen3.8-Flash", "longcat": "meituan/LongCat-2.0",
+    "step": "stepfun/Step-5-Preview", "hunyuan": "tencent/hy4-preview",
+    "nemotron": "nvidia/nemotron-3-ultra-550b-a55b", "inkling": "thinkingmachines/inkling",
+    "laguna": "poolside/laguna-s-2.1-free", "ling": "inclusionai/ling-3.0-flash-free",
+    "gemini": "google/gemini-3.8-flash", "fugu": "sakana/fugu-ultra",
+    "muse": "meta/muse-spark-1.3", "grok": "xai/grok-4.7"}
+
+
+class Model(NamedTuple):
+    """One model; 0 stands for a number that is not known."""
+
+    id: str
+    name: str
+    context: int = 0
+    max_output: int = 0
+    vision: bool = True
+    efforts: Optional[Tuple[str, ...]] = None       # None: not known; (): takes none
+    plan: str = ""
+    endpoints: Tuple[str, ...] = ()
+
+
+class Models(NamedTuple):
+    """All that is known of models: `known` by lower-case id, `bare` by what follows the vendor,
+    `listed` ids in the order in which they are shown."""
+
+    known: Dict[str, Model]
+    bare: Dict[str, str]
+    listed: List[str]
+
+
+def parse_catalogue(table: str) -> List[Model]:
+    models = []
+    for row in table.strip().splitlines():
+        name, title, context, output, kinds, efforts, plan = row.split("|")
+        models.append(Model(name, title, int(context), int(output), kinds == "vision",
+                            tuple(efforts.split()) if efforts != "-" else (), plan))
+    return models
+
+
+def index_models(models: List[Model], listed: List[str]) -> Models:
+    """Models by lower-case id, and by short form: without vendor, without a date at the end."""
+    known = {model.id.lower(): model for model in models}
+    bare: Dict[str, str] = {}
+    for model in models:
+        short = model.id.lower().rpartition("/")[2]
+        bare.setdefault(short, model.id)
+        bare.setdefault(re.sub(r"-20[0-9]{6}$", "", short), model.id)
+    return Models(known, bare, listed)
+
+
+def builtin_models() -> Models:
+    models = parse_catalogue(CATALOGUE)
+    return index_models(models, [model.id for model in models if model.plan != "hidden"])
+
+
+def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
+    """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable."""
+    rows = live.get("data") if isinstance(live, dict) else None
+    if not isinstance(rows, list):
+        return None
+    merged = dict(builtin.known)
+    listed = []
+    for row in rows:
+        name = row.get("id") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,200}", name):
+            continue
+        model = merged.get(name.lower(), Model(name, name))._replace(id=name)
+        if isinstance(row.get("name"), str):
+            model = model._replace(name=clean_text(row["name"])[:200])
+        if isinstance(row.get("context_length"), int):
+            model = model._replace(context=row["context_length"])
+        if isinstance(row.get("supported_endpoints"), list):
+            model = model._replace(endpoints=tuple(map(str, row["supported_endpoints"])))
+        merged[name.lower()] = model
+        listed.append(name)
+    return index_models(list(merged.values()), listed) if listed else None
+
+
+def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
+    """The target of an exact alias, else of the longest pattern that fits (any case)."""
+    lower = {pattern.lower(): target for pattern, target in aliases.items()}
+    if asked.lower() in lower:
+        return lower[asked.lower()]
+    for pattern in sorted(lower, key=len, reverse=True):
+        regex = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+        if "*" in pattern and re.fullmatch(regex, asked.lower(), re.S):
+            return lower[pattern]
+    return None
+
+
+def find_model(name: str, models: Models) -> Optional[Model]:
+    """The catalogue's model of this name: its id in any case, else a short form of it."""
+    lower = name.lower()
+    plain = re.sub(r"\[[0-9a-z]+\]$", "", lower)        # Claude Code writes claude-opus-5[1m]
+    if lower in models.known or plain in models.known:
+        return models.known.get(lower) or models.known[plain]
+    undated = re.sub(r"-20[0-9]{6}$", "", plain)
+    target = models.bare.get(plain) or models.bare.get(undated) or SHORT_NAMES.get(plain, "")
+    return models.known.get(target.lower()) or models.known.get(undated)
+
+
+def nearest_ids(name: str, ids: Iterable[str]) -> List[str]:
+    """Up to three ids that look most like a name, for an error's text."""
+    import difflib      # rarely wanted, so not at start
+    by_lower = {one.lower(): one for one in ids}
+    return [by_lower[found] for found in difflib.get_close_matches(
+        name.lower(), list(by_lower), 3, 0.4)]
+
+
+def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
+    """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
+    name = asked if asked not in ("", "default") else config.default_model
+    name = match_alias(name, config.model_aliases) or name
+    if name.lower() in DECISION_MODELS:
+        raise ProxyError("invalid", "%s is a decision model without chat; name another model."
+                         % printable(name, 100), param="model")
+    if not re.fullmatch(r"[!-~]{1,200}", name):
+        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters.", param="model")
+    model = find_model(name, models)
+    allowed = {one.lower() for one in config.allowed_models}
+    if allowed and (model.id if model else name).lower() not in allowed:
+        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
+            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
+    if model is None and not config.allow_unknown_models:
+        near = nearest_ids(name, models.listed)
+        raise ProxyError("model", "Model %s is not in the catalogue (GET /v1/models).%s" % (
+            printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""),
+            param="model")
+    model = model or Model(name, name)
+    if asked and model.id != asked:
+        add_note(notes, "model", "%s -> %s" % (asked, model.id))
+    return model
+
+
+def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
+    """The effort to send: what was asked, else the nearest lower that the model takes, else its
+    lowest; None to leave the choice to the model."""
+    word = EFFORT_WORDS.get(asked, asked) if asked else None
+    if not word:
+        return None
+    if model.efforts is None or word in model.efforts:
+        fitted: Optional[str] = word if word in EFFORTS else None
+    else:
+        lower = [one for one in model.efforts
+                 if word in EFFORTS and EFFORTS.index(one) < EFFORTS.index(word)]
+        fitted = (lower[-1:] or list(model.efforts[:1]) or [None])[0]
+    if fitted != asked:
+        add_note(notes, "effort", "%s -> %s" % (asked, fitted or "the model's own"))
+    return fitted
+
+
+def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
+    """max_tokens to send: the default, or what was asked within the model's limit."""
+    most = min(model.max_output or MAX_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS)
+    if asked is None:
+        return min(DEFAULT_OUTPUT_TOKENS, most)
+    if asked > most:
+        add_note(notes, "clamped", "max_tokens %d -> %d" % (asked, most))
+    return min(asked, most)
+
+
+# === MODEL LISTS (pure) ====================================================
+# What GET /v1/models answers, in OpenAI's shape and in Anthropic's.
+
+def listed_models(models: Models, config: Config) -> List[Model]:
+    """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
+    allowed = {one.lower() for one in config.allowed_models}
+    shown = [models.known.get(name.lower(), Model(name, name)) for name in models.listed]
+    shown = [model for model in shown if not allowed or model.id.lower() in allowed]
+    for alias, target in sorted(config.model_aliases.items(), reverse=True):
+        if "*" not in alias:
+            model = find_model(target, models) or Model(target, target)
+            shown.insert(0, model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
+    return shown
+
+
+def openai_model(model: Model) -> Json:
+    """A model as OpenAI lists it; `created` 0 because the upstream does not tell."""
+    entry: Json = {"id": model.id, "object": "model", "created": 0, "owned_by": "command-code",
+                   "name": model.name}
+    if model.context:
+        entry["context_length"] = model.context
+    if model.max_output:
+        entry["max_output_tokens"] = model.max_output
+    return entry
+
+
+def anthropic_model(model: Model) -> Json:
+    """A model as Anthropic lists it; `created_at` is the epoch because nobody tells."""
+    return {"type": "model", "id": model.id, "display_name": model.name,
+            "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+
+
+def openai_model_list(shown: List[Model]) -> Json:
+    return {"object": "list", "data": [openai_model(model) for model in shown]}
+
+
+def anthropic_model_list(shown: List[Model]) -> Json:
+    data = [anthropic_model(model) for model in shown]
+    return {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None}
+
+
+# === KEYS (pure) ===========================================================
+# Finding the caller's key, and deriving the ids of its conversation.  Ids are
+# derived, never stored: the same key and conversation give the same id in any
+# process on any host, and no two callers can share or guess one.
+
+SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "session_id")
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def find_key(fields: Fields) -> str:
+    """The caller's Command Code key: Authorization first, then x-api-key (R1).
+
+    Raises ProxyError `authentication` that says what is expected, never what was sent.
+    """
+    for name in ("authorization", "x-api-key"):
+        found = KEY_PATTERN.search(fields.get(name, ""))
+        if found:
+            return found[0]
+    given = fields.get("authorization", "") or fields.get("x-api-key", "")
+    problem = ("The key sent is not a Command Code key" if given.strip()
+               else "No key was sent")
+    raise ProxyError("authentication", problem + ": send your own as `Authorization: Bearer "
+                     "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
+
+
+def session_value(fields: Fields, user_id: Any) -> str:
+    """How the client itself names this conversation; "" when it does not.
+
+    `user_id` is Messages' metadata.user_id: Claude Code puts JSON with a session_id into it.
+    """
+    for name in SESSION_FIELDS:
+        if fields.get(name):
+            return fields[name][:MAX_SESSION_VALUE]
+    if not isinstance(user_id, str):
+        return ""
+    try:
+        inner = json.loads(user_id) if user_id.startswith("{") else None
+    except (ValueError, RecursionError):
+        inner = None
+    session = inner.get("session_id") if isinstance(inner, dict) else None
+    return (session if isinstance(session, str) and session else user_id)[:MAX_SESSION_VALUE]
+
+
+def derive_session(key: str, session: str, first_message: str) -> str:
+    """Id of a conversation as a strict UUID (version 4, RFC 4122 variant).
+
+    An HMAC with the key as secret, over the client's own name for the conversation or, without
+    one, over its first user message.
+    """
+    subject = "session\n" + session if session else "message\n" + first_message
+    digest = hmac.new(key.encode(), subject.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    variant = "89ab"[int(digest[16], 16) & 3]
+    return "-".join((digest[:8], digest[8:12], "4" + digest[13:16], variant + digest[17:20],
+                     digest[20:32]))
+
+
+def choose_traceparent(given: str, fresh: str) -> str:
+    """The caller's traceparent where it is valid (W3C Trace Context), else a fresh one made of
+    48 hex digits of chance."""
+    if TRACEPARENT.fullmatch(given):
+        return given
+    return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
+
+
+# === PROMPT (pure) =========================================================
+# The upper half of the waist: `Prompt` is what is asked, in our own terms, and
+# all that a face and an upstream format share of a request.  Its parts are
+# plain tuples; the sections below read them from any API and put them in order.
+
+class Text(NamedTuple):
+    """Text of a prompt; `cache` is its cache_control, carried along untouched."""
+
+    text: str
+    cache: Optional[Json] = None
+
+
+class Image(NamedTuple):
+    """A picture as a base64 data URL."""
+
+    url: str
+    mime: str
+    cache: Optional[Json] = None
+
+
+class Thinking(NamedTuple):
+    """The model's thinking of an earlier turn; its signature is not needed upstream."""
+
+    text: str
+
+
+class Call(NamedTuple):
+    """A tool call of an earlier turn."""
+
+    id: str
+    name: str
+    arguments: Json
+    cache: Optional[Json] = None
+
+
+class Result(NamedTuple):
+    """What a tool answered; `name` is only known where the client repeats it."""
+
+    id: str
+    text: str
+    images: Tuple[Image, ...] = ()
+    is_error: bool = False
+    name: str = ""
+    cache: Optional[Json] = None
+
+
+Part = Union[Text, Image, Thinking, Call, Result]
+
+
+class Turn(NamedTuple):
+    """One message of a conversation: role `user`, `assistant` or (after repair) `tool`."""
+
+    role: str
+    parts: List[Part]
+
+
+class Tool(NamedTuple):
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    schema: Json
+    cache: Optional[Json] = None
+
+
+class Choice(NamedTuple):
+    """Which tools may be called: `auto`, `none`, `any`, or `tool` by name."""
+
+    kind: str
+    name: str = ""
+
+
+@dataclass
+class Prompt:
+    """A request in our own terms, from whichever face it came."""
+
+    asked: str                                  # model as the client wrote it
+    turns: List[Turn]
+    system: List[Text] = field(default_factory=list)
+    tools: List[Tool] = field(default_factory=list)
+    choice: Optional[Choice] = None
+    max_tokens: Optional[int] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    effort: Optional[str] = None
+    stops: List[str] = field(default_factory=list)
+    json_format: Optional[Json] = None          # {} any JSON, else {"schema": ...}
+    stream: bool = False
+    show_thinking: bool = True
+    include_usage: bool = False                 # Chat: a usage chunk at the end of the stream
+    user_id: Any = None                         # Messages: metadata.user_id
+    model: str = ""                             # wire id, once resolved
+    names: Dict[str, str] = field(default_factory=dict)     # tool name sent -> client's own
+    notes: List[str] = field(default_factory=list)
+
+
+# === EVENTS (pure) =========================================================
+# The lower half of the waist: what is answered, as events in this order:
+#
+#     Begin (Open Delta* Close)* (End | Fail)
+#
+# A block (Open ... Close) is one run of text, of thinking, or one tool call.
+# `Face` and `UpstreamFormat` are the two neighbours of the waist, each a tuple
+# of functions.
+
+TEXT, THINKING, TOOL = "text", "thinking", "tool"
+STOP, LENGTH, TOOL_CALLS, FILTERED, PAUSED = "stop", "length", "tool_calls", "filtered", "paused"
+
+
+class Usage(NamedTuple):
+    """Tokens as the upstream counted them; `input` includes cached ones, None is not told."""
+
+    input: int
+    output: int
+    cache_read: Optional[int] = None
+    cache_write: Optional[int] = None
+    reasoning: Optional[int] = None
+
+
+@dataclass(eq=False)
+class Block:
+    """One run of text, of thinking, or one tool call, as it grows."""
+
+    kind: str
+    call_id: str = ""
+    name: str = ""
+    index: int = -1             # among the blocks that are shown
+    number: int = -1            # among the shown blocks of its kind
+    whole: bool = False         # a call's arguments are complete
+    half: str = ""              # first half of a surrogate pair, waiting for the second
+    signature: str = ""
+    pieces: List[Union[str, bytes]] = field(default_factory=list)   # bytes: escaped JSON
+
+    @property
+    def text(self) -> str:
+        """All pieces as one string; neighbouring escaped ones are decoded together."""
+        out: List[str] = []
+        raw: List[bytes] = []
+        for piece in self.pieces + [""]:
+            if isinstance(piece, bytes):
+                raw.append(piece)
+                continue
+            if raw:
+                out.append(json.loads(b'"%b"' % b"".join(raw)))
+                raw = []
+            out.append(piece)
+        return "".join(out)
+
+
+class Begin(NamedTuple):
+    """The answer begins."""
+
+
+class Open(NamedTuple):
+    """A block begins."""
+
+    block: Block
+
+
+class Delta(NamedTuple):
+    """A block grows."""
+
+    block: Block
+    text: str
+
+
+class Close(NamedTuple):
+    """A block is complete (a call whose `whole` is False was cut off)."""
+
+    block: Block
+
+
+class End(NamedTuple):
+    """The answer is complete; `sequence` is the stop sequence that ended it."""
+
+    reason: str
+    sequence: Optional[str] = None
+
+
+class Fail(NamedTuple):
+    """The answer will never be complete."""
+
+    error: ProxyError
+
+
+Event = Union[Begin, Open, Delta, Close, End, Fail]
+
+
+@dataclass
+class Reply:
+    """The answer so far as it is shown to the client."""
+
+    id: str
+    model: str                                  # as the client asked for it
+    created: int                                # Unix seconds
+    input_estimate: int = 0                     # tokens, before the upstream tells
+    include_usage: bool = False
+    blocks: List[Block] = field(default_factory=list)
+    reason: str = ""
+    sequence: Optional[str] = None
+    usage: Optional[Usage] = None
+    output_estimate: int = 0                    # tokens, where the upstream was cut off
+    cost: Optional[str] = None                  # USD, as the upstream wrote it
+    notes: List[str] = field(default_factory=list)
+
+    def of_kind(self, kind: str) -> List[Block]:
+        return [block for block in self.blocks if block.kind == kind]
+
+
+@dataclass
+class Reading:
+    """What the waist remembers of an upstream's answer between two lines."""
+
+    live: Optional[Block] = None                # the open block
+    waiting: List[Block] = field(default_factory=list)      # began while a call was unfinished
+    calls: Dict[str, Block] = field(default_factory=dict)   # by the upstream's id
+    ignored: Set[str] = field(default_factory=set)          # calls that the upstream runs itself
+    began: bool = False
+    over: bool = False
+    mute_thinking: bool = False                 # a repeated call's thinking was shown already
+    usage: Optional[Usage] = None
+    cost: Optional[str] = None
+    notes: List[str] = field(default_factory=list)
+
+
+class Face(NamedTuple):
+    """One public API, seen from the waist: functions, and what a stream must keep."""
+
+    name: str
+    parse: Callable[[Json, List[str]], Prompt]
+    frames: Callable[[Reply, Event], bytes]
+    body: Callable[[Reply], Json]
+    error: Callable[[ProxyError], Json]
+    error_frame: Callable[[ProxyError], bytes]
+    id_prefix: str
+    keeps: bool = False         # frames need the whole block at its Close
+
+
+class UpstreamFormat(NamedTuple):
+    """One upstream's wire format, seen from the waist."""
+
+    name: str
+    path: str
+    build: Callable[[Prompt, str], bytes]       # prompt, session id
+    skip: bytes                                 # how a line begins that nobody wants
+    read_line: Callable[[Reading, bytes], Iterator[Event]]
+    read_failure: Callable[[int, Fields, bytes], ProxyError]
+    lanes: Mapping[str, Any]                    # block kind -> pattern of one whole delta line
+
+
+# === GRAMMAR (pure) ========================================================
+# Where blocks are opened and closed, once for all upstreams and faces.  An
+# upstream's readers call `extend`, `start_call`, `extend_call`, `finish_call`,
+# `end_answer` and `fail_answer`; each gives events in the order that the waist
+# promises.  Parallel calls may arrive mixed: a block that comes while a call is
+# unfinished waits until that call is whole, so that blocks go out one after
+# another and in the order in which they began.
+
+def join_halves(block: Block, text: str) -> str:
+    """Text whose surrogate pairs are whole, keeping back a first half at its end.
+
+    JavaScript upstreams may cut an emoji between two deltas; half of one is not UTF-8.
+    """
+    text = block.half + text
+    block.half = ""
+    if not SURROGATE.search(text):
+        return text
+    if "\ud800" <= text[-1] <= "\udbff":
+        text, block.half = text[:-1], text[-1]
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def grow(block: Block, text: str) -> Iterator[Event]:
+    """Add text to the open block; a call's is kept here too, for its end is judged by it."""
+    whole = join_halves(block, text)
+    if whole:
+        if block.kind == TOOL:
+            block.pieces.append(whole)
+        yield Delta(block, whole)
+
+
+def close_live(reading: Reading) -> Iterator[Event]:
+    """Close the open block, if there is one."""
+    block, reading.live = reading.live, None
+    if block is None:
+        return
+    if block.half:
+        block.half = ""
+        yield Delta(block, "\ufffd")
+    yield Close(block)
+
+
+def begin_block(reading: Reading, block: Block) -> Iterator[Event]:
+    """Open a block now, or let it wait while a call is unfinished."""
+    live = reading.live
+    if live is not None and live.kind == TOOL and not live.whole:
+        reading.waiting.append(block)
+        return
+    yield from close_live(reading)
+    reading.live = block
+    yield Open(block)
+
+
+def extend(reading: Reading, kind: str, text: str) -> Iterator[Event]:
+    """Add text or thinking to the open block of that kind, opening one if need be."""
+    last = reading.waiting[-1] if reading.waiting else reading.live
+    if last is None or last.kind != kind:
+        last = Block(kind)
+        yield from begin_block(reading, last)
+    if last is reading.live:
+        yield from grow(last, text)
+    else:
+        last.pieces.append(text)
+
+
+def start_call(reading: Reading, call_id: str, name: str) -> Iterator[Event]:
+    """Begin a tool call, once per id."""
+    if call_id not in reading.calls:
+        block = reading.calls[call_id] = Block(TOOL, call_id, name)
+        yield from begin_block(reading, block)
+
+
+def extend_call(reading: Reading, call_id: str, text: str) -> Iterator[Event]:
+    """Add a piece to the JSON text of a call's arguments."""
+    block = reading.calls.get(call_id)
+    if block is None or block.whole:
+        return
+    if block is reading.live:
+        yield from grow(block, text)
+    else:
+        block.pieces.append(text)
+
+
+def finish_call(reading: Reading, call_id: str, name: str, arguments: str) -> Iterator[Event]:
+    """A call is complete with these arguments (JSON text); what went out already stays out."""
+    yield from start_call(reading, call_id, name)
+    block = reading.calls[call_id]
+    if block.whole:
+        return
+    if block is not reading.live:
+        block.whole, block.pieces = True, [arguments]
+        return
+    shown = block.text
+    if not shown.strip():
+        yield from grow(block, arguments)
+    elif arguments.startswith(shown):
+        yield from grow(block, arguments[len(shown):])
+    elif not same_json(shown, arguments):
+        add_note(reading.notes, "tool_input", "streamed pieces of %s differ from its call" % name)
+        block.pieces = [arguments]      # the call is the truth, where it is not too late
+    block.whole = True
+    yield from close_live(reading)
+    yield from promote_waiting(reading)
+
+
+def same_json(one: str, other: str) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except (ValueError, RecursionError):
+        return False
+
+
+def promote_waiting(reading: Reading) -> Iterator[Event]:
+    """Open what waited, in order, up to the first block that can still grow."""
+    while reading.waiting and reading.live is None:
+        block = reading.waiting.pop(0)
+        held, block.pieces = block.text, []
+        reading.live = block
+        yield Open(block)
+        yield from grow(block, held)
+        if block.whole or (block.kind != TOOL and reading.waiting):
+            yield from close_live(reading)
+
+
+def close_all(reading: Reading) -> Iterator[Event]:
+    """Close the open block and show what waited; calls that are not whole stay cut."""
+    for block in [reading.live] + reading.waiting:
+        if block is not None and block.kind == TOOL and not block.whole:
+            add_note(reading.notes, "cut", "tool call %s is incomplete" % block.name)
+    yield from close_live(reading)
+    while reading.waiting:
+        yield from promote_waiting(reading)
+        yield from close_live(reading)
+
+
+def end_answer(reading: Reading, word: str) -> Iterator[Event]:
+    """The upstream finished for the reason `word` (one of ours): judged by what was emitted."""
+    yield from close_all(reading)
+    calls = reading.calls.values()
+    if any(not call.whole for call in calls):
+        word = LENGTH
+    elif calls and word == STOP:
+        word = TOOL_CALLS
+    elif not calls and word == TOOL_CALLS:
+        word = STOP
+    reading.over = True
+    yield End(word)
+
+
+def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
+    """The answer cannot be completed."""
+    if not reading.began:
+        reading.began = True
+        yield Begin()
+    yield from close_all(reading)
+    reading.over = True
+    yield Fail(error)
+
+
+# === CONTENT PARTS (pure) ==================================================
+# One table of every content part and one reader of every tool shape that any
+# API may bring: clients mix them (Cursor posts Anthropic blocks to Chat
+# Completions), so every face uses these.  A wrong type in a field that is used
+# is a 400 that names its path; what cannot be passed on leaves a note.  Nothing
+# is ever fetched: pictures come inline or not at all.
+
+JSON_TYPES: Dict[str, Any] = {"a string": str, "a list": list, "an object": dict,
+                              "a boolean": bool, "a number": (int, float), "a whole number": int}
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.ASCII)
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+BILLING_LINE = "x-anthropic-billing-header:"        # changes on every request: breaks the cache
+UNNAMED = "unnamed"
+
+
+def wrong(path: str, problem: str) -> ProxyError:
+    return ProxyError("invalid", "%s %s." % (path, problem), param=path)
+
+
+def check(value: Any, expected: str, path: str) -> Any:
+    """The value, if it is of the JSON type expected (a row of JSON_TYPES)."""
+    fits = isinstance(value, JSON_TYPES[expected])
+    if not fits or (isinstance(value, bool) and expected != "a boolean"):
+        raise wrong(path, "must be " + expected)
+    return value
+
+
+def get(holder: Json, name: str, expected: str, path: str = "") -> Any:
+    """An optional member of the type expected; None when it is absent or null."""
+    value = holder.get(name)
+    if value is None:
+        return None
+    return check(value, expected, "%s.%s" % (path, name) if path else name)
+
+
+def read_cache(holder: Json) -> Optional[Json]:
+    """cache_control as the upstream takes it."""
+    given = holder.get("cache_control")
+    if not isinstance(given, dict) or given.get("type") != "ephemeral":
+        return None
+    lifetime = {"ttl": given["ttl"]} if given.get("ttl") in ("5m", "1h") else {}
+    return {"type": "ephemeral", **lifetime}
+
+
+def read_text(part: Json, path: str, notes: List[str]) -> List[Part]:
+    text = get(part, "refusal" if part.get("type") == "refusal" else "text", "a string", path)
+    return [Text(text, read_cache(part))] if text else []
+
+
+def read_image_url(url: Any, path: str, cache: Optional[Json]) -> Image:
+    """A picture given as a data URL; any other URL is refused."""
+    check(url, "a string", path)
+    found = DATA_URL.match(url)
+    if not found or not found[3]:
+        raise wrong(path, "must be a base64 data URL (data:image/png;base64,...): nothing is "
+                    "fetched here, so inline the image")
+    return make_image((found[1] or "").lower(), url[found.end():], url, path, cache)
+
+
+def make_image(mime: str, data: str, url: str, path: str, cache: Optional[Json]) -> Image:
+    """An Image of a type that models take; `url` is used as it is where it says that type."""
+    mime = "image/jpeg" if mime == "image/jpg" else mime
+    if mime not in IMAGE_TYPES:
+        raise wrong(path, "must be a picture of type png, jpeg, gif or webp, not %s"
+                    % (printable(mime, 60) or "unknown"))
+    if not data:
+        raise wrong(path, "holds an empty picture")
+    plain = "data:%s;base64," % mime
+    return Image(url if url.startswith(plain) else plain + data, mime, cache)
+
+
+def read_image(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Chat's image_url, Responses' input_image and Anthropic's image."""
+    cache = read_cache(part)
+    given = part.get("image_url")
+    if isinstance(given, dict):
+        return [read_image_url(given.get("url"), path + ".image_url.url", cache)]
+    if given is not None:
+        return [read_image_url(given, path + ".image_url", cache)]
+    source = get(part, "source", "an object", path)
+    if source is None:
+        raise wrong(path, "holds neither image_url nor source")
+    if source.get("type") != "base64":
+        return [read_image_url(source.get("url"), path + ".source.url", cache)]
+    mime = get(source, "media_type", "a string", path + ".source") or ""
+    data = get(source, "data", "a string", path + ".source") or ""
+    return [make_image(mime.lower(), data, "", path + ".source.media_type", cache)]
+
+
+def decode_text(data: str, path: str) -> str:
+    try:
+        return base64.b64decode(data, validate=False).decode("utf-8", "replace")
+    except (binascii.Error, ValueError):
+        raise wrong(path, "is not base64") from None
+
+
+def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
+    """(text, media type) of a document; text "" where it cannot be read here."""
+    inner = part.get("file") if isinstance(part.get("file"), dict) else part
+    source = get(part, "source", "an object", path) or {}
+    kind, data = source.get("type"), source.get("data") or inner.get("file_data")
+    if kind == "content":
+        parts = read_content(source.get("content"), path + ".source.content", notes)
+        return "\n".join(one.text for one in parts if isinstance(one, Text)), "text/plain"
+    if kind == "text":
+        return check(data, "a string", path + ".source.data"), "text/plain"
+    mime = source.get("media_type") or part.get("mime_type") or "application/octet-stream"
+    if isinstance(data, str):
+        found = DATA_URL.match(data)
+        if found:
+            mime, data = found[1] or "text/plain", data[found.end():]
+        if str(mime).startswith("text/") or mime == "application/json":
+            return decode_text(data, path), str(mime)
+    return "", str(mime)
+
+
+def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """A text document as text; anything else as one line that says what was attached.
+
+    A 400 for a PDF would lock an agent's whole conversation, for it is sent again every turn.
+    """
+    inner = part.get("file") if isinstance(part.get("file"), dict) else part
+    title = next((str(holder[name]) for holder in (part, inner) for name in ("title", "filename")
+                  if holder.get(name)), UNNAMED)
+    text, mime = document_text(part, path, notes)
+    if text:
+        return [Text("<document title=%s>\n%s\n</document>" % (json.dumps(title[:200]), text),
+                     read_cache(part))]
+    add_note(notes, "unreadable", "document %s at %s" % (mime, path))
+    return [Text("[A file was attached here, %s of type %s, but its content cannot be read over "
+                 "this connection. Say so if it matters.]" % (json.dumps(title[:200]), mime[:100]),
+                 read_cache(part))]
+
+
+def read_thinking(part: Json, path: str, notes: List[str]) -> List[Part]:
+    text = get(part, "thinking", "a string", path)
+    return [Thinking(text)] if text else []
+
+
+def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
+    """A call's arguments as an object, from an object or from JSON text."""
+    if isinstance(given, str):
+        try:
+            decoded = json.loads(given) if given.strip() else {}
+            given = clean_value(decoded) if ESCAPED_SURROGATE.search(given) else decoded
+        except (ValueError, RecursionError):
+            pass        # a call that was cut off, kept by the client: the model may see what it was
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        add_note(notes, "repaired", "arguments at %s are not a JSON object" % path)
+        return {"input": given}
+    return given
+
+
+def read_call(part: Json, path: str, notes: List[str]) -> List[Part]:
+    name = get(part, "name", "a string", path) or UNNAMED
+    given = part.get("input")
+    if isinstance(given, (list, bool, int, float)):
+        raise wrong(path + ".input", "must be an object")
+    return [Call(get(part, "id", "a string", path) or "", name,
+                 read_arguments(given, path + ".input", notes), read_cache(part))]
+
+
+def read_result(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Anthropic's tool_result: a string, or parts of which pictures are kept apart."""
+    parts = read_content(part.get("content"), path + ".content", notes)
+    return [make_result(get(part, "tool_use_id", "a string", path) or "", parts,
+                        bool(get(part, "is_error", "a boolean", path)), read_cache(part))]
+
+
+def make_result(call_id: str, parts: List[Part], is_error: bool, cache: Optional[Json]) -> Result:
+    texts = [part.text for part in parts if isinstance(part, Text)]
+    images = tuple(part for part in parts if isinstance(part, Image))
+    return Result(call_id, "\n".join(texts), images, is_error, "", cache)
+
+
+def read_tool_reference(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """What Claude Code's tool search found (R15)."""
+    name = get(part, "tool_name", "a string", path)
+    return [Text("Tool available: %s" % name)] if name else []
+
+
+def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
+    parts = read_content(part.get("content"), path + ".content", notes)
+    texts = [str(part.get(name)) for name in ("title", "source") if part.get(name)]
+    texts += [one.text for one in parts if isinstance(one, Text)]
+    return [Text("\n".join(texts), read_cache(part))] if texts else []
+
+
+def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
+    add_note(notes, "dropped", "%s at %s" % (part.get("type"), path))
+    return []
+
+
+PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
+    "text": read_text, "input_text": read_text, "output_text": read_text, "refusal": read_text,
+    "image_url": read_image, "input_image": read_image, "image": read_image,
+    "document": read_document, "file": read_document, "input_file": read_document,
+    "thinking": read_thinking, "redacted_thinking": read_unusable,
+    "tool_use": read_call, "tool_result": read_result, "tool_reference": read_tool_reference,
+    "search_result": read_search_result}
+
+
+def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
+    """A message's content, a string or a list of parts of any API, as parts of the waist."""
+    if content is None or content == "":
+        return []
+    if isinstance(content, str):
+        return [Text(content)]
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise wrong(path, "must be a string or a list of parts")
+    parts: List[Part] = []
+    for index, part in enumerate(content):
+        here = "%s[%d]" % (path, index)
+        if isinstance(part, str):
+            parts += [Text(part)] if part else []
+            continue
+        kind = check(part, "an object", here).get("type", "text")
+        reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
+        parts += reader(part, here, notes)
+    return parts
+
+
+def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
+    """System texts in order, without Claude Code's billing line; other parts leave a note."""
+    texts = []
+    for part in read_content(content, path, notes):
+        if not isinstance(part, Text):
+            add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
+            continue
+        text = part.text
+        if text.startswith(BILLING_LINE):
+            text = text.partition("\n")[2]
+        if text:
+            texts.append(part._replace(text=text))
+    return texts
+
+
+# === TOOLS (pure) ==========================================================
+# Tools and tool_choice of any shape that any API has, read by every face.
+# What only a vendor's own service can run (web search, a hosted sandbox) is
+# left out with a note: refusing it would refuse the whole request.
+
+def read_schema(given: Any, name: str, path: str, notes: List[str]) -> Json:
+    """A tool's parameters as an object schema; the author's own one where it is one."""
+    if given is None:
+        return {"type": "object", "properties": {}}
+    if not isinstance(given, dict) or given.get("type", "object") != "object":
+        add_note(notes, "schema", "of tool %s made an object" % name)
+        return {"type": "object", "properties": {}}
+    schema = {key: value for key, value in given.items() if key != "$schema"}
+    if "type" not in schema:
+        schema = {"type": "object", **schema}
+    return schema
+
+
+def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
+    """Tools of any shape: Chat's nested and flat functions, Anthropic's; others leave a note."""
+    tools: Dict[str, Tool] = {}
+    for index, entry in enumerate(check(given, "a list", path) if given is not None else []):
+        here = "%s[%d]" % (path, index)
+        check(entry, "an object", here)
+        nested = entry.get("function")
+        tool, where = (nested, here + ".function") if nested is not None else (entry, here)
+        check(tool, "an object", where)
+        kind = get(entry, "type", "a string", here) or "function"
+        if kind not in ("function", "custom") or (kind == "custom" and "input_schema" not in tool):
+            add_note(notes, "left_out", "tool %s (%s)" % (tool.get("name") or kind, kind))
+            continue
+        name = get(tool, "name", "a string", where)
+        if not name:
+            raise wrong(where + ".name", "must be a string that is not empty")
+        schema = tool.get("input_schema", tool.get("parameters"))
+        if name in tools:
+            add_note(notes, "left_out", "second tool named %s" % name)
+            continue
+        tools[name] = Tool(name, get(tool, "description", "a string", where) or "",
+                           read_schema(schema, name, where, notes), read_cache(entry))
+    return list(tools.values())
+
+
+CHOICE_WORDS = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+
+
+def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
+    """tool_choice of any API: a word, or an object with a type and perhaps a tool's name."""
+    if given is None:
+        return None
+    kind = given.get("type") if isinstance(given, dict) else given
+    if not isinstance(kind, str):
+        raise wrong("tool_choice", "must be a word or an object with a type")
+    if kind in CHOICE_WORDS:
+        return Choice(CHOICE_WORDS[kind])
+    if isinstance(given, dict) and kind in ("function", "tool", "custom"):
+        named = given.get(kind) if isinstance(given.get(kind), dict) else given
+        name = get(named, "name", "a string", "tool_choice")
+        if name:
+            return Choice("tool", name)
+        raise wrong("tool_choice.name", "must name a tool")
+    if kind == "allowed_tools":
+        add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
+        return Choice("auto")
+    raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
+
+
+# === MESSAGES TO TURNS (pure) ==============================================
+# A list of messages of Chat Completions or Messages, or a mixture, as system
+# texts and turns.  Roles are a table.  Results of tools become parts of a user
+# turn; putting the history in order is the next section's work.
+
+
+def read_user(message: Json, path: str, prompt: Prompt) -> None:
+    parts = read_content(message.get("content"), path + ".content", prompt.notes)
+    prompt.turns.append(Turn("user", with_cache(parts, message)))
+
+
+def read_system_message(message: Json, path: str, prompt: Prompt) -> None:
+    texts = read_system(message.get("content"), path + ".content", prompt.notes)
+    prompt.system += with_cache(texts, message)     # type: ignore[arg-type]
+
+
+def with_cache(parts: List[Any], message: Json) -> List[Any]:
+    """Lift a message's own cache_control to its last part."""
+    cache = read_cache(message)
+    if cache and parts and hasattr(parts[-1], "cache"):
+        parts = parts[:-1] + [parts[-1]._replace(cache=cache)]
+    return parts
+
+
+def read_assistant(message: Json, path: str, prompt: Prompt) -> None:
+    """Text, thinking and tool calls, in whichever of the APIs' members they come."""
+    notes = prompt.notes
+    parts: List[Part] = []
+    for name in ("reasoning_content", "reasoning"):
+        thinking = message.get(name)
+        if isinstance(thinking, str) and thinking:
+            parts.append(Thinking(thinking))
+            break
+    parts += read_content(message.get("content"), path + ".content", notes)
+    if not parts and isinstance(message.get("refusal"), str):
+        parts.append(Text(message["refusal"]))
+    for index, call in enumerate(get(message, "tool_calls", "a list", path) or []):
+        here = "%s.tool_calls[%d]" % (path, index)
+        function = get(check(call, "an object", here), "function", "an object", here)
+        custom = get(call, "custom", "an object", here)
+        said = function or custom or {}
+        given = said.get("arguments") if function else {"input": said.get("input", "")}
+        parts.append(Call(get(call, "id", "a string", here) or "",
+                          get(said, "name", "a string", here) or UNNAMED,
+                          read_arguments(given, here + ".function.arguments", notes)))
+    legacy = get(message, "function_call", "an object", path)
+    if legacy:
+        name = get(legacy, "name", "a string", path + ".function_call") or UNNAMED
+        parts.append(Call("function_" + name, name, read_arguments(
+            legacy.get("arguments"), path + ".function_call.arguments", notes)))
+    prompt.turns.append(Turn("assistant", with_cache(parts, message)))
+
+
+def read_tool_message(message: Json, path: str, prompt: Prompt) -> None:
+    """Chat's `tool` message, and the older `function`, whose call is known by its name."""
+    name = get(message, "name", "a string", path) or ""
+    call_id = get(message, "tool_call_id", "a string", path)
+    if call_id is None:
+        call_id = "function_" + name
+    parts = read_content(message.get("content"), path + ".content", prompt.notes)
+    result = make_result(call_id, parts, False, read_cache(message))
+    prompt.turns.append(Turn("user", [result._replace(name=name)]))
+
+
+ROLE_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
+    "user": read_user, "assistant": read_assistant, "tool": read_tool_message,
+    "function": read_tool_message, "system": read_system_message,
+    "developer": read_system_message}
+
+
+def read_messages(body: Json, prompt: Prompt) -> None:
+    """All of `messages` into the prompt.  Raises ProxyError `invalid` with the field's path."""
+    messages = get(body, "messages", "a list")
+    if not messages:
+        raise wrong("messages", "must be a list of at least one message")
+    for index, message in enumerate(messages):
+        path = "messages[%d]" % index
+        role = get(check(message, "an object", path), "role", "a string", path)
+        if role not in ROLE_READERS:
+            raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
+        ROLE_READERS[role](message, path, prompt)
+
+
+def read_model_name(body: Json) -> str:
+    return get(body, "model", "a string") or ""
+
+
+def read_positive(body: Json, names: Tuple[str, ...]) -> Optional[int]:
+    """The first of these members that is given, as a whole number above 0."""
+    for name in names:
+        value = get(body, name, "a number")
+        if value is not None:
+            if value != value or value < 1 or value > 1e12 or value != int(value):
+                raise wrong(name, "must be a whole number above 0")
+            return int(value)
+    return None
+
+
+def read_finite(body: Json, name: str) -> Optional[float]:
+    value = get(body, name, "a number")
+    if value is not None and not -1e9 < value < 1e9:
+        raise wrong(name, "must be a number of ordinary size")
+    return value
+
+
+def read_stops(given: Any, name: str) -> List[str]:
+    """Stop sequences, a string or a list; empty ones are left out."""
+    given = [given] if isinstance(given, str) else given
+    if given is None:
+        return []
+    stops = check(given, "a list", name)
+    return [stop for index, stop in enumerate(stops)
+            if check(stop, "a string", "%s[%d]" % (name, index))]
+
+
+def note_ignored(body: Json, neutral: Mapping[str, Any], notes: List[str]) -> None:
+    """A note for each known field that cannot be honoured and asks for more than its default."""
+    for name, harmless in neutral.items():
+        given = body.get(name)
+        if given is not None and given != harmless and given not in ([], {}):
+            add_note(notes, "ignored", name)
+
+
+def read_json_format(given: Any, path: str) -> Optional[Json]:
+    """response_format, or what has its shape: None for text, {} for any JSON, {"schema": ...}."""
+    if given is None:
+        return None
+    kind = get(check(given, "an object", path), "type", "a string", path)
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return {}
+    if kind != "json_schema":
+        raise wrong(path + ".type", "must be text, json_object or json_schema")
+    holder = get(given, "json_schema", "an object", path)
+    schema = get(given if holder is None else holder, "schema", "an object", path)
+    return {"schema": schema} if schema is not None else {}
+
+
+# === PROMPT REPAIR (pure) ==================================================
+# A history made fit for any upstream, always in the same way, so that a prompt
+# has the same beginning on every turn and the upstream's cache keeps hitting:
+# parts in order, every call answered once and right behind its turn, ids
+# unique, names that every provider takes, pictures of tools shown by the user.
+
+NO_RESULT = "(no result: the call was interrupted)"
+
+
+def order_parts(parts: List[Part]) -> List[Part]:
+    """An assistant's parts as the upstream wants them: thinking, then text, then calls."""
+    order = (Thinking, Text, Call)
+    return [part for kind in order for part in parts if isinstance(part, kind)]
+
+
+def merge_assistants(turns: List[Turn]) -> List[Turn]:
+    """Neighbouring assistant turns made one, empty turns left out."""
+    merged: List[Turn] = []
+    for turn in turns:
+        if not turn.parts:
+            continue
+        if turn.role == "assistant" and merged and merged[-1].role == "assistant":
+            merged[-1].parts.extend(turn.parts)
+        else:
+            merged.append(Turn(turn.role, list(turn.parts)))
+    return merged
+
+
+def unique_id(wanted: str, taken: Dict[str, int]) -> str:
+    """The id wanted, or with a number behind it where it is empty or taken.
+
+    `taken` counts the uses of each id, so that a thousand equal ones cost linear time.
+    """
+    wanted = wanted or "call"
+    candidate = wanted
+    while candidate in taken:
+        taken[wanted] += 1
+        candidate = "%s_%d" % (wanted, taken[wanted])
+    taken[candidate] = 1
+    return candidate
+
+
+def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
+                 notes: List[str]) -> Tuple[List[Part], List[Result]]:
+    """One result for each call, by its id, and the results that are left over.
+
+    `calls` pairs the client's own id of a call with the call under its unique id.
+    """
+    by_id: Dict[str, List[Result]] = {}
+    for result in reversed(results):
+        by_id.setdefault(result.id, []).append(result)
+    answers: List[Part] = []
+    for own_id, call in calls:
+        found = by_id[own_id].pop() if by_id.get(own_id) else None
+        if found is None:
+            add_note(notes, "repaired", "call of %s without a result" % call.name)
+            found = Result(call.id, NO_RESULT)
+        answers.append(found._replace(id=call.id, name=call.name))
+    return answers, [result for left in by_id.values() for result in left]
+
+
+def result_text(result: Result) -> str:
+    """A result's text, marked as an error where it is one and does not say so itself."""
+    opening = result.text.lstrip("<[( ").lower()
+    if result.is_error and not opening.startswith(("error", "tool_use_error")):
+        return "Error: " + result.text
+    return result.text
+
+
+def show_images(results: Iterable[Any]) -> List[Turn]:
+    """A user turn with the pictures that tools gave: inside a result the upstream drops them."""
+    parts: List[Part] = []
+    for result in results:
+        if result.images:
+            parts.append(Text("Pictures returned by the tool %s:" % (result.name or "call")))
+            parts += result.images
+    return [Turn("user", parts)] if parts else []
+
+
+def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
+                 notes: List[str]) -> List[Turn]:
+    """The user turns that follow an assistant's: first all results of its calls, then the rest."""
+    results = [part for turn in users for part in turn.parts if isinstance(part, Result)]
+    answers, left = answer_calls(calls, results, notes)
+    orphans = set(map(id, left))
+    settled = [Turn("tool", answers)] if answers else []
+    settled += show_images(answers)
+    for turn in users:
+        parts: List[Part] = []
+        for part in turn.parts:
+            if not isinstance(part, Result):
+                parts.append(part)
+            elif id(part) in orphans:
+                add_note(notes, "repaired", "result of an unknown call")
+                parts.append(Text("[Result of an earlier tool call] " + result_text(part)))
+                parts += part.images
+        if parts:
+            settled.append(Turn("user", parts))
+    return settled
+
+
+def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
+    """The whole history, repaired; roles are then user, assistant and tool."""
+    turns = merge_assistants(turns)
+    repaired: List[Turn] = []
+    taken: Dict[str, int] = {}
+    at = 0
+    while at < len(turns):
+        calls: List[Tuple[str, Call]] = []
+        if turns[at].role == "assistant":
+            parts: List[Part] = []
+            for part in order_parts(turns[at].parts):
+                if isinstance(part, Call):
+                    own_id, part = part.id, part._replace(id=unique_id(part.id, taken))
+                    if own_id and own_id != part.id:
+                        add_note(notes, "repaired", "tool call id used twice")
+                    calls.append((own_id, part))
+                parts.append(part)
+            repaired.append(Turn("assistant", parts))
+            at += 1
+        end = at
+        while end < len(turns) and turns[end].role == "user":
+            end += 1
+        repaired += settle_users(turns[at:end], calls, notes)
+        at = end
+    return repaired
+
+
+def safe_tool_name(name: str, taken: Mapping[str, str]) -> str:
+    """A name that every provider takes, different from those in `taken`."""
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_TOOL_NAME] or "_"
+    if safe != name or taken.get(safe, name) != name:
+        digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+        safe = "%s_%s" % (safe[:MAX_TOOL_NAME - 9], digest)
+    return safe
+
+
+def map_tool_names(prompt: Prompt) -> None:
+    """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
+    if all(re.fullmatch(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME, name) for name in used_names(prompt)):
+        return
+    sent: Dict[str, str] = {}
+    for name in used_names(prompt):
+        if name not in sent:
+            sent[name] = safe_tool_name(name, prompt.names)
+            prompt.names[sent[name]] = name
+            if sent[name] != name:
+                add_note(prompt.notes, "renamed", "tool %s -> %s" % (name, sent[name]))
+    prompt.tools = [tool._replace(name=sent[tool.name]) for tool in prompt.tools]
+    prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.name])
+                                     if isinstance(part, Call) else part for part in turn.parts])
+                    for turn in prompt.turns]
+    if prompt.choice and prompt.choice.name in sent:
+        prompt.choice = Choice("tool", sent[prompt.choice.name])
+
+
+def used_names(prompt: Prompt) -> Iterator[str]:
+    for tool in prompt.tools:
+        yield tool.name
+    for turn in prompt.turns:
+        for part in turn.parts:
+            if isinstance(part, Call):
+                yield part.name
+
+
+def settle_choice(prompt: Prompt) -> None:
+    """A choice that the tools offered allow: `none` takes the tools away (UPSTREAM: 400)."""
+    choice = prompt.choice
+    if choice is None:
+        return
+    if choice.kind == "none":
+        prompt.tools, prompt.choice = [], None
+    elif choice.kind == "tool" and choice.name not in [tool.name for tool in prompt.tools]:
+        raise wrong("tool_choice", "names %s, which is not among tools"
+                    % printable(choice.name, 80))
+    elif not prompt.tools:
+        prompt.choice = None
+        if choice.kind == "any":
+            add_note(prompt.notes, "ignored", "tool_choice without tools")
+
+
+JSON_ANY = ("Answer with one JSON object and nothing else: no text before or after it, no code "
+            "fence.")
+JSON_SCHEMA = ("Answer with one JSON value that is valid under this JSON Schema and nothing else: "
+               "no text before or after it, no code fence.\n%s")
+
+
+def add_format_instruction(prompt: Prompt) -> None:
+    """The upstream has no response_format: the model is told in words, behind all the rest."""
+    if prompt.json_format is None:
+        return
+    schema = prompt.json_format.get("schema")
+    words = JSON_ANY if schema is None else JSON_SCHEMA % to_json(schema).decode()
+    prompt.system.append(Text(words))
+    add_note(prompt.notes, "json_format", "asked for in words")
+
+
+def repair_prompt(prompt: Prompt) -> None:
+    """Everything above, in order.  Raises ProxyError `invalid` when nothing is left to answer."""
+    settle_choice(prompt)
+    prompt.turns = repair_turns(prompt.turns, prompt.notes)
+    if not prompt.turns:
+        raise wrong("messages", "must hold at least one message that is not empty")
+    if prompt.turns[-1].role == "assistant":
+        add_note(prompt.notes, "prefill", "the model starts anew and does not go on from it")
+    map_tool_names(prompt)
+    add_format_instruction(prompt)
+
+
+def first_user_text(prompt: Prompt) -> str:
+    """The first user message that is not a tool's result: what a conversation is known by."""
+    for turn in prompt.turns:
+        if turn.role == "user":
+            return "\n".join(part.text if isinstance(part, Text) else part.url[:4096]
+                             for part in turn.parts if isinstance(part, (Text, Image)))
+    return ""
+
+
+# === TOKEN COUNT (pure) ====================================================
+# A local estimate of tokens, for the figure that Messages wants before the
+# upstream has told one.  Three kinds of text differ most: words, symbols (code,
+# JSON, digits) and scripts that take about a token a character.  Long prompts
+# are judged by the beginnings of all their texts, so that 8 MB cost no more
+# than 80 KB.
+
+SAMPLE_CHARS = 64 * KIB         # a longer prompt is judged by this much of it
+IMAGE_TOKENS = 1200             # a picture of about a megapixel
+PART_TOKENS = 4                 # roles and separators around each part
+WORD_CHARS = re.compile(r"[A-Za-z \n]+")
+WIDE_CHARS = re.compile("[\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff"
+                        "\uff00-\uffef\U0001f000-\U0003ffff]")
+
+
+def texts_tokens(texts: List[str]) -> float:
+    """Estimated tokens of many texts together."""
+    total = sum(map(len, texts))
+    if total > SAMPLE_CHARS:
+        share = SAMPLE_CHARS / total
+        texts = [text[:64 + int(len(text) * share)] for text in texts]
+    sample = "".join(texts)
+    words = sum(map(len, WORD_CHARS.findall(sample)))
+    wide = 0 if sample.isascii() else len(WIDE_CHARS.findall(sample))
+    tokens = words / 4.6 + wide * 0.9 + (len(sample) - words - wide) / 2.2
+    return tokens * total / max(1, len(sample))
+
+
+def estimate_input(prompt: Prompt) -> int:
+    """Estimated input tokens of a whole request, at least 1."""
+    texts = [text.text for text in prompt.system]
+    images = 0
+    parts = [part for turn in prompt.turns for part in turn.parts]
+    for part in parts:
+        if isinstance(part, Image):
+            images += 1
+        elif isinstance(part, Call):
+            texts += [part.name, *map(str, part.arguments), *map(str, part.arguments.values())]
+        else:
+            texts.append(part.text)
+            images += len(part.images) if isinstance(part, Result) else 0
+    for tool in prompt.tools:
+        texts += [tool.name, tool.description, to_json(tool.schema).decode()]
+    pieces = len(parts) + len(prompt.system) + 3 * len(prompt.tools)
+    return max(1, round(texts_tokens(texts) + PART_TOKENS * pieces + IMAGE_TOKENS * images))
+
+
+def estimate_output(characters: int) -> int:
+    """Estimated tokens of an answer of so many characters."""
+    return max(1, round(characters / 4))
+
+
+# === ANSWER FILTERS (pure) =================================================
+# Functions from events to events, between the waist and the face.  Each says
+# which kinds of block it may change; the fast lane stays shut for those.  A
+# filter that must hold text back gives it out at the block's Close at latest.
+
+
+class Filter(NamedTuple):
+    """A filter, and the kinds of block whose deltas it may change."""
+
+    touches: FrozenSet[str]
+    run: Callable[[Event], List[Event]]
+
+
+def hide_thinking(event: Event) -> List[Event]:
+    block = getattr(event, "block", None)
+    return [] if block is not None and block.kind == THINKING else [event]
+
+
+def restore_names(names: Mapping[str, str]) -> Callable[[Event], List[Event]]:
+    """Tool names as the client knows them."""
+    def run(event: Event) -> List[Event]:
+        if isinstance(event, Open) and event.block.kind == TOOL:
+            event.block.name = names.get(event.block.name, event.block.name)
+        return [event]
+    return run
+
+
+def possible_start(text: str, sequences: Iterable[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a sequence."""
+    longest = 0
+    for sequence in sequences:
+        for size in range(min(len(sequence) - 1, len(text)), longest, -1):
+            if text.endswith(sequence[:size]):
+                longest = size
+                break
+    return longest
+
+
+def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
+    """End the answer in front of the first stop sequence in its text, also across deltas."""
+    held = ""
+
+    def run(event: Event) -> List[Event]:
+        nonlocal held
+        block = getattr(event, "block", None)
+        if block is None or block.kind != TEXT or isinstance(event, Open):
+            return [event]
+        if isinstance(event, Close):
+            rest, held = held, ""
+            return ([Delta(block, rest)] if rest else []) + [event]
+        text = held + event.text        # type: ignore[union-attr]
+        found = [(text.find(stop), stop) for stop in stops if stop in text]
+        if found:
+            at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
+            held = ""
+            cut: List[Event] = [Delta(block, text[:at])] if at else []
+            return cut + [Close(block), End(STOP, stop)]
+        size = possible_start(text, stops)
+        held = text[len(text) - size:]
+        return [Delta(block, text[:len(text) - size])] if size < len(text) else []
+    return run
+
+
+FENCE_START = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\r?\n")
+FENCE_MAYBE = re.compile(r"\s*(`{0,2}|```[A-Za-z0-9_-]*[ \t]*\r?)")
+FENCE_END = re.compile(r"\s*```\s*")
+FENCE_END_MAYBE = re.compile(r"\s*`{0,3}\s*")
+
+
+def strip_fence() -> Callable[[Event], List[Event]]:
+    """Take a code fence off a JSON answer: models add one whatever they are told."""
+    state, held = "start", ""
+
+    def release(block: Block, text: str) -> List[Event]:
+        return [Delta(block, text)] if text else []
+
+    def run(event: Event) -> List[Event]:
+        nonlocal state, held
+        block = getattr(event, "block", None)
+        if block is None or block.kind != TEXT:
+            return [event]
+        if isinstance(event, Open):
+            state, held = "start", ""
+            return [event]
+        if isinstance(event, Close):
+            rest, held = held, ""
+            if state == "fenced" and FENCE_END.fullmatch(rest):
+                rest = ""
+            return release(block, rest) + [event]
+        held += event.text              # type: ignore[union-attr]
+        if state == "start":
+            opening = FENCE_START.match(held)
+            if not opening and FENCE_MAYBE.fullmatch(held):
+                return []
+            state, held = ("fenced", held[opening.end():]) if opening else ("plain", held)
+        size = 0
+        if state == "fenced":           # the closing fence may be what comes last
+            tail = re.search(r"[\s`]*\Z", held[-64:])
+            size = len(tail[0]) if tail and FENCE_END_MAYBE.fullmatch(tail[0]) else 0
+        ready, held = held[:len(held) - size], held[len(held) - size:]
+        return release(block, ready)
+    return run
+
+
+def choose_filters(prompt: Prompt) -> List[Filter]:
+    """The filters that this prompt's answer passes through, in order."""
+    filters = []
+    if not prompt.show_thinking:
+        filters.append(Filter(frozenset([THINKING]), hide_thinking))
+    if prompt.names:
+        filters.append(Filter(frozenset(), restore_names(prompt.names)))
+    if prompt.json_format is not None:
+        filters.append(Filter(frozenset([TEXT]), strip_fence()))
+    if prompt.stops:
+        filters.append(Filter(frozenset([TEXT]), cut_at_stops(prompt.stops)))
+    return filters
+
+
+# === UPSTREAM ERRORS (pure) ================================================
+# What an upstream says when it fails, in a status with a body or inside its
+# stream, made a ProxyError: its own message, code and trace id are kept, keys
+# in them are not.  The vendor wraps errors in several ways, often one inside
+# another, and all its APIs share them.
+
+def read_retry_after(value: str) -> Optional[float]:
+    """Seconds of a Retry-After header; a date or nonsense counts as absent."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value):
+        return min(float(value), MAX_RETRY_AFTER_SECONDS)
+    return None
+
+
+def upstream_error(status: int, said: Json, trace_id: Optional[str],
+                   retry_after: Optional[float]) -> ProxyError:
+    """An upstream's error object, from a body or an event, as what the client is told.
+
+    `said` may hold message, code, type, name, isRetryable and an own status or statusCode.
+    """
+    own = said.get("statusCode", said.get("status"))
+    if isinstance(own, int) and not isinstance(own, bool) and 400 <= own <= 599:
+        status = own
+    code = next((str(said[name]) for name in ("code", "type", "name") if said.get(name)), "")
+    message = said.get("message")
+    message = redact(str(message))[:MAX_ERROR_TEXT] if message else ""
+    kind = classify_failure(status, code, message)
+    if kind == "too_long" and "prompt is too long" not in message.lower():
+        message = "prompt is too long: " + message      # the words that make clients compact
+    known: Json = {"code": printable(code, 100) or None, "trace_id": trace_id,
+                   "retry_after": retry_after}
+    retryable = said.get("isRetryable")
+    if isinstance(retryable, bool) and KINDS[kind].again != NEVER:
+        known["retryable"] = retryable
+    return ProxyError(kind, message or "The upstream answered %d without saying why." % status,
+                      **known)
+
+
+def decode_error(said: Any) -> Tuple[int, Json]:
+    """(status, error object) of what an `error` member held: an object, a string, or a string
+    such as `403 {"error": {...}}` with an envelope in it."""
+    if isinstance(said, dict):
+        inner = said.get("message")
+        if isinstance(inner, str) and re.match(r"[1-5][0-9][0-9] *\{", inner):
+            status, found = decode_error(inner)
+            return status, {**said, **found}
+        return 502, said
+    text = str(said)
+    status = re.match(r"\s*([45][0-9][0-9])\b", text)
+    try:
+        envelope = json.loads(text[text.index("{"):])
+        inner = envelope.get("error", envelope)
+    except (ValueError, RecursionError, AttributeError):
+        inner = None
+    if not isinstance(inner, dict):
+        inner = {"message": text}
+    return int(status[1]) if status else 502, inner
+
+
+def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
+    """An answer whose status is not 200 (UPSTREAM 7.1), whatever its body looks like."""
+    trace_id = printable(fields.get("x-trace-id", ""), 64) or None
+    retry_after = read_retry_after(fields.get("retry-after", ""))
+    if status < 400:
+        return ProxyError("upstream_final", "The upstream answered %d; redirects are not "
+                          "followed (is apiBase right?)." % status, trace_id=trace_id)
+    text = body.decode("utf-8", "replace").strip()
+    said: Json = {}
+    try:
+        envelope = json.loads(text) if text.startswith("{") else {}
+        inner = envelope.get("error", envelope)
+        said = inner if isinstance(inner, dict) else {"message": inner}
+    except (ValueError, RecursionError):
+        said = {}
+    if not said and text and not text.startswith(("<", "{")):
+        said = {"message": text[:500]}
+    said = {name: value for name, value in said.items() if name not in ("status", "statusCode")}
+    return upstream_error(status, said, trace_id, retry_after)
+
+
+# === UPSTREAM FORMAT: ALPHA (pure) =========================================
+# Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
+# envelope; the answer is bare NDJSON, one event a line, whatever its content
+# type says (a `data:` prefix is tolerated).  READERS is the table of events;
+# what is not in it is ignored, as the vendor's own client does.  There is no
+# terminator: `finish` is the answer's end, `provider-metadata` follows it, and
+# a stream that stops without `finish` was cut.
+
+# Fixed and neutral, so that nothing of this host leaks and every request of a conversation
+# begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
+# `system` is sent, and one that moves would break the cache at midnight.
+ENVIRONMENT: Json = {"workingDir": "/workspace", "date": "2026-01-01", "environment": "linux",
+                     "structure": [], "isGitRepo": False, "currentBranch": "", "mainBranch": "",
+                     "gitStatus": "", "recentCommits": []}
+NO_SYSTEM = " "             # without any, the server adds 7500 tokens of its own (UPSTREAM 1.4)
+
+
+def with_cache_control(part: Json, cache: Optional[Json]) -> Json:
+    return {**part, "cache_control": cache} if cache else part
+
+
+def alpha_part(part: Part) -> Json:
+    """One part of a message (UPSTREAM 4.2)."""
+    if isinstance(part, Text):
+        return with_cache_control({"type": "text", "text": part.text}, part.cache)
+    if isinstance(part, Image):
+        return with_cache_control({"type": "image", "image": part.url, "mimeType": part.mime},
+                                  part.cache)
+    if isinstance(part, Thinking):
+        return {"type": "reasoning", "text": part.text}
+    if isinstance(part, Call):
+        return with_cache_control({"type": "tool-call", "toolCallId": part.id,
+                                   "toolName": part.name, "input": part.arguments}, part.cache)
+    return with_cache_control({"type": "tool-result", "toolCallId": part.id,
+                               "toolName": part.name or "unknown",
+                               "output": {"type": "text", "value": result_text(part)}}, part.cache)
+
+
+def alpha_system(texts: List[Text]) -> Any:
+    """System blocks; all but the last end with a newline, as the vendor's client sends them."""
+    if not texts:
+        return NO_SYSTEM
+    blocks = [text.text if text.text.endswith("\n") else text.text + "\n" for text in texts[:-1]]
+    blocks.append(texts[-1].text)
+    return [with_cache_control({"type": "text", "text": text}, given.cache)
+            for text, given in zip(blocks, texts)]
+
+
+def single_types(schema: Any) -> Any:
+    """A schema without lists of types, which Gemini refuses: ["string", "null"] is nullable."""
+    if isinstance(schema, list):
+        return [single_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    fixed = {name: single_types(item) for name, item in schema.items()}
+    kinds = schema.get("type")
+    if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
+        real = [kind for kind in kinds if kind != "null"] or ["string"]
+        fixed["type"] = real[0]
+        if len(real) > 1:
+            del fixed["type"]
+            fixed["anyOf"] = [{"type": kind} for kind in real]
+        if "null" in kinds:
+            fixed["nullable"] = True
+    return fixed
+
+
+def alpha_tool(tool: Tool, model: str) -> Json:
+    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
+    return with_cache_control({"name": tool.name, "description": tool.description,
+                               "input_schema": schema}, tool.cache)
+
+
+def alpha_choice(choice: Choice) -> Json:
+    return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
+
+
+def build_alpha(prompt: Prompt, session: str) -> bytes:
+    """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.
+
+    Raises ProxyError `invalid` for numbers that JSON has no words for.
+    """
+    params: Json = {
+        "model": prompt.model,
+        "messages": [{"role": turn.role, "content": [alpha_part(part) for part in turn.parts]}
+                     for turn in prompt.turns],
+        "tools": [alpha_tool(tool, prompt.model) for tool in prompt.tools],
+        "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
+    optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
+                "top_p": prompt.top_p,
+                "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None}
+    params.update((name, value) for name, value in optional.items() if value is not None)
+    try:
+        return to_json({"config": ENVIRONMENT, "memory": None, "taste": None, "skills": None,
+                        "permissionMode": "standard", "threadId": session, "params": params})
+    except ValueError:
+        raise ProxyError("invalid", "A number in the request is out of range.") from None
+
+
+REASON_WORDS = {"stop": STOP, "end_turn": STOP, "stop_sequence": STOP, "length": LENGTH,
+                "max_tokens": LENGTH, "max_output_tokens": LENGTH, "tool-calls": TOOL_CALLS,
+                "tool_calls": TOOL_CALLS, "tool_use": TOOL_CALLS, "content-filter": FILTERED,
+                "content_filter": FILTERED, "refusal": FILTERED, "pause_turn": PAUSED}
+
+
+def read_delta_text(reading: Reading, raw: Json) -> Iterator[Event]:
+    text = raw.get("text")
+    if isinstance(text, str) and text:
+        yield from extend(reading, TEXT, text)
+
+
+def find_signature(raw: Json) -> str:
+    """The provider's signature of some thinking, from whichever provider's metadata."""
+    metadata = raw.get("providerMetadata")
+    for provider in metadata.values() if isinstance(metadata, dict) else ():
+        signature = provider.get("signature") if isinstance(provider, dict) else None
+        if isinstance(signature, str) and signature:
+            return signature
+    return ""
+
+
+def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
+    """Thinking, and the signature that may come with its last, empty delta."""
+    text = raw.get("text")
+    if isinstance(text, str) and text and not reading.mute_thinking:
+        yield from extend(reading, THINKING, text)
+    signature = find_signature(raw)
+    if signature and reading.live is not None and reading.live.kind == THINKING:
+        reading.live.signature = signature
+
+
+def known_call_id(reading: Reading, given: Any) -> str:
+    return given if isinstance(given, str) and given else "call_%d" % len(reading.calls)
+
+
+def call_name(raw: Json) -> str:
+    name = raw.get("toolName")
+    return name if isinstance(name, str) and name else "unknown"
+
+
+def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
+    name = known_call_id(reading, raw.get("id"))
+    if raw.get("providerExecuted"):
+        reading.ignored.add(name)
+    elif name not in reading.ignored:
+        yield from start_call(reading, name, call_name(raw))
+
+
+def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
+    piece, name = raw.get("delta"), raw.get("id")
+    if isinstance(piece, str) and piece and isinstance(name, str):
+        yield from extend_call(reading, name, piece)
+
+
+def call_arguments(raw: Json) -> str:
+    """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
+    given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
+    if isinstance(given, str):
+        try:
+            decoded = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError):
+            decoded = given
+        if isinstance(decoded, dict) and given.strip():
+            return given
+        given = decoded
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if given is None:
+        given = {}
+    return json.dumps(given if isinstance(given, dict) else {"input": given},
+                      ensure_ascii=False, separators=(",", ":"))
+
+
+def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
+    """A whole call; those that the upstream runs itself are not the client's."""
+    name = known_call_id(reading, raw.get("toolCallId"))
+    if not raw.get("providerExecuted") and name not in reading.ignored:
+        yield from finish_call(reading, name, call_name(raw), call_arguments(raw))
+
+
+def read_count(holder: Any, name: str) -> Optional[int]:
+    value = holder.get(name) if isinstance(holder, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def read_usage(given: Any) -> Optional[Usage]:
+    """Token counts (UPSTREAM 5.3): nested details first, the older flat members where absent."""
+    used, sent = read_count(given, "inputTokens"), read_count(given, "outputTokens")
+    if used is None and sent is None:
+        return None
+    inputs, outputs = given.get("inputTokenDetails"), given.get("outputTokenDetails")
+    cached = read_count(inputs, "cacheReadTokens")
+    reasoned = read_count(outputs, "reasoningTokens")
+    if cached is None:
+        cached = read_count(given, "cachedInputTokens")
+    if reasoned is None:
+        reasoned = read_count(given, "reasoningTokens")
+    return Usage(used or 0, sent or 0, cached, read_count(inputs, "cacheWriteTokens"), reasoned)
+
+
+def read_finish_step(reading: Reading, raw: Json) -> Iterator[Event]:
+    reading.usage = read_usage(raw.get("usage")) or reading.usage
+    return iter(())
+
+
+def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
+    """The answer's end (UPSTREAM 5.4); a reason nobody knows is an ordinary end."""
+    reading.usage = read_usage(raw.get("totalUsage")) or reading.usage
+    words = [raw.get("finishReason"), raw.get("rawFinishReason")]
+    if "pause_turn" in words:
+        yield from end_answer(reading, PAUSED)
+    elif words[0] == "error":
+        yield from fail_answer(reading, ProxyError(
+            "upstream", "The upstream ended its answer with an error."))
+    else:
+        known = [REASON_WORDS[word] for word in words
+                 if isinstance(word, str) and word in REASON_WORDS]
+        yield from end_answer(reading, known[0] if known else STOP)
+
+
+def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
+    status, said = decode_error(raw.get("error", raw.get("message", "unknown error")))
+    yield from fail_answer(reading, upstream_error(status, said, None, None))
+
+
+def read_abort(reading: Reading, raw: Json) -> Iterator[Event]:
+    yield from fail_answer(reading, ProxyError("upstream", "The upstream aborted its answer."))
+
+
+def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
+    """What the answer cost, which comes after its end."""
+    metadata = raw.get("providerMetadata")
+    gateway = metadata.get("gateway") if isinstance(metadata, dict) else None
+    cost = gateway.get("cost") if isinstance(gateway, dict) else None
+    if isinstance(cost, str) and re.fullmatch(r"[0-9.eE+-]{1,32}", cost):
+        reading.cost = cost
+    return iter(())
+
+
+READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
+    "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
+    "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
+    "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
+    "finish-step": read_finish_step, "finish": read_finish, "error": read_error,
+    "abort": read_abort, "provider-metadata": read_provider_metadata}
+
+START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
+
+
+def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
+    """The events of one line; what is not a JSON object with a known type has none."""
+    line = line.strip(b" \t\r\n")
+    if line.startswith(b"data:"):
+        line = line[5:].lstrip(b" \t")
+    if not line.startswith(b"{") or line.startswith(START_STEP):
+        return
+    try:
+        raw = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        add_note(reading.notes, "ignored", "an upstream line that is not JSON")
+        return
+    if not reading.began:
+        reading.began = True
+        yield Begin()
+    kind = raw.get("type")
+    if not isinstance(kind, str) and raw.get("error"):
+        kind = "error"              # an envelope sent with status 200
+    reader = READERS.get(kind) if isinstance(kind, str) else None
+    if reader is not None:
+        yield from reader(reading, raw)
+
+
+# One JSON string without control characters and without surrogate escapes: those may be halves
+# that must be joined, so they go the ordinary way.  Unrolled, so that it runs in linear time.
+LANE_STRING = (rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u(?:[0-9abcefABCEF][0-9a-fA-F]{3}'
+               rb'|[dD][0-7][0-9a-fA-F]{2}))[^"\\\x00-\x1f]*)*')
+
+
+def lane_pattern(kind: bytes, member: bytes) -> Any:
+    """A whole delta line and nothing else: (id, escaped string that is not empty)."""
+    return re.compile(rb'(?:data: ?)?\{"type":"' + kind + rb'","id":"([^"\\\x00-\x1f]*)","'
+                      + member + rb'":"(?!")(' + LANE_STRING + rb')"\}(?:\r?\n)+')
+
+
+ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read_alpha_line,
+                       read_upstream_failure,
+                       {TEXT: lane_pattern(b"text-delta", b"text"),
+                        THINKING: lane_pattern(b"reasoning-delta", b"text"),
+                        TOOL: lane_pattern(b"tool-input-delta", b"delta")})
+
+
+# === FACE: CHAT (pure) =====================================================
+# OpenAI's Chat Completions: request to Prompt, events to `chat.completion.chunk`
+# frames, a finished reply to one `chat.completion`.  Thinking travels as
+# `reasoning_content`, which is what clients of open models read (R33).
+
+CHAT_IGNORED = {        # fields without a counterpart upstream, and the value that changes nothing
+    "seed": None, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None,
+    "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True, "top_k": None,
+    "modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None,
+    "verbosity": None, "store": False, "service_tier": "auto", "min_p": None,
+    "repetition_penalty": None}
+
+CHAT_REASONS = {STOP: "stop", LENGTH: "length", TOOL_CALLS: "tool_calls",
+                FILTERED: "content_filter", PAUSED: "stop"}
+
+
+def chat_tools(body: Json, notes: List[str]) -> List[Tool]:
+    """`tools`, or the older `functions`."""
+    if body.get("tools") is None and body.get("functions") is not None:
+        return read_tools(body["functions"], "functions", notes)
+    return read_tools(body.get("tools"), "tools", notes)
+
+
+def chat_choice(body: Json, notes: List[str]) -> Optional[Choice]:
+    """`tool_choice`, or the older `function_call`."""
+    legacy = body.get("function_call")
+    if body.get("tool_choice") is not None or legacy is None:
+        return read_choice_of_tool(body.get("tool_choice"), notes)
+    if isinstance(legacy, dict):
+        legacy = {"type": "function", **legacy}
+    return read_choice_of_tool(legacy, notes)
+
+
+def chat_effort(body: Json) -> Optional[str]:
+    """reasoning_effort, or OpenRouter's and Responses' reasoning.effort."""
+    nested = get(body, "reasoning", "an object") or {}
+    return (get(body, "reasoning_effort", "a string")
+            or get(nested, "effort", "a string", "reasoning"))
+
+
+def parse_chat(body: Json, notes: List[str]) -> Prompt:
+    """A Chat Completions request as a Prompt.  Raises ProxyError `invalid` naming the field."""
+    count = read_positive(body, ("n",))
+    if count is not None and count > 1:
+        raise wrong("n", "must be 1: there is one answer to a request")
+    note_ignored(body, CHAT_IGNORED, notes)
+    options = get(body, "stream_options", "an object") or {}
+    prompt = Prompt(
+        asked=read_model_name(body), turns=[], notes=notes,
+        tools=chat_tools(body, notes), choice=chat_choice(body, notes),
+        max_tokens=read_positive(body, ("max_completion_tokens", "max_tokens")),
+        temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
+        effort=chat_effort(body), stops=read_stops(body.get("stop"), "stop"),
+        json_format=read_json_format(body.get("response_format"), "response_format"),
+        stream=bool(get(body, "stream", "a boolean")),
+        include_usage=bool(get(options, "include_usage", "a boolean", "stream_options")))
+    read_messages(body, prompt)
+    return prompt
+
+
+def chat_chunk(reply: Reply, delta: Json, reason: Optional[str] = None) -> bytes:
+    return data_frame({"id": reply.id, "object": "chat.completion.chunk",
+                       "created": reply.created, "model": reply.model,
+                       "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+
+
+def chat_open(reply: Reply, event: Any) -> bytes:
+    """A tool call's first frame tells id and name; text needs none."""
+    block = event.block
+    if block.kind != TOOL:
+        return b""
+    return chat_chunk(reply, {"tool_calls": [
+        {"index": block.number, "id": block.call_id, "type": "function",
+         "function": {"name": block.name, "arguments": ""}}]})
+
+
+def chat_delta(reply: Reply, event: Any) -> bytes:
+    block = event.block
+    if block.kind == TOOL:
+        return chat_chunk(reply, {"tool_calls": [
+            {"index": block.number, "function": {"arguments": event.text}}]})
+    return chat_chunk(reply, {"content" if block.kind == TEXT else "reasoning_content":
+                              event.text})
+
+
+def chat_usage(usage: Usage) -> Json:
+    """Token counts as OpenAI writes them: prompt_tokens include cached ones."""
+    shown: Json = {"prompt_tokens": usage.input, "completion_tokens": usage.output,
+                   "total_tokens": usage.input + usage.output}
+    if usage.cache_read is not None:
+        shown["prompt_tokens_details"] = {"cached_tokens": usage.cache_read}
+    if usage.reasoning is not None:
+        shown["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning}
+    return shown
+
+
+def chat_end(reply: Reply, event: Any) -> bytes:
+    """The one last choice, the usage where it was asked for and is known, and [DONE]."""
+    frames = chat_chunk(reply, {}, CHAT_REASONS[reply.reason])
+    if reply.include_usage and reply.usage:
+        frames += data_frame({"id": reply.id, "object": "chat.completion.chunk",
+                              "created": reply.created, "model": reply.model, "choices": [],
+                              "usage": chat_usage(reply.usage)})
+    return frames + b"data: [DONE]\n\n"
+
+
+CHAT_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
+    Begin: lambda reply, event: chat_chunk(reply, {"role": "assistant", "content": ""}),
+    Open: chat_open, Delta: chat_delta, Close: lambda reply, event: b"", End: chat_end}
+
+
+def chat_frames(reply: Reply, event: Event) -> bytes:
+    """The SSE frames that show one event to a chat client."""
+    return CHAT_FRAMES[type(event)](reply, event)
+
+
+def chat_body(reply: Reply) -> Json:
+    """The whole answer as one chat completion; a call that was cut off is left out."""
+    calls = [block for block in reply.of_kind(TOOL) if block.whole]
+    text = "".join(block.text for block in reply.of_kind(TEXT))
+    message: Json = {"role": "assistant", "content": text or (None if calls else "")}
+    thinking = "".join(block.text for block in reply.of_kind(THINKING))
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = [
+            {"id": block.call_id, "type": "function",
+             "function": {"name": block.name, "arguments": block.text}} for block in calls]
+    body: Json = {"id": reply.id, "object": "chat.completion", "created": reply.created,
+                  "model": reply.model,
+                  "choices": [{"index": 0, "message": message, "logprobs": None,
+                               "finish_reason": CHAT_REASONS[reply.reason]}]}
+    if reply.usage:
+        body["usage"] = chat_usage(reply.usage)
+    return body
+
+
+def chat_error(error: ProxyError) -> Json:
+    """An error in OpenAI's shape (their API reference, error object)."""
+    row = KINDS[error.kind]
+    return {"error": {"message": error.message, "type": row.openai, "param": error.param,
+                      "code": row.code, **error_extras(error)}}
+
+
+CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error,
+            lambda error: data_frame(chat_error(error)), "chatcmpl-")
+
+
+# === FACE: MESSAGES (pure) =================================================
+# Anthropic's Messages: request to Prompt, events to named SSE frames, a
+# finished reply to one message.  Thinking is shown only to a request that
+# asked for it, and each thinking block ends with exactly one signature.
+
+MESSAGES_IGNORED = {"top_k": None, "service_tier": "auto", "container": None, "mcp_servers": None,
+                    "inference_geo": None}
+
+STOP_REASONS = {STOP: "end_turn", LENGTH: "max_tokens", TOOL_CALLS: "tool_use",
+                FILTERED: "refusal", PAUSED: "pause_turn"}
+DELTA_SHAPES = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
+                TOOL: ("input_json_delta", "partial_json")}
+BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
+
+
+def refuse_threads(body: Json) -> None:
+    """Message threads need a store: this answer makes the SDKs go on with full history (R17)."""
+    if body.get("thread") is not None:
+        raise ProxyError("invalid", "Message threads are not kept here: send the whole history.",
+                         param="thread", details={"error_code": "thread_unsupported_request",
+                                                  "unsupported": ["thread"]})
+
+
+def messages_thinking(body: Json) -> Tuple[bool, Optional[str]]:
+    """(whether thinking is shown, effort) of `thinking` and `output_config.effort` (R12)."""
+    given = get(body, "thinking", "an object") or {}
+    kind = get(given, "type", "a string", "thinking") or "disabled"
+    if kind not in ("enabled", "adaptive", "disabled"):
+        raise wrong("thinking.type", "must be enabled, adaptive or disabled")
+    config = get(body, "output_config", "an object") or {}
+    effort = get(config, "effort", "a string", "output_config")
+    budget = get(given, "budget_tokens", "a number", "thinking")
+    if effort is None and kind == "enabled":
+        effort = next((word for least, word in BUDGET_EFFORTS if (budget or 0) >= least), "low")
+    return kind != "disabled", effort
+
+
+def messages_format(body: Json) -> Optional[Json]:
+    config = get(body, "output_config", "an object") or {}
+    return read_json_format(config.get("format"), "output_config.format")
+
+
+def cache_last_part(prompt: Prompt, cache: Optional[Json]) -> None:
+    """A top-level cache_control means the last part that can carry one."""
+    if cache and prompt.turns and prompt.turns[-1].parts:
+        turn = prompt.turns[-1]
+        prompt.turns[-1] = Turn(turn.role, with_cache(turn.parts, {"cache_control": cache}))
+
+
+def parse_messages(body: Json, notes: List[str]) -> Prompt:
+    """A Messages request as a Prompt.  Raises ProxyError `invalid` naming the field."""
+    refuse_threads(body)
+    note_ignored(body, MESSAGES_IGNORED, notes)
+    shown, effort = messages_thinking(body)
+    given = body.get("tool_choice")
+    if isinstance(given, dict) and given.get("disable_parallel_tool_use"):
+        add_note(notes, "ignored", "tool_choice.disable_parallel_tool_use")
+    metadata = get(body, "metadata", "an object") or {}
+    prompt = Prompt(
+        asked=read_model_name(body), turns=[], notes=notes,
+        system=read_system(body.get("system"), "system", notes),
+        tools=read_tools(body.get("tools"), "tools", notes),
+        choice=read_choice_of_tool(given, notes), max_tokens=read_positive(body, ("max_tokens",)),
+        temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
+        effort=effort, stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
+        json_format=messages_format(body), stream=bool(get(body, "stream", "a boolean")),
+        show_thinking=shown, user_id=metadata.get("user_id"))
+    read_messages(body, prompt)
+    cache_last_part(prompt, read_cache(body))
+    return prompt
+
+
+def messages_usage(reply: Reply) -> Json:
+    """Token counts as Anthropic writes them: input_tokens without cached ones.  Both counts are
+    mandatory there, so they are estimates where the upstream was cut off (a note says so)."""
+    usage = reply.usage
+    if usage is None:
+        return {"input_tokens": reply.input_estimate, "output_tokens": reply.output_estimate}
+    fresh = usage.input - (usage.cache_read or 0) - (usage.cache_write or 0)
+    shown = {"input_tokens": max(0, fresh)}
+    if usage.cache_write is not None:
+        shown["cache_creation_input_tokens"] = usage.cache_write
+    if usage.cache_read is not None:
+        shown["cache_read_input_tokens"] = usage.cache_read
+    return {**shown, "output_tokens": usage.output}
+
+
+def messages_shell(reply: Reply) -> Json:
+    return {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
+            "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": reply.input_estimate, "output_tokens": 0}}
+
+
+def messages_block(block: Block, whole: bool) -> Json:
+    """A content block: empty as it opens, complete in a plain answer."""
+    if block.kind == TOOL:
+        return {"type": "tool_use", "id": block.call_id, "name": block.name,
+                "input": read_arguments(block.text, "", []) if whole else {}}
+    if block.kind == TEXT:
+        return {"type": "text", "text": block.text if whole else ""}
+    return {"type": "thinking", "thinking": block.text if whole else "",
+            "signature": (block.signature or DEFAULT_SIGNATURE) if whole else ""}
+
+
+def messages_frame(kind: str, **members: Any) -> bytes:
+    return event_frame(kind, {"type": kind, **members})
+
+
+def messages_begin(reply: Reply, event: Any) -> bytes:
+    return messages_frame("message_start", message=messages_shell(reply))
+
+
+def messages_open(reply: Reply, event: Any) -> bytes:
+    return messages_frame("content_block_start", index=event.block.index,
+                          content_block=messages_block(event.block, False))
+
+
+def messages_delta(reply: Reply, event: Any) -> bytes:
+    kind, member = DELTA_SHAPES[event.block.kind]
+    return messages_frame("content_block_delta", index=event.block.index,
+                          delta={"type": kind, member: event.text})
+
+
+def messages_close(reply: Reply, event: Any) -> bytes:
+    """The end of a block, behind the one signature that thinking needs (FIELD 13)."""
+    block, frames = event.block, b""
+    if block.kind == THINKING:
+        frames = messages_frame("content_block_delta", index=block.index, delta={
+            "type": "signature_delta", "signature": block.signature or DEFAULT_SIGNATURE})
+    return frames + messages_frame("content_block_stop", index=block.index)
+
+
+def messages_reason(reply: Reply) -> Json:
+    reason = "stop_sequence" if reply.sequence is not None else STOP_REASONS[reply.reason]
+    return {"stop_reason": reason, "stop_sequence": reply.sequence}
+
+
+def messages_end(reply: Reply, event: Any) -> bytes:
+    return (messages_frame("message_delta", delta=messages_reason(reply),
+                           usage=messages_usage(reply))
+            + messages_frame("message_stop"))
+
+
+MESSAGES_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
+    Begin: messages_begin, Open: messages_open, Delta: messages_delta, Close: messages_close,
+    End: messages_end}
+
+
+def messages_frames(reply: Reply, event: Event) -> bytes:
+    """The named SSE frames that show one event to a messages client."""
+    return MESSAGES_FRAMES[type(event)](reply, event)
+
+
+def messages_body(reply: Reply) -> Json:
+    """The whole answer as one message; a call that was cut off is left out."""
+    content = [messages_block(block, True) for block in reply.blocks
+               if block.kind != TOOL or block.whole]
+    return {**messages_shell(reply), "content": content, **messages_reason(reply),
+            "usage": messages_usage(reply)}
+
+
+def messages_error(error: ProxyError) -> Json:
+    """An error in Anthropic's shape (their API reference, errors)."""
+    return {"type": "error", "error": {"type": KINDS[error.kind].anthropic,
+                                       "message": error.message, **error_extras(error)}}
+
+
+MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, messages_error,
+                lambda error: event_frame("error", messages_error(error)), "msg_")
+
+
+# === ANSWER (pure) =========================================================
+# The one read loop: bytes of an upstream's body in, frames for the client out,
+# in any pieces.  It does not know who drives it.  A streaming answer shows each
+# event as it comes; a plain one collects blocks, shown once by `body()`.
+#
+# The fast lane: while a block is open that no filter touches, a line that is
+# exactly a delta of that block is copied, its JSON string still escaped, between
+# a prefix and a suffix taken from the face's own frame.  Any other line takes
+# the ordinary way, and both give the same frames.
+
+LANE_MARK = "=lane-mark="       # stands for the text in a frame that is cut into prefix and suffix
+
+
+class Lane(NamedTuple):
+    """How deltas of the open block are copied; `call_id` b"" where ids do not matter."""
+
+    pattern: Any
+    block: Block
+    call_id: bytes
+    prefix: bytes
+    suffix: bytes
+
+
+class Answer:
+    """Reads one answer, however often its upstream call is repeated, and shows it in one face.
+
+    `feed` and `eof` give frames (b"" in a plain answer).  When `over`, either `error` is set and
+    nothing was shown of it yet, or the answer is complete.  `visible` tells that text or a tool
+    call was shown, after which nothing can be repeated.
+    """
+
+    def __init__(self, face: Face, upstream: UpstreamFormat, reply: Reply, prompt: Prompt,
+                 allow_empty: bool) -> None:
+        self.face, self.upstream, self.reply = face, upstream, reply
+        self.stream, self.allow_empty = prompt.stream, allow_empty
+        self.filters = choose_filters(prompt)
+        self.touched = frozenset().union(*(one.touches for one in self.filters))
+        self.lines = LineBuffer(upstream.skip)
+        self.reading = Reading(notes=reply.notes)
+        self.lane: Optional[Lane] = None
+        self.counts = {TEXT: 0, THINKING: 0, TOOL: 0}
+        self.begun = self.over = self.visible = self.shown = False
+        self.error: Optional[ProxyError] = None
+        self.noted = 0              # late notes that went out as comments
+        self.lines_read = 0         # complete lines: what counts as a sign of life
+
+    def feed(self, data: bytes) -> bytes:
+        """Frames for some more bytes of the upstream's body."""
+        lines = self.lines.feed(data)
+        if not lines:
+            return b""
+        self.lines_read += 1
+        clean = lines.isascii() or is_utf8(lines)
+        frames: List[bytes] = []
+        at, end = 0, len(lines)
+        while at < end:
+            if self.lane is not None and clean:
+                at = self.copy_deltas(self.lane, lines, at, frames)
+                if at >= end:
+                    break
+            stop = lines.index(b"\n", at)
+            self.read_line(lines[at:stop], frames)
+            at = stop + 1
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def eof(self) -> bytes:
+        """Frames for the end of the upstream's body; without a `finish` that is a failure."""
+        frames: List[bytes] = []
+        self.read_line(self.lines.flush(), frames)
+        if not self.over:
+            problem = ("The upstream's answer stopped before its end." if self.reading.began
+                       else "The upstream's answer was empty.")
+            self.fail(ProxyError("upstream", problem), frames)
+        return b"".join(frames)
+
+    def stop(self, error: ProxyError) -> bytes:
+        """Frames for a failure of the connection; the open block is closed."""
+        frames: List[bytes] = []
+        if not self.over:
+            self.fail(error, frames)
+        return b"".join(frames)
+
+    def fail(self, error: ProxyError, frames: List[bytes]) -> None:
+        for event in fail_answer(self.reading, error):
+            self.pass_on(event, 0, frames)
+
+    def restart(self) -> None:
+        """Make ready for a repeated call.  In a stream, thinking that was shown stays shown and the
+        repeated call's is left out; a plain answer starts anew."""
+        if not self.stream:
+            self.reply.blocks.clear()
+            self.counts = dict.fromkeys(self.counts, 0)
+        self.reading = Reading(began=self.reading.began, notes=self.reading.notes,
+                               mute_thinking=self.stream and self.shown)
+        self.lines = LineBuffer(self.upstream.skip)
+        self.over, self.error, self.lane = False, None, None
+
+    def body(self) -> Json:
+        """The whole answer, for a plain request."""
+        return self.face.body(self.reply)
+
+    def copy_deltas(self, lane: Lane, lines: bytes, at: int, frames: List[bytes]) -> int:
+        """Copy all delta lines of the open block that stand here; gives where they end."""
+        strings: List[bytes] = []
+        match = lane.pattern.match
+        found = match(lines, at)
+        while found:
+            name, string = found.groups()
+            if lane.call_id and name != lane.call_id:
+                break
+            strings.append(string)
+            at = found.end()
+            found = match(lines, at)
+        if strings:
+            if not self.stream or self.face.keeps or lane.block.kind == TOOL:
+                lane.block.pieces += strings
+            if self.stream:
+                between = lane.suffix + lane.prefix
+                frames.append(lane.prefix + between.join(strings) + lane.suffix)
+        return at
+
+    def read_line(self, line: bytes, frames: List[bytes]) -> None:
+        """The ordinary way of one line: events, filters, frames."""
+        was_over = self.over
+        for event in self.upstream.read_line(self.reading, line):
+            if not was_over:
+                self.pass_on(event, 0, frames)
+        self.reply.cost = self.reading.cost
+        self.lane = self.find_lane()
+
+    def pass_on(self, event: Event, place: int, frames: List[bytes]) -> None:
+        """Send an event through the filters from `place` on, then show it."""
+        if self.over:
+            return
+        if place == len(self.filters):
+            self.show(event, frames)
+            return
+        for filtered in self.filters[place].run(event):
+            self.pass_on(filtered, place + 1, frames)
+
+    def show(self, event: Event, frames: List[bytes]) -> None:
+        """Fold an event into the reply and, in a stream, into frames.
+
+        Begin is held until something follows it: before that, an error can still be a status.
+        """
+        if isinstance(event, Begin):
+            return
+        if isinstance(event, End):
+            event = self.settle_end(event)
+        if isinstance(event, Fail):
+            self.over, self.error = True, event.error
+            return
+        if isinstance(event, Open):
+            self.place_block(event.block)
+        elif isinstance(event, Delta):
+            self.keep_delta(event)
+        if not self.stream:
+            return
+        if not self.begun:
+            self.begun = True
+            frames.append(self.face.frames(self.reply, Begin()))
+        if isinstance(event, End):
+            frames.append(self.late_notes())
+        frames.append(self.face.frames(self.reply, event))
+
+    def place_block(self, block: Block) -> None:
+        block.index = len(self.reply.blocks)
+        block.number = self.counts[block.kind]
+        self.counts[block.kind] += 1
+        self.reply.blocks.append(block)
+        if self.stream and block.kind == TOOL:
+            self.visible = self.shown = True
+
+    def keep_delta(self, event: Delta) -> None:
+        """Keep what the body, or a face's closing frame, will need (a call's the waist keeps)."""
+        block = event.block
+        if block.kind != TOOL and (not self.stream or self.face.keeps):
+            block.pieces.append(event.text)
+        self.reply.output_estimate += len(event.text)
+        self.shown = True
+        self.visible = self.visible or (self.stream and block.kind != THINKING)
+
+    def settle_end(self, event: End) -> Event:
+        """Complete the reply, or make an empty answer cut by length the failure that it is."""
+        reply = self.reply
+        shown = self.shown and (self.stream or any(
+            block.kind != TOOL or block.whole for block in reply.blocks))
+        if event.reason == LENGTH and not shown and not self.allow_empty:
+            return Fail(ProxyError("empty", "The answer reached max_tokens before anything could "
+                                   "be shown: all went into thinking. Raise max_tokens or lower "
+                                   "the effort (or set emptyResponsePolicy to allow)."))
+        self.over = True
+        reply.reason, reply.sequence, reply.usage = event.reason, event.sequence, self.reading.usage
+        if reply.usage is None:
+            reply.output_estimate = estimate_output(reply.output_estimate)
+            add_note(reply.notes, "usage", "not told by the upstream")
+        return event
+
+    def late_notes(self) -> bytes:
+        """Notes that came up after the response head, as SSE comments."""
+        late = list(dict.fromkeys(self.reply.notes[self.noted:]))
+        self.noted = len(self.reply.notes)
+        return b"".join(comment_frame("note " + note) for note in late[:20])
+
+    def find_lane(self) -> Optional[Lane]:
+        """The lane of the open block, the same as before while that block is open."""
+        block = self.reading.live
+        if block is None or block.index < 0 or block.half or self.over \
+                or block.kind in self.touched:
+            return None
+        if self.lane is not None and self.lane.block is block:
+            return self.lane
+        prefix = suffix = b""
+        if self.stream:
+            frame = self.face.frames(self.reply, Delta(block, LANE_MARK))
+            prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
+        name = block.call_id.encode("utf-8", "replace") if block.kind == TOOL else b""
+        return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# === THE SHELL =============================================================
+# From here on the program talks to the world: it awaits, times, counts, logs
+# and closes.  `App` is everything that changes while it runs; it is made once,
+# in the command line's part, and passed on.  There are no other globals.
+
+
+@dataclass
+class App:
+    """All state of a running proxy.  Every collection in it is bounded by open connections, by
+    `Limits`, or by the list of models."""
+
+    config: Config
+    limits: Limits
+    log: logging.Logger
+    origin: Origin                              # of the upstream
+    pool: "Pool"
+    models: Models                              # the newest list that is known
+    receive: memoryview                         # where every connection reads to, one at a time
+    wires: Set["Wire"] = field(default_factory=set)             # every open connection
+    exchanges: Set["Exchange"] = field(default_factory=set)     # requests being served
+    relays: Set["Relay"] = field(default_factory=set)           # answers being relayed
+    tasks: Set["asyncio.Task[Any]"] = field(default_factory=set)
+    clients: int = 0                            # open client connections
+    max_clients: int = 0
+    bodies: int = 0                             # bytes of request bodies in memory
+    draining: bool = False
+    started: float = 0.0                        # loop time
+    models_due: float = 0.0                     # loop time at which the list is asked for again
+    models_task: Optional["asyncio.Task[Any]"] = None
+    cli_version: str = DEFAULT_CLI_VERSION
+    proxy: Optional[Origin] = None              # HTTP proxy on the way to the upstream
+    proxy_authorization: str = ""
+    proxy_known: bool = False
+    tls: Optional[ssl.SSLContext] = None
+
+
+def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
+    """A proxy that does not listen yet."""
+    version = DEFAULT_CLI_VERSION if config.cli_version == "auto" else config.cli_version
+    return App(config, limits, log, parse_origin(config.api_base), pool, builtin_models(),
+               memoryview(bytearray(READ_BYTES)), max_clients=config.max_connections,
+               cli_version=version)
+
+
+def spawn(app: App, work: Any) -> "asyncio.Task[Any]":
+    """Start a task that the app owns: it is cancelled when the proxy stops."""
+    task = asyncio.get_running_loop().create_task(work)
+    app.tasks.add(task)
+    task.add_done_callback(app.tasks.discard)
+    return task
+
+
+def random_hex(digits: int) -> str:
+    return os.urandom((digits + 1) // 2).hex()[:digits]
+
+
+# === WIRE ==================================================================
+# One connection, to a client or to an upstream.  Heads and bodies are read by
+# awaiting `fill` and calling `take`.  For the length of one answer the relay
+# sets `on_data` instead: bytes are then handled in the callback that brings
+# them, without a task switch, a future or a timer per event.  Deadlines are
+# looked at by one periodic sweep (SERVER), not by a timer each.
+
+
+class Wire(asyncio.BufferedProtocol):
+    """A connection.  Its owner closes it; losing it wakes whoever waits and calls `on_end`."""
+
+    __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "waiter",
+                 "deadline", "blocked_since", "closed_at", "flood_bytes", "held", "on_open",
+                 "idle_since")
+
+    def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
+        self.app, self.on_open = app, on_open
+        self.transport: Any = None
+        self.buffer = bytearray()                   # what came and was not taken
+        self.ended = False                          # nothing more will come
+        self.on_data: Optional[Callable[[bytes], None]] = None
+        self.on_end: Optional[Callable[[], None]] = None
+        self.on_block: Optional[Callable[[bool], None]] = None   # our writes are (not) stuck
+        self.waiter: Optional["asyncio.Future[None]"] = None
+        self.deadline = 0.0                         # of the waiter, in loop time; 0: none
+        self.blocked_since = self.closed_at = self.idle_since = 0.0
+        self.flood_bytes = 0                        # more unread than this: hang up; 0: never
+        self.held = False                           # reading is paused
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.app.wires.add(self)
+        if self.on_open:
+            self.on_open(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.app.receive
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self.app.receive[:nbytes])
+        if self.on_data is not None:
+            self.on_data(data)
+            return
+        self.buffer += data
+        if self.flood_bytes and len(self.buffer) > self.flood_bytes:
+            self.abort()
+        elif len(self.buffer) > BUFFER_BYTES:
+            self.hold()
+        self.wake()
+
+    def eof_received(self) -> bool:
+        """A FIN is a goodbye, from a client too: nobody waits for an answer any more."""
+        self.end()
+        return False
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        self.app.wires.discard(self)
+        self.blocked_since = 0.0
+        self.end()
+
+    def pause_writing(self) -> None:
+        self.blocked_since = asyncio.get_running_loop().time()
+        if self.on_block:
+            self.on_block(True)
+
+    def resume_writing(self) -> None:
+        self.blocked_since = 0.0
+        if self.on_block:
+            self.on_block(False)
+        self.wake()
+
+    # What we call.
+
+    def end(self) -> None:
+        """Remember that nothing more comes, and tell whoever waits for it, once."""
+        if self.ended:
+            return
+        self.ended = True
+        self.wake()
+        if self.on_end:
+            self.on_end()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self, deadline: float) -> None:
+        """Wait to be woken.  Raises asyncio.TimeoutError after the deadline (loop time)."""
+        self.waiter = asyncio.get_running_loop().create_future()
+        self.deadline = deadline
+        try:
+            await self.waiter
+        finally:
+            self.waiter, self.deadline = None, 0.0
+
+    async def fill(self, deadline: float) -> bool:
+        """Wait for more bytes in `buffer`; False when the connection ended instead."""
+        self.release()
+        size = len(self.buffer)
+        while len(self.buffer) == size and not self.ended:
+            await self.wait(deadline)
+        return len(self.buffer) > size
+
+    def take(self) -> bytes:
+        """All that came."""
+        data, self.buffer = bytes(self.buffer), bytearray()
+        return data
+
+    def hold(self) -> None:
+        """Stop reading: what the other side sends on waits in its own machine."""
+        if not self.held and not self.ended and self.transport is not None:
+            self.held = True
+            self.transport.pause_reading()
+
+    def release(self) -> None:
+        if self.held:
+            self.held = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until what was written has mostly gone; the sweep ends it when nobody reads."""
+        while self.blocked_since and not self.ended:
+            await self.wait(0.0)
+        if self.ended:
+            raise ConnectionResetError("the other side is gone")
+
+    def close(self) -> None:
+        """Send what was written, then close; the sweep aborts what takes too long."""
+        self.on_data = self.on_end = self.on_block = None
+        if self.transport is not None and not self.closed_at:
+            self.closed_at = asyncio.get_running_loop().time()
+            self.transport.close()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def expire(self, now: float) -> None:
+        """Act on what is overdue: a wait, a stuck write, a slow close."""
+        if self.waiter is not None and 0.0 < self.deadline < now and not self.waiter.done():
+            self.waiter.set_exception(asyncio.TimeoutError())
+        stalled = self.app.limits.write_stalled
+        if (self.blocked_since and now - self.blocked_since > stalled) or \
+                (self.closed_at and now - self.closed_at > stalled):
+            self.abort()
+
+
+# === UPSTREAM CALLS ========================================================
+# One call is one POST to the upstream over HTTP/1.1: from the pool of idle
+# connections or fresh, through a proxy where the environment names one, with
+# TLS always verified and redirects never followed.  A pooled connection that
+# turns out dead before one byte of an answer came is replaced silently; every
+# other repetition is the relay's decision.
+
+
+@dataclass
+class UpstreamCall:
+    """An upstream that has answered with a head; `body` takes the framing off what follows."""
+
+    wire: Wire
+    head: ResponseHead
+    body: Body
+
+
+@dataclass
+class CallSpec:
+    """What a call sends, the same on every attempt; emptied once it can never be sent again."""
+
+    head: bytes
+    payload: bytes
+
+
+class Pool:
+    """Idle connections to the one upstream, newest last."""
+
+    def __init__(self) -> None:
+        self.idle: List[Wire] = []
+
+    def take(self) -> Optional[Wire]:
+        """A connection that still seems alive, None when there is none."""
+        while self.idle:
+            wire = self.idle.pop()
+            if not wire.ended and not wire.buffer:
+                return wire
+            wire.abort()
+        return None
+
+    def give(self, wire: Wire, now: float, size: int) -> None:
+        """Keep a connection whose last answer is complete."""
+        wire.on_data = wire.on_end = wire.on_block = None
+        if wire.ended or wire.buffer or wire.closed_at or len(self.idle) >= size:
+            wire.close()
+            return
+        wire.release()
+        wire.idle_since = now
+        self.idle.append(wire)
+
+    def prune(self, before: float) -> None:
+        """Close what has been idle since before that moment, or has died meanwhile."""
+        stale = [wire for wire in self.idle
+                 if wire.idle_since < before or wire.ended or wire.buffer]
+        if stale:
+            self.idle = [wire for wire in self.idle if wire not in stale]
+            for wire in stale:
+                wire.close()
+
+    def close(self) -> None:
+        for wire in self.idle:
+            wire.close()
+        self.idle = []
+
+
+def read_proxy(app: App) -> None:
+    """Find the proxy for the upstream, by urllib's own rules, once (HTTPS_PROXY, NO_PROXY, ...)."""
+    app.proxy_known = True
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if not named and not sys.platform.startswith(("win", "darwin")):
+        return      # nothing to find, and the module is slow to import
+    import urllib.request
+    url = urllib.request.getproxies().get(app.origin.scheme)
+    if not url or urllib.request.proxy_bypass(app.origin.host):
+        return
+    parts = urlsplit(url if "://" in url else "http://" + url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ProxyError("upstream_final", "Only http:// proxies can be used for the upstream "
+                         "(see HTTPS_PROXY, HTTP_PROXY, NO_PROXY).")
+    app.proxy = Origin("http", parts.hostname, parts.port or 80, "")
+    if parts.username:
+        userinfo = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        app.proxy_authorization = "Basic " + base64.b64encode(userinfo.encode()).decode()
+
+
+def tls_context(app: App) -> ssl.SSLContext:
+    """The TLS settings: the platform's trust, or that of SSL_CERT_FILE; made at first use."""
+    if app.tls is None:
+        app.tls = ssl.create_default_context()
+        app.tls.set_alpn_protocols(["http/1.1"])
+    return app.tls
+
+
+def connect_error(app: App, error: Exception) -> ProxyError:
+    """What went wrong on the way to the upstream, in words that help."""
+    where = "%s:%d" % (app.origin.host, app.origin.port)
+    if isinstance(error, asyncio.TimeoutError):
+        return ProxyError("late", "No connection to the upstream %s within %g seconds."
+                          % (where, app.config.upstream_connect_seconds))
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ProxyError("upstream_final", "The certificate of the upstream %s could not be "
+                          "verified: %s (SSL_CERT_FILE names a file of further authorities)."
+                          % (where, error.verify_message))
+    return ProxyError("upstream", "No connection to the upstream %s: %s."
+                      % (where, printable(str(error) or type(error).__name__, 200)))
+
+
+async def open_wire(app: App) -> Wire:
+    """A fresh connection to the upstream.  Raises ProxyError."""
+    wire = Wire(app)
+    try:
+        await asyncio.wait_for(connect_wire(app, wire), app.config.upstream_connect_seconds)
+    except (OSError, asyncio.TimeoutError) as error:
+        wire.abort()
+        raise connect_error(app, error) from None
+    except BaseException:       # cancelled: the client left
+        wire.abort()
+        raise
+    return wire
+
+
+async def connect_wire(app: App, wire: Wire) -> None:
+    """Connect, through the proxy where there is one, and start TLS where it is wanted."""
+    if not app.proxy_known:
+        read_proxy(app)
+    loop = asyncio.get_running_loop()
+    origin, proxy = app.origin, app.proxy
+    secure = tls_context(app) if origin.scheme == "https" else None
+    if proxy is None:
+        await loop.create_connection(lambda: wire, origin.host, origin.port, ssl=secure,
+                                     server_hostname=origin.host if secure else None)
+        return
+    await loop.create_connection(lambda: wire, proxy.host, proxy.port)
+    if secure is not None:
+        await open_tunnel(app, wire)
+        wire.transport = await loop.start_tls(wire.transport, wire, secure,
+                                              server_hostname=origin.host)
+
+
+async def open_tunnel(app: App, wire: Wire) -> None:
+    """CONNECT through the proxy (RFC 9110 9.3.6)."""
+    host = "[%s]" % app.origin.host if ":" in app.origin.host else app.origin.host
+    target = "%s:%d" % (host, app.origin.port)
+    fields = [("host", target)]
+    if app.proxy_authorization:
+        fields.append(("proxy-authorization", app.proxy_authorization))
+    wire.write(head_bytes("CONNECT %s HTTP/1.1" % target, fields))
+    head = await read_response_head(wire, float("inf"))
+    if head.status != 200 or wire.buffer:
+        raise OSError("the proxy answered %d to CONNECT" % head.status)
+
+
+async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
+    """The next answer's head; 1xx are skipped.  Raises ProxyError, asyncio.TimeoutError, and
+    ConnectionResetError when the connection ended before its first byte."""
+    seen = interim = 0
+    while True:
+        end = find_head_end(wire.buffer, seen, upstream_fault)
+        if end < 0:
+            seen = len(wire.buffer)
+            if not await wire.fill(deadline):
+                if not wire.buffer and not interim:
+                    raise ConnectionResetError("closed without an answer")
+                raise upstream_fault("the connection ended inside a head")
+            continue
+        head = parse_response_head(bytes(wire.buffer[:end]))
+        del wire.buffer[:end]
+        if head.status >= 200:
+            return head
+        seen, interim = 0, interim + 1
+        if head.status == 101 or interim > MAX_INTERIM_HEADS:
+            raise upstream_fault("interim answers without end")
+
+
+def build_call(app: App, key: str, session: str, traceparent: str, payload: bytes) -> CallSpec:
+    """The request of one call: exactly these headers, nothing of the client's but its key, its
+    traceparent and what the session is derived from."""
+    path = app.origin.base + ALPHA.path
+    fields = [
+        ("host", app.origin.authority), ("authorization", "Bearer " + key),
+        ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
+        ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
+        ("x-cli-environment", "production"), ("x-project-slug", app.config.project_slug),
+        ("x-taste-learning", "false"), ("x-session-id", session), ("traceparent", traceparent),
+        ("content-length", str(len(payload)))]
+    if app.proxy is not None and app.origin.scheme == "http":
+        path = "http://%s%s" % (app.origin.authority, path)
+        if app.proxy_authorization:
+            fields.append(("proxy-authorization", app.proxy_authorization))
+    return CallSpec(head_bytes("POST %s HTTP/1.1" % path, fields), payload)
+
+
+async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
+    """Send the request and read the answer's head.  Raises as read_response_head does."""
+    wire.write(spec.head)
+    wire.write(spec.payload)
+    seconds = app.config.upstream_idle_seconds
+    try:
+        head = await read_response_head(wire, asyncio.get_running_loop().time() + seconds)
+    except asyncio.TimeoutError:
+        raise ProxyError("late", "The upstream did not answer within %g seconds "
+                         "(upstreamIdleSeconds)." % seconds) from None
+    coding = head.fields.get("content-encoding", "").strip().lower()
+    return UpstreamCall(wire, head, open_body(head.framing, coding, upstream_fault))
+
+
+async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
+    """A call whose head came with status 200.  Raises ProxyError for every other outcome."""
+    call = None
+    while call is None:
+        wire = app.pool.take()
+        pooled = wire is not None
+        wire = wire or await open_wire(app)
+        try:
+            call = await send_call(app, wire, spec)
+        except ConnectionResetError:
+            wire.abort()
+            if not pooled:
+                raise ProxyError("upstream", "The upstream closed the connection without an "
+                                 "answer.") from None
+        except BaseException:       # also when the client left: nothing is half used
+            wire.abort()
+            raise
+    if call.head.status == 200:
+        return call
+    try:
+        body = await read_error_body(app, call)
+    finally:
+        give_back(app, call)
+    raise ALPHA.read_failure(call.head.status, call.head.fields, body)
+
+
+async def read_error_body(app: App, call: UpstreamCall) -> bytes:
+    """What an error answer says, as far as it comes in time and is not too long."""
+    deadline = asyncio.get_running_loop().time() + app.limits.error_body
+    body = b""
+    try:
+        while not call.body.done and len(body) < MAX_ERROR_BODY_BYTES:
+            if not call.wire.buffer and not await call.wire.fill(deadline):
+                break
+            body += call.body.feed(call.wire.take())
+    except (asyncio.TimeoutError, ProxyError):
+        app.log.debug("the body of an upstream error was cut off")
+    return body[:MAX_ERROR_BODY_BYTES]
+
+
+def give_back(app: App, call: UpstreamCall) -> None:
+    """Return a call's connection to the pool if its answer is complete, else hang up."""
+    if call.body.done and not call.body.rest and call.head.keep_alive:
+        app.pool.give(call.wire, asyncio.get_running_loop().time(), app.limits.pool_size)
+    else:
+        call.wire.abort()
+
+
+# Side calls: the model list, and the version of the vendor's client.
+
+
+def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> Any:
+    """GET a JSON document, without a key and without following redirects (runs in a thread).
+
+    urllib's handlers for proxies and TLS, without those that follow redirects.
+    """
+    import urllib.request
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
+                    urllib.request.HTTPSHandler(context=context)):
+        opener.add_handler(handler)
+    request = urllib.request.Request(url, headers={"user-agent": "ccproxy/" + __version__,
+                                                   "accept-encoding": "identity"})
+    with opener.open(request, timeout=seconds) as answer:
+        if answer.status != 200:
+            raise OSError("status %d" % answer.status)
+        return json.loads(answer.read(8 * MIB))
+
+
+async def in_thread(work: Callable[[], Any]) -> Any:
+    """Run blocking work in a thread that does not keep the program from ending."""
+    import threading
+    loop = asyncio.get_running_loop()
+    done: "asyncio.Future[Any]" = loop.create_future()
+
+    def settle(result: Any, error: Optional[Exception]) -> None:
+        if not done.done():
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:      # handed on to whoever awaits
+            failure = error
+        if not loop.is_closed():        # else nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
+async def refresh_models(app: App) -> None:
+    """Ask the upstream for its list of models; on failure the known one stays for a minute."""
+    loop = asyncio.get_running_loop()
+    app.models_due = loop.time() + app.config.model_refresh_interval_ms / 1000
+    url = "%s://%s%s/provider/v1/models" % (app.origin.scheme, app.origin.authority,
+                                            app.origin.base)
+    context = tls_context(app) if app.origin.scheme == "https" else None
+    try:
+        live = await in_thread(lambda: fetch_json(url, context, app.limits.side_call))
+        models = merge_live_models(live, builtin_models())
+        if models is None:
+            raise ValueError("no list of models")
+        app.models = models
+        app.log.debug("model list: %d models", len(models.listed))
+    except (OSError, ValueError, RecursionError) as error:
+        app.models_due = loop.time() + min(60.0, app.config.model_refresh_interval_ms / 1000)
+        app.log.debug("model list not refreshed: %s", printable(str(error), 200))
+
+
+def keep_models_fresh(app: App) -> Optional["asyncio.Task[Any]"]:
+    """Start a refresh when the list is too old; the running one, None when nothing is to do."""
+    if app.models_task is not None and not app.models_task.done():
+        return app.models_task
+    if not app.config.use_provider_models or \
+            asyncio.get_running_loop().time() < app.models_due:
+        return None
+    app.models_task = spawn(app, refresh_models(app))
+    return app.models_task
+
+
+async def ask_npm(app: App) -> Optional[str]:
+    """The newest version of the vendor's client as an installed npm tells it, or None."""
+    import shutil
+    npm = shutil.which("npm")
+    if npm is None:
+        return None
+    process = await asyncio.create_subprocess_exec(
+        npm, "view", "command-code", "version", stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), app.limits.npm)
+    except asyncio.TimeoutError:
+        return None
+    finally:
+        if process.returncode is None:
+            process.kill()
+    version = output.decode("ascii", "replace").strip()
+    return version if VERSION_PATTERN.fullmatch(version) else None
+
+
+async def keep_version_fresh(app: App) -> None:
+    """cliVersion auto: ask npm now and once a day; what cannot be had leaves things as they are."""
+    while True:
+        try:
+            version = await ask_npm(app)
+        except OSError as error:
+            app.log.debug("npm: %s", printable(str(error), 200))
+            version = None
+        if version:
+            app.cli_version = version
+        app.log.info("cliVersion auto: %s%s", app.cli_version,
+                     "" if version else " (npm could not tell)")
+        await asyncio.sleep(24 * 3600)
+
+
+# === RELAY =================================================================
+# Joins one client with, one after another, the upstream calls that are made
+# for its answer.  While a call runs, `receive` is called with each piece that
+# the upstream sends: unframe, read, write once.  A client that does not read
+# pauses the upstream; `tick`, called by the sweep, keeps a silent stream alive
+# with comments and gives up an upstream that stays silent too long.
+#
+# The response head goes out with the first frame, so that whatever fails
+# before it is answered with a real status; a stream that stays silent gets its
+# head with the first comment.
+
+
+class Relay:
+    """One answer on its way to one client."""
+
+    __slots__ = ("app", "client", "answer", "spec", "head", "framed", "call", "opened", "sent",
+                 "heard", "lines", "done", "over", "first")
+
+    def __init__(self, app: App, client: Wire, answer: Answer, spec: CallSpec,
+                 head: Callable[[], bytes]) -> None:
+        self.app, self.client, self.answer, self.spec = app, client, answer, spec
+        self.head = head                # makes the response head, when it is wanted
+        self.framed = True              # chunked; else (HTTP/1.0) the end is the connection's
+        self.call: Optional[UpstreamCall] = None
+        self.opened = False             # the response head went out
+        self.sent = self.heard = asyncio.get_running_loop().time()
+        self.first = 0.0                # loop time of the first frame
+        self.lines = 0
+        self.done: Any = None           # future: this call's answer is over
+        self.over: Any = None           # future: nothing more comes from this call
+        client.on_block = self.block
+        app.relays.add(self)
+
+    def attach(self, call: UpstreamCall) -> None:
+        """Let a call's answer flow, beginning with what already came behind its head."""
+        loop = asyncio.get_running_loop()
+        self.done, self.over = loop.create_future(), loop.create_future()
+        self.call, self.heard = call, loop.time()
+        wire = call.wire
+        wire.on_data, wire.on_end = self.receive, self.end
+        if self.client.blocked_since:
+            wire.hold()
+        if wire.buffer or call.body.done:
+            self.receive(wire.take())
+        if wire.ended:
+            self.end()
+
+    def receive(self, data: bytes) -> None:
+        """A piece of the upstream's body, still framed."""
+        answer, call = self.answer, self.call
+        if call is None:
+            return
+        try:
+            frames = answer.feed(call.body.feed(data))
+            if call.body.done and not answer.over:
+                frames += answer.eof()
+        except ProxyError as error:
+            frames = answer.stop(error)
+            call.wire.abort()
+        except Exception as fault:      # a bug: raised again where the answer is awaited
+            self.crash(fault)
+            return
+        if answer.lines_read != self.lines:
+            self.lines = answer.lines_read
+            self.heard = asyncio.get_running_loop().time()
+        if frames:
+            self.send(frames)
+        if answer.visible:
+            self.spec.payload = b""     # nothing can be repeated any more
+        if answer.over:
+            self.settle()
+
+    def end(self) -> None:
+        """The upstream's connection ended."""
+        call, answer = self.call, self.answer
+        if call is None:
+            return
+        try:
+            if not call.body.done:
+                call.body.eof()
+            frames = b"" if answer.over else answer.eof()
+        except ProxyError as error:
+            frames = answer.stop(error)
+        if frames:
+            self.send(frames)
+        self.settle()
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def settle(self) -> None:
+        """The answer of this call is over: wake who awaits it."""
+        call = self.call
+        if call is None:
+            return
+        if not self.done.done():
+            self.done.set_result(None)
+        if self.answer.error is not None or not self.answer.reading.over:
+            call.wire.abort()           # failed, or cut by a stop sequence: it would run on
+        if call.body.done and not self.over.done():
+            self.over.set_result(None)
+
+    def crash(self, fault: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(fault)
+        if self.call is not None:
+            self.call.wire.abort()
+
+    def send(self, frames: bytes, last: bool = False) -> None:
+        """Write frames, behind the response head where that has not gone out."""
+        now = asyncio.get_running_loop().time()
+        last = last or (self.answer.over and self.answer.error is None)
+        data = frames
+        if self.framed:
+            data = (chunk(frames) if frames else b"") + (LAST_CHUNK if last else b"")
+        if not self.opened:
+            data = self.open(now) + data
+        self.client.write(data)
+        self.sent = now
+
+    def open(self, now: float) -> bytes:
+        self.opened, self.first = True, now
+        return self.head()
+
+    def block(self, blocked: bool) -> None:
+        """The client reads too slowly, or again: the upstream waits with it."""
+        if self.call is None:
+            return
+        if blocked:
+            self.call.wire.hold()
+        else:
+            self.heard = asyncio.get_running_loop().time()
+            self.call.wire.release()
+
+    def tick(self, now: float) -> None:
+        """Look at the clock: a comment for a silent stream, the end for a silent upstream."""
+        if self.client.blocked_since or (self.done is not None and self.done.done()):
+            return
+        limits = self.app.limits
+        if self.answer.stream and now - self.sent >= limits.silence - limits.sweep:
+            quiet = max(now - self.heard, 0.0)
+            self.send(comment_frame("waiting %ds" % round(quiet)))
+        if self.call is not None and now - self.heard > self.app.config.upstream_idle_seconds:
+            frames = self.answer.stop(ProxyError(
+                "late", "The upstream was silent for %g seconds (upstreamIdleSeconds)."
+                % self.app.config.upstream_idle_seconds))
+            if frames:
+                self.send(frames)
+            self.settle()
+
+    def detach(self) -> None:
+        """Let go of the call; a connection that is not in order is closed."""
+        call, self.call = self.call, None
+        if call is not None:
+            call.wire.on_data = call.wire.on_end = None
+            give_back(self.app, call)
+
+    def close(self) -> None:
+        self.detach()
+        self.client.on_block = None
+        self.app.relays.discard(self)
+
+
+async def finish_reading(relay: Relay) -> None:
+    """Read on for a moment behind the answer's end: for its cost, and to keep the connection."""
+    try:
+        if relay.over is not None and not relay.over.done():
+            await asyncio.wait([relay.over], timeout=relay.app.limits.after_end)
+    finally:
+        relay.close()
+
+
+async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
+    """One attempt, up to the end of its answer.  Raises ProxyError when it failed."""
+    try:
+        call = await open_call(relay.app, relay.spec)
+        trace_id = printable(call.head.fields.get("x-trace-id", ""), 64) or None
+        record["trace"] = trace_id
+        relay.attach(call)
+        await relay.done
+    except ProxyError as error:
+        record["trace"] = error.trace_id
+        raise
+    if relay.answer.error is not None:
+        relay.answer.error.trace_id = relay.answer.error.trace_id or trace_id
+        raise relay.answer.error
+
+
+def may_repeat(relay: Relay, error: ProxyError) -> bool:
+    """Only before text or a tool call was shown, and only what repeating can mend."""
+    soon = (error.retry_after or 0.0) <= relay.app.limits.short_retry_after
+    return error.retryable and soon and not relay.answer.visible and not relay.app.draining
+
+
+async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
+    """Calls until one succeeds, at most as many as `Limits.backoff` allows.  Raises ProxyError."""
+    app = relay.app
+    pauses: Tuple[Optional[float], ...] = app.limits.backoff + (None,)
+    for attempt, pause in enumerate(pauses):
+        try:
+            await run_call(relay, record)
+            return
+        except ProxyError as error:
+            relay.detach()
+            if pause is None or not may_repeat(relay, error):
+                raise
+            app.log.debug("attempt %d failed: %s", attempt + 1, printable(error.message, 200))
+            pause = max(pause, error.retry_after or 0.0)
+        relay.answer.restart()
+        record["retries"] = attempt + 1
+        add_note(relay.answer.reply.notes, "retried", "%d" % (attempt + 1))
+        await asyncio.sleep(pause)
+
+
+# === ENDPOINTS =============================================================
+# One function per route and the table of routes.  `serve_answer` is the way of
+# every generating request, whichever the face: key, body, prompt, call, relay.
+# Errors of any function here are raised and shown in one place (SERVER).
+
+JSON_TYPE = ("content-type", "application/json")
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One request and what became of it; `record` is its line in the log."""
+
+    wire: Wire
+    head: RequestHead
+    started: float                              # loop time
+    keep: bool                                  # the connection may serve another request
+    face: Optional[Face] = None                 # whose error shape is used
+    opened: bool = False                        # a response head went out
+    body_read: bool = False
+    reserved: int = 0                           # bytes of App.bodies
+    record: Dict[str, Any] = field(default_factory=dict)
+
+
+class Route(NamedTuple):
+    """A path's methods; `quiet` routes are logged at debug level only."""
+
+    methods: Dict[str, Callable[[App, Exchange], Any]]
+    quiet: bool = False
+
+
+def cors_fields(app: App, head: RequestHead) -> List[Tuple[str, str]]:
+    """Headers that let a browser read the answer, where its origin is allowed."""
+    allowed = [one.strip() for one in app.config.cors_origin.split(",") if one.strip()]
+    origin = head.fields.get("origin", "")
+    if not allowed or not (origin or "*" in allowed):
+        return []
+    if "*" in allowed:
+        return [("access-control-allow-origin", "*")]
+    if origin not in allowed:
+        return [("vary", "Origin")]
+    return [("access-control-allow-origin", origin), ("vary", "Origin")]
+
+
+def start_response(app: App, exchange: Exchange, status: int,
+                   fields: List[Tuple[str, str]]) -> bytes:
+    """The response head; from here on the exchange counts as answered."""
+    exchange.opened = True
+    exchange.record["status"] = status
+    every = fields + cors_fields(app, exchange.head)
+    if not exchange.keep:
+        every.append(("connection", "close"))
+    elif not exchange.head.minor:
+        every.append(("connection", "keep-alive"))
+    return response_head(status, every)
+
+
+async def respond(app: App, exchange: Exchange, status: int, body: bytes,
+                  fields: Iterable[Tuple[str, str]] = ()) -> None:
+    """A whole response; HEAD gets its head alone (RFC 9110 9.3.2), 204 no length."""
+    every = list(fields)
+    if status != 204:
+        every.append(("content-length", str(len(body))))
+    if not exchange.body_read and exchange.head.framing != Framing(False, 0):
+        exchange.keep = exchange.keep and await discard_body(app, exchange)
+    head = start_response(app, exchange, status, every)
+    exchange.wire.write(head if exchange.head.method == "HEAD" else head + body)
+    await exchange.wire.drain()
+
+
+async def respond_json(app: App, exchange: Exchange, status: int, value: Json,
+                       fields: Iterable[Tuple[str, str]] = ()) -> None:
+    await respond(app, exchange, status, to_json(value), [JSON_TYPE, *fields])
+
+
+def face_of_path(head: RequestHead) -> Face:
+    """Whose error shape a request gets that reached no face: Anthropic's where it looks so."""
+    if "anthropic-version" in head.fields or "/messages" in head.path:
+        return MESSAGES
+    return CHAT
+
+
+def normal_path(path: str) -> str:
+    """A path without what clients add to it: /anthropic, /v1 once or twice, slashes behind it."""
+    path = re.sub(r"/{2,}", "/", path)
+    path = re.sub(r"^/anthropic(?=/|$)", "", path)
+    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
+
+
+# Reading bodies.
+
+
+async def read_body(app: App, exchange: Exchange) -> bytes:
+    """The request's body, decoded.  Raises ProxyError 400, 408, 411, 413, 415 or 503."""
+    head, limits, most = exchange.head, app.limits, app.config.max_body_bytes
+    if head.framing == Framing(False, 0) and "content-length" not in head.fields:
+        raise ProxyError("length_required", "A POST needs a body with Content-Length or chunked.")
+    if (head.framing.length or 0) > most:
+        raise too_large(most)
+    if head.fields.get("expect") and head.minor:
+        exchange.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    pieces = [piece async for piece in body_pieces(app, exchange, most)]
+    exchange.body_read = True
+    coding = head.fields.get("content-encoding", "").strip().lower()
+    return inflate(b"".join(pieces), coding, most) if len(pieces) != 1 or coding else pieces[0]
+
+
+async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
+    """The pieces of a request's body as they come, within every limit of time and size."""
+    wire, limits = exchange.wire, app.limits
+    reader = open_body(exchange.head.framing, "", client_fault)
+    loop = asyncio.get_running_loop()
+    began, size = loop.time(), 0
+    while not reader.done:
+        now = loop.time()
+        if now - began > limits.body_grace and size < (now - began) * limits.body_rate:
+            raise ProxyError("slow_client", "The body came too slowly.")
+        try:
+            alive = bool(wire.buffer) or await wire.fill(now + limits.body_idle)
+        except asyncio.TimeoutError:
+            raise ProxyError("slow_client", "No byte of the body came for %g seconds."
+                             % limits.body_idle) from None
+        if not alive:
+            raise ConnectionResetError("the client left in the middle of its request")
+        piece = reader.feed(wire.take())
+        size += len(piece)
+        if size > most:
+            raise too_large(most)
+        reserve_body(app, exchange, len(piece))
+        yield piece
+    wire.buffer[:0] = reader.rest
+
+
+def reserve_body(app: App, exchange: Exchange, size: int) -> None:
+    """Count a body's bytes against what all bodies together may take."""
+    if app.bodies + size > app.limits.bodies:
+        raise ProxyError("busy", "Too many large requests at once; try again.", retry_after=1)
+    app.bodies += size
+    exchange.reserved += size
+
+
+def release_body(app: App, exchange: Exchange) -> None:
+    app.bodies -= exchange.reserved
+    exchange.reserved = 0
+
+
+async def discard_body(app: App, exchange: Exchange) -> bool:
+    """Read a body that nobody wants, if it is small and was not announced; False: hang up."""
+    framing = exchange.head.framing
+    if exchange.head.fields.get("expect") or (framing.length or 0) > DISCARD_BYTES:
+        return False
+    try:
+        async for _ in body_pieces(app, exchange, DISCARD_BYTES):
+            continue
+    except ProxyError:
+        return False
+    exchange.body_read = True
+    return True
+
+
+# Generating answers.
+
+
+class Job(NamedTuple):
+    """A request made ready: what is sent, and how the answer will be read."""
+
+    spec: CallSpec
+    answer: Answer
+    notes: List[str]
+
+
+def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> Job:
+    """A request's body translated into its upstream call.  Raises ProxyError."""
+    notes: List[str] = []
+    fields = exchange.head.fields
+    try:
+        prompt = face.parse(parse_object(data, notes), notes)
+        model = resolve_model(prompt.asked, app.models, app.config, notes)
+        prompt.model = model.id
+        prompt.effort = fit_effort(prompt.effort, model, notes)
+        prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
+        prompt.show_thinking = prompt.show_thinking and (
+            face is not CHAT or app.config.include_reasoning)
+        repair_prompt(prompt)
+        session = derive_session(key, session_value(fields, prompt.user_id),
+                                 first_user_text(prompt))
+        payload = ALPHA.build(prompt, session)
+    except RecursionError:
+        raise ProxyError("invalid", "The body is nested too deeply.") from None
+    exchange.record.update(model=prompt.model, stream=prompt.stream)
+    reply = Reply(face.id_prefix + random_hex(24), prompt.asked or model.id, int(time.time()),
+                  include_usage=prompt.include_usage)
+    if face is MESSAGES:
+        reply.input_estimate = estimate_input(prompt)
+    traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
+    spec = build_call(app, key, session, traceparent, payload)
+    answer = Answer(face, ALPHA, reply, prompt, app.config.empty_response_policy == "allow")
+    return Job(spec, answer, notes)
+
+
+def answer_fields(job: Job) -> List[Tuple[str, str]]:
+    """The headers that every answer carries: its id, and what was changed on the way."""
+    reply = job.answer.reply
+    fields = [("x-request-id", reply.id), ("request-id", reply.id)]
+    notes = format_notes(job.notes + reply.notes)
+    job.answer.noted = len(reply.notes)
+    return fields + ([("x-ccproxy-notes", notes)] if notes else [])
+
+
+STREAM_FIELDS = [("content-type", "text/event-stream; charset=utf-8"),
+                 ("cache-control", "no-cache, no-transform"), ("x-accel-buffering", "no")]
+
+
+def open_stream(app: App, exchange: Exchange, job: Job) -> bytes:
+    """The response head of a stream; HTTP/1.0 knows no chunks, so there the end is the end."""
+    fields = STREAM_FIELDS + answer_fields(job)
+    if exchange.head.minor:
+        fields = fields + [("transfer-encoding", "chunked")]
+    else:
+        exchange.keep = False
+    return start_response(app, exchange, 200, fields)
+
+
+async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
+    """A generating request, from its key to the last byte of its answer.  Raises ProxyError as
+    long as no response head went out; later errors become the stream's last event."""
+    exchange.face = face
+    record = exchange.record
+    record["api"] = face.name
+    key = find_key(exchange.head.fields)
+    record["key"] = key_name(key)
+    keep_models_fresh(app)
+    job = prepare(app, exchange, face, key, await read_body(app, exchange))
+    release_body(app, exchange)
+    task = asyncio.current_task()
+    exchange.wire.flood_bytes = READ_AHEAD_BYTES
+    exchange.wire.on_end = task.cancel if task else None    # the client left: so do we
+    exchange.wire.release()
+    relay = Relay(app, exchange.wire, job.answer, job.spec,
+                  lambda: open_stream(app, exchange, job))
+    relay.framed = bool(exchange.head.minor)
+    finishing = False
+    try:
+        await run_calls(relay, record)
+        if not job.answer.stream:
+            await finish_reading(relay)
+            await respond_json(app, exchange, 200, job.answer.body(), answer_fields(job))
+        elif not relay.over.done():
+            finishing = True
+            spawn(app, finish_reading(relay))
+    except ProxyError as error:
+        record_notes(exchange, job)
+        if not relay.opened:
+            raise
+        exchange.keep = False
+        record["error"] = "%s: %s" % (error.kind, error.message)
+        relay.send(face.error_frame(error), last=True)
+    finally:
+        if not finishing:
+            relay.close()
+        record_answer(exchange, relay, job)
+        exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
+    await exchange.wire.drain()
+
+
+def record_notes(exchange: Exchange, job: Job) -> None:
+    exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
+
+
+def record_answer(exchange: Exchange, relay: Relay, job: Job) -> None:
+    """What the log line tells of an answer."""
+    record, reply = exchange.record, job.answer.reply
+    record_notes(exchange, job)
+    if relay.first:
+        record["first"] = relay.first - exchange.started
+    if reply.usage is not None:
+        record.update({"in": reply.usage.input, "out": reply.usage.output,
+                       "cached": reply.usage.cache_read})
+    record["cost"] = reply.cost
+
+
+async def serve_chat(app: App, exchange: Exchange) -> None:
+    await serve_answer(app, exchange, CHAT)
+
+
+async def serve_messages(app: App, exchange: Exchange) -> None:
+    await serve_answer(app, exchange, MESSAGES)
+
+
+# Everything else.
+
+
+async def fresh_models(app: App) -> List[Model]:
+    """The models to show, after a moment's wait for a list that is due."""
+    refresh = keep_models_fresh(app)
+    if refresh is not None:
+        await asyncio.wait([refresh], timeout=app.limits.list_wait)
+    return listed_models(app.models, app.config)
+
+
+async def serve_models(app: App, exchange: Exchange) -> None:
+    """The list, in Anthropic's shape for its clients (they send anthropic-version, R5)."""
+    shown = await fresh_models(app)
+    make = anthropic_model_list if exchange.face is MESSAGES else openai_model_list
+    await respond_json(app, exchange, 200, make(shown))
+
+
+async def serve_model(app: App, exchange: Exchange) -> None:
+    """One model by its id, which arrives percent-encoded (R4)."""
+    name = unquote(normal_path(exchange.head.path)[len("/models/"):])
+    shown = await fresh_models(app)
+    model = next((one for one in shown if one.id.lower() == name.lower()), None)
+    found = find_model(name, app.models)
+    if model is None and found is not None and found.id in [one.id for one in shown]:
+        model = found
+    if model is None:
+        near = nearest_ids(name[:200], [one.id for one in shown])
+        raise ProxyError("model", "There is no model %s.%s" % (
+            printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""),
+            param="model")
+    make = anthropic_model if exchange.face is MESSAGES else openai_model
+    await respond_json(app, exchange, 200, make(model))
+
+
+async def serve_health(app: App, exchange: Exchange) -> None:
+    now = asyncio.get_running_loop().time()
+    await respond_json(app, exchange, 200, {
+        "status": "draining" if app.draining else "ok", "version": __version__,
+        "upstream": app.config.api_base + ALPHA.path,
+        "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays)})
+
+
+async def serve_root(app: App, exchange: Exchange) -> None:
+    """What a person sees who opens the address in a browser."""
+    text = ("ccproxy %s\n\nPOST /v1/chat/completions   OpenAI Chat Completions\n"
+            "POST /v1/messages           Anthropic Messages\nGET  /v1/models\nGET  /health\n\n"
+            "Send your own Command Code key as `Authorization: Bearer user_...`.\n" % __version__)
+    await respond(app, exchange, 200, text.encode(), [("content-type", "text/plain")])
+
+
+async def serve_noise(app: App, exchange: Exchange) -> None:
+    """Probes and telemetry that clients send to their own vendor: taken, kept nowhere."""
+    await respond_json(app, exchange, 200, {})
+
+
+async def serve_options(app: App, exchange: Exchange) -> None:
+    """A CORS preflight: answered before any key is looked at (FIELD 61)."""
+    fields = [("allow", "GET, HEAD, POST, OPTIONS")]
+    if any(name == "access-control-allow-origin" for name, _ in cors_fields(app, exchange.head)):
+        wanted = exchange.head.fields.get("access-control-request-headers", "*")
+        fields += [("access-control-allow-methods", "GET, HEAD, POST, OPTIONS"),
+                   ("access-control-allow-headers", wanted[:1000]),
+                   ("access-control-max-age", "600")]
+    await respond(app, exchange, 204, b"", fields)
+
+
+ROUTES = {
+    "/": Route({"GET": serve_root}, quiet=True),
+    "/health": Route({"GET": serve_health}, quiet=True),
+    "/chat/completions": Route({"POST": serve_chat}),
+    "/messages": Route({"POST": serve_messages}),
+    "/models": Route({"GET": serve_models}),
+    "/api/hello": Route({"GET": serve_noise}, quiet=True),
+    "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
+ONE_MODEL = Route({"GET": serve_model})
+
+
+def find_route(head: RequestHead) -> Route:
+    """The route of a path.  Raises ProxyError 404."""
+    path = normal_path(head.path)
+    route = ROUTES.get(path)
+    if route is None and path.startswith("/models/"):
+        route = ONE_MODEL
+    if route is None:
+        raise ProxyError("not_found", "There is no %s here. Served are POST /v1/chat/completions, "
+                         "POST /v1/messages, GET /v1/models, GET /health."
+                         % printable(head.path, 100))
+    return route
+
+
+async def serve_request(app: App, exchange: Exchange) -> None:
+    """Find a request's route and method and run it.  Raises ProxyError 404 or 405."""
+    head = exchange.head
+    exchange.face = face_of_path(head)
+    exchange.record.update(method=head.method, path=head.path)
+    if head.method == "OPTIONS":
+        await serve_options(app, exchange)
+        return
+    route = find_route(head)
+    exchange.record["quiet"] = route.quiet
+    method = "GET" if head.method == "HEAD" else head.method
+    if method not in route.methods:
+        allowed = list(route.methods) + (["HEAD"] if "GET" in route.methods else []) + ["OPTIONS"]
+        raise ProxyError("method", "%s is not for %s; use %s." % (
+            printable(head.method, 20), printable(head.path, 100), " or ".join(route.methods)),
+            details={"allow": ", ".join(allowed)})
+    await route.methods[method](app, exchange)
+
+
+# === SERVER ================================================================
+# Accepting connections, the loop of one connection, the sweep that looks at
+# all deadlines, and the orderly stop: no new connections, running answers may
+# finish for a while, the rest get an error event, then everything is closed.
+
+
+async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[RequestHead]:
+    """The next request's head; None when the client left or stayed silent instead."""
+    limits, loop = app.limits, asyncio.get_running_loop()
+    if not wire.buffer:
+        wait = limits.first_request if first else limits.keep_alive
+        try:
+            if not await wire.fill(loop.time() + wait):
+                return None
+        except asyncio.TimeoutError:
+            return None
+    deadline, seen = loop.time() + limits.head, 0
+    while True:
+        skip_empty_lines(wire)
+        end = find_head_end(wire.buffer, seen, client_fault)
+        if end >= 0:
+            head = parse_request_head(bytes(wire.buffer[:end]))
+            del wire.buffer[:end]
+            return head
+        if len(wire.buffer) > MAX_REQUEST_LINE_BYTES and b"\n" not in wire.buffer:
+            raise ProxyError("target_too_long", "The request line is longer than %d bytes."
+                             % MAX_REQUEST_LINE_BYTES)
+        seen = len(wire.buffer)
+        try:
+            if not await wire.fill(deadline):
+                return None
+        except asyncio.TimeoutError:
+            raise ProxyError("slow_client", "The head of the request did not come within %g "
+                             "seconds." % limits.head) from None
+
+
+def skip_empty_lines(wire: Wire) -> None:
+    """Leave out a few CR LF in front of a request line (RFC 9112 2.2)."""
+    for _ in range(MAX_LEADING_CRLFS):
+        if wire.buffer[:2] != b"\r\n":
+            return
+        del wire.buffer[:2]
+
+
+async def serve_connection(app: App, wire: Wire) -> None:
+    """All requests of one connection, one after another."""
+    first = True
+    try:
+        while not app.draining:
+            exchange = await serve_one(app, wire, first)
+            if exchange is None:
+                break
+            if not exchange.keep:
+                await linger(app, exchange)
+                break
+            first = False
+    except ConnectionError:
+        app.log.debug("a client left")
+    finally:
+        wire.close()
+        app.clients -= 1
+
+
+async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
+    """One request and its answer, whatever goes wrong; None when no request came."""
+    loop = asyncio.get_running_loop()
+    nothing = RequestHead("", "", "", 1, {}, Framing(False, 0), False)
+    exchange = Exchange(wire, nothing, loop.time(), False)
+    try:
+        head = await read_request_head(app, wire, first)
+        if head is None:
+            return None
+        exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.draining)
+        app.exchanges.add(exchange)
+        await serve_request(app, exchange)
+    except ProxyError as error:
+        await show_error(app, exchange, error)
+    except asyncio.CancelledError:
+        exchange.record.setdefault("status", 499)
+        exchange.record["error"] = "the client left"
+        raise
+    except ConnectionError:
+        exchange.record.setdefault("status", 499)
+        exchange.record["error"] = "the client left"
+        raise
+    except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
+        app.log.error("internal error on %s", printable(exchange.head.path, 100), exc_info=True)
+        await show_error(app, exchange, ProxyError("internal", "Internal error of the proxy (%s); "
+                                                   "its log says more." % type(fault).__name__))
+    finally:
+        app.exchanges.discard(exchange)
+        release_body(app, exchange)
+        log_exchange(app, exchange)
+    return exchange
+
+
+async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
+    """An error as the answer, in the shape of the API that the client speaks."""
+    exchange.record["error"] = "%s: %s" % (error.kind, error.message)
+    if exchange.opened:
+        exchange.keep = False
+        return
+    face = exchange.face or CHAT
+    fields = error_fields(error)
+    notes = exchange.record.get("notes")
+    if notes:
+        fields.append(("x-ccproxy-notes", notes))
+    if error.kind == "method" and error.details:
+        fields.append(("allow", error.details["allow"]))
+    if error.status in (400, 408, 413, 501, 505) and not exchange.body_read:
+        exchange.keep = False       # where the next request begins is not known
+    await respond_json(app, exchange, error.status, face.error(error), fields)
+
+
+def log_exchange(app: App, exchange: Exchange) -> None:
+    """One line for one request."""
+    record = exchange.record
+    if not record:
+        return
+    quiet, status = record.pop("quiet", False), record.pop("status", 0)
+    level = logging.DEBUG if quiet and status < 400 else logging.INFO
+    if status >= 500 or "error" in record and status == 200:
+        level = logging.WARNING
+    if app.log.isEnabledFor(level):
+        total = asyncio.get_running_loop().time() - exchange.started
+        if "api" in record:
+            record.pop("method", None), record.pop("path", None)
+        error = record.pop("error", None)
+        app.log.log(level, "%d %s", status, log_line({**record, "total": total, "error": error}))
+
+
+async def linger(app: App, exchange: Exchange) -> None:
+    """Close in a way that lets the answer arrive: say goodbye, read what is on its way, close.
+
+    A connection closed with unread bytes sends RST, which may overtake the answer (RFC 9112 9.6).
+    """
+    wire = exchange.wire
+    if wire.ended or exchange.body_read or not exchange.head.method:
+        pass_time = app.limits.linger if not wire.ended and not exchange.head.method else 0.0
+    else:
+        pass_time = app.limits.linger if exchange.head.framing != Framing(False, 0) else 0.0
+    if not pass_time or not wire.transport.can_write_eof():
+        return
+    deadline = asyncio.get_running_loop().time() + pass_time
+    wire.transport.write_eof()
+    wire.on_data = ignore_data
+    try:
+        while not wire.ended:
+            await wire.wait(deadline)
+    except asyncio.TimeoutError:
+        app.log.debug("a client went on sending behind its answer")
+
+
+def ignore_data(data: bytes) -> None:
+    """What comes behind the last answer is nobody's."""
+
+
+def accept(app: App, wire: Wire) -> None:
+    """A new connection: serve it, or say that there are too many."""
+    if app.draining or app.clients >= app.max_clients:
+        error = ProxyError("busy", "Too many connections; try again.", retry_after=1)
+        body = to_json(CHAT.error(error))
+        fields = [JSON_TYPE, ("content-length", str(len(body))), ("connection", "close")]
+        wire.write(response_head(error.status, fields + error_fields(error)) + body)
+        wire.close()
+        return
+    app.clients += 1
+    spawn(app, serve_connection(app, wire))
+
+
+async def sweep(app: App) -> None:
+    """Look at every deadline, again and again."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(app.limits.sweep)
+        now = loop.time()
+        for wire in list(app.wires):
+            wire.expire(now)
+        for relay in list(app.relays):
+            relay.tick(now)
+        app.pool.prune(now - app.limits.pool_idle)
+
+
+async def drain(app: App, hurry: asyncio.Event) -> None:
+    """Let running answers finish until the deadline or a second signal, then end the rest."""
+    app.draining = True
+    busy = {exchange.wire for exchange in app.exchanges}
+    for wire in list(app.wires):
+        if wire.on_open is not None and wire not in busy:
+            wire.abort()        # an idle client connection
+    deadline = asyncio.get_running_loop().time() + app.config.drain_seconds
+    while app.exchanges and not hurry.is_set():
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            break
+        try:
+            await asyncio.wait_for(hurry.wait(), min(left, 0.1))
+        except asyncio.TimeoutError:
+            continue
+    ending = ProxyError("busy", "The proxy is shutting down.", retry_after=1)
+    for relay in list(app.relays):
+        if relay.opened and not relay.done.done():
+            relay.send(relay.answer.stop(ending) + relay.answer.face.error_frame(ending), last=True)
+    await asyncio.sleep(0)
+    tasks = list(app.tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    app.pool.close()
+
+
+async def listen(app: App) -> Any:
+    """Open the listening socket.  Raises OSError."""
+    loop = asyncio.get_running_loop()
+    app.started = loop.time()
+    server = await loop.create_server(lambda: Wire(app, lambda wire: accept(app, wire)),
+                                      app.config.host, app.config.port, backlog=1024)
+    spawn(app, sweep(app))
+    if app.config.cli_version == "auto":
+        spawn(app, keep_version_fresh(app))
+    return server
+
+
+def raise_descriptor_limit(app: App) -> None:
+    """Use all descriptors that the system grants; a relayed answer takes two."""
+    try:
+        import resource
+    except ImportError:         # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * app.config.max_connections + 64
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError) as error:
+            app.log.debug("descriptor limit stays at %d: %s", soft, error)
+    if soft != resource.RLIM_INFINITY:
+        app.max_clients = max(1, min(app.config.max_connections, (soft - 64) // 2))
+
+
+def watch_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """SIGINT and SIGTERM: the first stops in order, the second at once."""
+    loop = asyncio.get_running_loop()
+
+    def received() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, received)
+        except NotImplementedError:     # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
+
+
+async def run_proxy(app: App, announce: Callable[[str, int], None]) -> None:
+    """Listen, announce the address, and serve until a signal comes.  Raises OSError when the
+    address cannot be had."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    raise_descriptor_limit(app)
+    server = await listen(app)
+    watch_signals(stop, hurry)
+    host, port = server.sockets[0].getsockname()[:2]
+    announce(host, port)
+    await stop.wait()
+    server.close()
+    app.log.info("stopping: %d requests still run", len(app.exchanges))
+    await drain(app, hurry)
+
+
+# === COMMAND LINE ==========================================================
+# Flags from the option table, the config file, the start-up screen, and
+# `main`.  What is wrong with the configuration is one line on standard error
+# and exit status 2; an address that is taken is status 1.
+
+
+def read_arguments_of(argv: List[str]) -> Tuple[Dict[str, str], Any]:
+    """(options given as flags, the other arguments).  Ends the program on --help, or with one
+    line on a flag that does not exist."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="ccproxy.py", allow_abbrev=False, usage="%(prog)s [--check] [--OPTION VALUE ...]",
+        description="Use a Command Code subscription from any OpenAI or Anthropic client.",
+        epilog="Each option is also an environment variable (in brackets) and an entry of "
+               "config.json under its name in camelCase. Flags win over the environment, that "
+               "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
+    parser.error = complain     # type: ignore[method-assign, assignment]
+    parser.add_argument("--config", metavar="FILE", help="the config file (default: config.json "
+                        "beside ccproxy.py, if there is one)")
+    parser.add_argument("--check", action="store_true",
+                        help="print the configuration in effect and end")
+    parser.add_argument("--version", action="version", version="ccproxy " + __version__)
+    for option in OPTIONS:
+        default = option.default if option.default not in ("", [], {}) else "none"
+        words = "%s (default: %s) [%s]" % (option.help, default,
+                                           ", ".join(environment_names(option)))
+        parser.add_argument(flag_name(option), dest=option.name, help=words.replace("%", "%%"),
+                            metavar="|".join(option.choices) if option.kind == "choice"
+                            else option.kind.upper(),
+                            **({"nargs": "?", "const": "true"} if option.kind == "bool" else {}))
+    given = parser.parse_args(argv)
+    flags = {option.name: getattr(given, option.name) for option in OPTIONS
+             if getattr(given, option.name) is not None}
+    return flags, given
+
+
+def complain(message: str, status: int = 2) -> None:
+    """One line on standard error, and the end."""
+    sys.stderr.write("ccproxy: %s\n" % printable(message, 1000))
+    raise SystemExit(status)
+
+
+def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
+    """(name, entries) of the config file; without --config it may be absent."""
+    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+    if given is None and not os.path.exists(path):
+        return "config.json", {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            entries = json.load(file)
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+    except UnicodeDecodeError:
+        raise ProxyError("config", "%s: is not UTF-8" % path) from None
+    except json.JSONDecodeError as error:
+        raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
+            path, error.msg, error.lineno, error.colno)) from None
+    if not isinstance(entries, dict):
+        raise ProxyError("config", "%s: must hold one JSON object" % path)
+    return path, entries
+
+
+def open_log(config: Config) -> logging.Logger:
+    """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
+    written."""
+    log = logging.getLogger("ccproxy")
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file:
+        try:
+            handler = logging.FileHandler(config.log_file, encoding="utf-8")
+        except OSError as error:
+            raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
+                from None
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logging.raiseExceptions = False     # a full disk costs log lines, never requests
+    for logger in (log, logging.getLogger("asyncio")):
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(config.log_level.upper())
+    return log
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def welcome(config: Config, source: str, host: str, port: int) -> str:
+    """The start-up screen."""
+    shown = "[%s]" % host if ":" in host else host
+    local = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+    lines = [
+        "ccproxy %s on http://%s:%d" % (__version__, shown, port),
+        "  upstream  %s%s" % (config.api_base, ALPHA.path),
+        "  config    %s" % source,
+        "  try       curl http://%s:%d/v1/chat/completions -H 'Authorization: Bearer user_...' \\"
+        % (local, port),
+        "              -H 'Content-Type: application/json' \\",
+        "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",
+        "  note      Command Code's vendor objects to use of %s outside its own CLI and has "
+        "announced bans; the README explains the risk." % ALPHA.path]
+    if not is_loopback(host):
+        lines.append("  warning   reachable from other machines, over plain HTTP: put TLS in "
+                     "front, callers' keys pass through here.")
+    return "\n".join(lines) + "\n"
+
+
+def describe_config(config: Config, sources: Mapping[str, str]) -> str:
+    """The configuration in effect, an option a line, with where each value came from."""
+    rows = [(option.name, json.dumps(getattr(config, snake_case(option.name))),
+             sources[option.name]) for option in OPTIONS]
+    width = max(len(name) for name, _, _ in rows)
+    return "".join("%s  %s  (%s)\n" % (name.ljust(width), value, source)
+                   for name, value, source in rows)
+
+
+def check_certificates() -> None:
+    """A certificate file that is named but missing is said at start, not at the first request."""
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.path.isfile(path):
+        raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program; gives its exit status."""
+    flags, given = read_arguments_of(sys.argv[1:] if argv is None else argv)
+    try:
+        file_name, entries = read_config_file(given.config)
+        config, sources = read_config(flags, os.environ, entries, file_name)
+        if given.check:
+            sys.stdout.write(describe_config(config, sources))
+            return 0
+        check_certificates()
+        app = new_app(config, Limits(), open_log(config), Pool())
+    except ProxyError as error:
+        complain(error.message)
+    source = file_name if entries else "none (all defaults)"
+
+    def announce(host: str, port: int) -> None:
+        sys.stdout.write(welcome(config, source, host, port))
+        sys.stdout.flush()
+
+    try:
+        asyncio.run(run_proxy(app, announce))
+    except OSError as error:
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
+        complain("cannot listen on %s port %d: %s" % (
+            config.host, config.port, os.strerror(error.errno) if error.errno and error.errno > 0
+            else error), 1 if taken else 2)
+    except KeyboardInterrupt:       # Windows, before the signals are watched
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

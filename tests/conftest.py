@@ -1,0 +1,41 @@
+"""Fixtures: a fake upstream and a proxy in front of it."""
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from fake_upstream import FakeUpstream  # noqa: E402
+from harness import Proxy  # noqa: E402
+
+
+@pytest.fixture
+def upstream():
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def make_proxy(upstream):
+    """Proxies with options of their own in front of the fake upstream."""
+    started = []
+
+    def make(**options):
+        options.setdefault("apiBase", upstream.base)
+        proxy = Proxy(**options)
+        started.append(proxy)
+        return proxy
+    yield make
+    for proxy in started:
+        proxy.close()
+        assert "never retrieved" not in proxy.log.getvalue()
+        assert "Traceback" not in proxy.log.getvalue(), proxy.log.getvalue()
+
+
+@pytest.fixture
+def proxy(make_proxy):
+    return make_proxy()

@@ -1,0 +1,218 @@
+"""What tests share: a proxy in a thread of this process, and small clients for it."""
+from __future__ import annotations
+
+import asyncio
+import http.client
+import io
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import ccproxy  # noqa: E402
+
+KEY = "user_testkey123"
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+FAST = ccproxy.Limits(backoff=(0.01, 0.02), sweep=0.05, linger=0.5)
+
+
+def make_config(**options: Any) -> Any:
+    """A configuration with these options (in camelCase) set, the rest at their defaults."""
+    return ccproxy.read_config({}, {}, options, "test")[0]
+
+
+class Answer(NamedTuple):
+    """A whole HTTP answer."""
+
+    status: int
+    fields: Dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def frames(self) -> List[Any]:
+        """The JSON of every SSE frame, in order."""
+        return [json.loads(line[6:]) for line in self.body.decode().split("\n")
+                if line.startswith("data: {")]
+
+    @property
+    def comments(self) -> List[str]:
+        return [line[2:] for line in self.body.decode().split("\n") if line.startswith(": ")]
+
+
+class Proxy:
+    """ccproxy in a thread with a loop of its own."""
+
+    def __init__(self, limits: Any = FAST, **options: Any) -> None:
+        self.log = io.StringIO()
+        logger = logging.Logger("ccproxy-test")
+        handler = logging.StreamHandler(self.log)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel("DEBUG")
+        self.asyncio_log = logging.getLogger("asyncio")
+        self.asyncio_log.addHandler(handler)
+        self.handler = handler
+        config = make_config(**{"port": 0, **options})
+        self.app = ccproxy.new_app(config, limits, logger, ccproxy.Pool())
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)
+        self.thread.start()
+        assert self.ready.wait(10)
+
+    async def run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+        server = await ccproxy.listen(self.app)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.stop.wait()
+        server.close()
+        await ccproxy.drain(self.app, self.hurry)
+
+    def close(self, hurry: bool = True) -> None:
+        self.loop.call_soon_threadsafe(self.stop.set)
+        if hurry:
+            self.loop.call_soon_threadsafe(self.hurry.set)
+        self.thread.join(10)
+        self.asyncio_log.removeHandler(self.handler)
+        assert not self.thread.is_alive()
+
+    @property
+    def base(self) -> str:
+        return "http://127.0.0.1:%d" % self.port
+
+    def connect(self, timeout: float = 10.0) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    def request(self, method: str, path: str, body: Any = None,
+                fields: Optional[Dict[str, str]] = None, key: Optional[str] = KEY) -> Answer:
+        """One request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = dict(fields or {})
+        if key:
+            headers.setdefault("authorization", "Bearer " + key)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, headers)
+            answer = connection.getresponse()
+            return Answer(answer.status, {name.lower(): value for name, value
+                                          in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def post(self, path: str, fields: Optional[Dict[str, str]] = None, key: Optional[str] = KEY,
+             **body: Any) -> Answer:
+        """A generating request with one user message unless `messages` are given."""
+        if "messages" not in body:
+            body["messages"] = [{"role": "user", "content": "hi"}]
+        if path == MESSAGES:
+            body.setdefault("max_tokens", 1000)
+        return self.request("POST", path, body, fields, key)
+
+    def raw(self, data: bytes, timeout: float = 5.0) -> bytes:
+        """Send bytes as they are and read until the other side closes or is silent."""
+        with self.connect(timeout) as sock:
+            sock.sendall(data)
+            return read_all(sock)
+
+    def wait_quiet(self, seconds: float = 5.0) -> None:
+        """Wait until no request runs."""
+        wait_until(lambda: not self.app.exchanges and not self.app.relays, seconds)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    try:
+        while True:
+            piece = sock.recv(65536)
+            if not piece:
+                return data
+            data += piece
+    except OSError:
+        return data
+
+
+def wait_until(condition: Any, seconds: float = 5.0) -> None:
+    """Wait for a condition; the assertion tells which one was not met."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.01)
+
+
+def fold_chat(frames: List[Any]) -> Tuple[Dict[str, Any], Optional[str], Optional[Dict[str, Any]]]:
+    """(message, finish_reason, usage) as an SDK folds chat chunks."""
+    message: Dict[str, Any] = {"content": ""}
+    calls: List[Dict[str, Any]] = []
+    reason = usage = None
+    for frame in frames:
+        usage = frame.get("usage") or usage
+        for choice in frame["choices"]:
+            delta = choice["delta"]
+            assert reason is None, "a choice after the finish reason"
+            reason = choice["finish_reason"]
+            message["content"] += delta.get("content") or ""
+            if delta.get("reasoning_content"):
+                message["reasoning_content"] = (message.get("reasoning_content", "")
+                                                + delta["reasoning_content"])
+            for call in delta.get("tool_calls", ()):
+                if call["index"] == len(calls):
+                    calls.append({"id": call["id"], "type": call["type"], "function": {
+                        "name": call["function"]["name"], "arguments": ""}})
+                assert call["index"] < len(calls)
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if calls:
+        message["tool_calls"] = calls
+    return message, reason, usage
+
+
+def fold_messages(frames: List[Any]) -> Dict[str, Any]:
+    """The message that an SDK has when a stream of Messages is over."""
+    message: Dict[str, Any] = {}
+    partial: Dict[int, str] = {}
+    open_index = None
+    for frame in frames:
+        kind = frame["type"]
+        if kind == "message_start":
+            message = json.loads(json.dumps(frame["message"]))
+        elif kind == "content_block_start":
+            assert open_index is None and frame["index"] == len(message["content"])
+            open_index = frame["index"]
+            message["content"].append(dict(frame["content_block"]))
+        elif kind == "content_block_delta":
+            assert frame["index"] == open_index
+            block, delta = message["content"][open_index], frame["delta"]
+            if delta["type"] == "input_json_delta":
+                partial[open_index] = partial.get(open_index, "") + delta["partial_json"]
+            elif delta["type"] == "signature_delta":
+                assert not block["signature"]
+                block["signature"] = delta["signature"]
+            else:
+                member = delta["type"].split("_")[0]
+                block[member] += delta[member]
+        elif kind == "content_block_stop":
+            assert frame["index"] == open_index
+            block = message["content"][open_index]
+            if block["type"] == "tool_use":
+                block["input"] = parse_partial(partial.get(open_index, ""))
+            open_index = None
+        elif kind == "message_delta":
+            message.update(frame["delta"], usage=frame["usage"])
+    return message
+
+
+def parse_partial(text: str) -> Any:
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text
