@@ -798,6 +798,9 @@ class ChunkedBody:
             self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def most_framing(self) -> int:
+        return CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES
+
     def read_size(self, data: bytes, at: int) -> int:
         """Read one size line; leaves it in `tail` when it is not whole."""
         found = CHUNK_LINE.match(data, at)
@@ -808,7 +811,7 @@ class ChunkedBody:
             return len(data)
         self.left = int(found[1], 16)
         self.spent += found.end() - at + 2
-        if self.spent > CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES:
+        if self.spent > self.most_framing():
             raise self.fault("chunks with more framing than content")
         if not self.left:
             self.trailers = 0
@@ -838,7 +841,7 @@ class ChunkedBody:
         """Read one trailer line or the empty line that ends the body."""
         end = data.find(b"\n", at)
         self.spent += len(data) - at if end < 0 else end + 1 - at
-        if self.spent > MAX_HEAD_BYTES + CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES:
+        if self.spent > self.most_framing() + MAX_HEAD_BYTES:
             raise self.fault("trailers too long")
         if end < 0:
             self.tail = data[at:]
@@ -1323,6 +1326,22 @@ def nearest_ids(name: str, ids: Iterable[str]) -> List[str]:
         name.lower(), list(by_lower), 3, 0.4)]
 
 
+def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
+    """Refuse what allowedModels or allowUnknownModels do not let through (404)."""
+    allowed = {one.lower() for one in config.allowed_models}
+    if allowed and (model.id if model else name).lower() not in allowed:
+        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
+            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
+    if model is None and not config.allow_unknown_models:
+        raise unknown_model(name, models.listed)
+
+
+def unknown_model(name: str, ids: List[str]) -> ProxyError:
+    near = nearest_ids(name[:200], ids)
+    return ProxyError("model", "There is no model %s (GET /v1/models lists them).%s" % (
+        printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""), param="model")
+
+
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
     name = asked if asked not in ("", "default") else config.default_model
@@ -1331,18 +1350,11 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
         raise ProxyError("invalid", "%s is a decision model without chat; name another model."
                          % printable(name, 100), param="model")
     if not re.fullmatch(r"[!-~]{1,200}", name):
-        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters.", param="model")
-    model = find_model(name, models)
-    allowed = {one.lower() for one in config.allowed_models}
-    if allowed and (model.id if model else name).lower() not in allowed:
-        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
-    if model is None and not config.allow_unknown_models:
-        near = nearest_ids(name, models.listed)
-        raise ProxyError("model", "Model %s is not in the catalogue (GET /v1/models).%s" % (
-            printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""),
-            param="model")
-    model = model or Model(name, name)
+        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
+                         param="model")
+    found = find_model(name, models)
+    check_allowed(name, found, models, config)
+    model = found or Model(name, name)
     if asked and model.id != asked:
         add_note(notes, "model", "%s -> %s" % (asked, model.id))
     return model
@@ -1354,12 +1366,13 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
     word = EFFORT_WORDS.get(asked, asked) if asked else None
     if not word:
         return None
-    if model.efforts is None or word in model.efforts:
-        fitted: Optional[str] = word if word in EFFORTS else None
-    else:
-        lower = [one for one in model.efforts
-                 if word in EFFORTS and EFFORTS.index(one) < EFFORTS.index(word)]
-        fitted = (lower[-1:] or list(model.efforts[:1]) or [None])[0]
+    taken = EFFORTS if model.efforts is None else model.efforts
+    fitted: Optional[str] = word
+    if word not in taken:
+        rank = EFFORTS.index(word) if word in EFFORTS else -1
+        lower = [one for one in taken if rank > EFFORTS.index(one)]
+        choices = lower[-1:] or list(taken[:1]) if rank >= 0 else []
+        fitted = choices[0] if choices else None
     if fitted != asked:
         add_note(notes, "effort", "%s -> %s" % (asked, fitted or "the model's own"))
     return fitted
@@ -1986,24 +1999,28 @@ def decode_text(data: str, path: str) -> str:
         raise wrong(path, "is not base64") from None
 
 
+def inner_file(part: Json) -> Json:
+    """Chat wraps a file's members in `file`; the others do not."""
+    return part["file"] if isinstance(part.get("file"), dict) else part
+
+
 def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
     """(text, media type) of a document; text "" where it cannot be read here."""
-    inner = part.get("file") if isinstance(part.get("file"), dict) else part
     source = get(part, "source", "an object", path) or {}
-    kind, data = source.get("type"), source.get("data") or inner.get("file_data")
-    if kind == "content":
+    if source.get("type") == "content":
         parts = read_content(source.get("content"), path + ".source.content", notes)
         return "\n".join(one.text for one in parts if isinstance(one, Text)), "text/plain"
-    if kind == "text":
-        return check(data, "a string", path + ".source.data"), "text/plain"
-    mime = source.get("media_type") or part.get("mime_type") or "application/octet-stream"
-    if isinstance(data, str):
-        found = DATA_URL.match(data)
-        if found:
-            mime, data = found[1] or "text/plain", data[found.end():]
-        if str(mime).startswith("text/") or mime == "application/json":
-            return decode_text(data, path), str(mime)
-    return "", str(mime)
+    if source.get("type") == "text":
+        return check(source.get("data"), "a string", path + ".source.data"), "text/plain"
+    data = source.get("data") or inner_file(part).get("file_data")
+    mime = str(source.get("media_type") or part.get("mime_type") or "application/octet-stream")
+    if not isinstance(data, str):
+        return "", mime
+    found = DATA_URL.match(data)
+    if found:
+        mime, data = found[1] or "text/plain", data[found.end():]
+    readable = mime.startswith("text/") or mime == "application/json"
+    return (decode_text(data, path) if readable else ""), mime
 
 
 def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -2011,9 +2028,7 @@ def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
 
     A 400 for a PDF would lock an agent's whole conversation, for it is sent again every turn.
     """
-    inner = part.get("file") if isinstance(part.get("file"), dict) else part
-    title = next((str(holder[name]) for holder in (part, inner) for name in ("title", "filename")
-                  if holder.get(name)), UNNAMED)
+    title = str(part.get("title") or inner_file(part).get("filename") or UNNAMED)
     text, mime = document_text(part, path, notes)
     if text:
         return [Text("<document title=%s>\n%s\n</document>" % (json.dumps(title[:200]), text),
@@ -2222,32 +2237,39 @@ def with_cache(parts: List[Any], message: Json) -> List[Any]:
     return parts
 
 
-def read_assistant(message: Json, path: str, prompt: Prompt) -> None:
-    """Text, thinking and tool calls, in whichever of the APIs' members they come."""
-    notes = prompt.notes
-    parts: List[Part] = []
-    for name in ("reasoning_content", "reasoning"):
-        thinking = message.get(name)
-        if isinstance(thinking, str) and thinking:
-            parts.append(Thinking(thinking))
-            break
-    parts += read_content(message.get("content"), path + ".content", notes)
-    if not parts and isinstance(message.get("refusal"), str):
-        parts.append(Text(message["refusal"]))
+def read_chat_calls(message: Json, path: str, notes: List[str]) -> List[Part]:
+    """Chat's tool_calls, functions and custom tools, and the older function_call."""
+    calls: List[Part] = []
     for index, call in enumerate(get(message, "tool_calls", "a list", path) or []):
         here = "%s.tool_calls[%d]" % (path, index)
-        function = get(check(call, "an object", here), "function", "an object", here)
-        custom = get(call, "custom", "an object", here)
-        said = function or custom or {}
-        given = said.get("arguments") if function else {"input": said.get("input", "")}
-        parts.append(Call(get(call, "id", "a string", here) or "",
-                          get(said, "name", "a string", here) or UNNAMED,
-                          read_arguments(given, here + ".function.arguments", notes)))
+        said = get(check(call, "an object", here), "function", "an object", here)
+        if said is None:
+            said = get(call, "custom", "an object", here) or {}
+            said = {"name": said.get("name"), "arguments": {"input": said.get("input", "")}}
+        calls.append(read_function_call(said, get(call, "id", "a string", here) or "",
+                                        here + ".function", notes))
     legacy = get(message, "function_call", "an object", path)
     if legacy:
-        name = get(legacy, "name", "a string", path + ".function_call") or UNNAMED
-        parts.append(Call("function_" + name, name, read_arguments(
-            legacy.get("arguments"), path + ".function_call.arguments", notes)))
+        calls.append(read_function_call(legacy, "function_" + str(legacy.get("name")),
+                                        path + ".function_call", notes))
+    return calls
+
+
+def read_function_call(said: Json, call_id: str, path: str, notes: List[str]) -> Call:
+    name = get(said, "name", "a string", path) or UNNAMED
+    return Call(call_id, name, read_arguments(said.get("arguments"), path + ".arguments", notes))
+
+
+def read_assistant(message: Json, path: str, prompt: Prompt) -> None:
+    """Text, thinking and tool calls, in whichever of the APIs' members they come."""
+    parts: List[Part] = []
+    thinking = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thinking, str) and thinking:
+        parts.append(Thinking(thinking))
+    parts += read_content(message.get("content"), path + ".content", prompt.notes)
+    if not parts and isinstance(message.get("refusal"), str):
+        parts.append(Text(message["refusal"]))
+    parts += read_chat_calls(message, path, prompt.notes)
     prompt.turns.append(Turn("assistant", with_cache(parts, message)))
 
 
@@ -2344,6 +2366,7 @@ def read_json_format(given: Any, path: str) -> Optional[Json]:
 # unique, names that every provider takes, pictures of tools shown by the user.
 
 NO_RESULT = "(no result: the call was interrupted)"
+SAFE_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME)
 
 
 def order_parts(parts: List[Part]) -> List[Part]:
@@ -2438,31 +2461,36 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
     return settled
 
 
+def settle_assistant(turn: Turn, taken: Dict[str, int],
+                     notes: List[str]) -> Tuple[Turn, List[Tuple[str, Call]]]:
+    """An assistant's turn in order, and its calls under unique ids beside the client's own."""
+    parts: List[Part] = []
+    calls: List[Tuple[str, Call]] = []
+    for part in order_parts(turn.parts):
+        if isinstance(part, Call):
+            own_id, part = part.id, part._replace(id=unique_id(part.id, taken))
+            if own_id and own_id != part.id:
+                add_note(notes, "repaired", "tool call id used twice")
+            calls.append((own_id, part))
+        parts.append(part)
+    return Turn("assistant", parts), calls
+
+
 def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
     """The whole history, repaired; roles are then user, assistant and tool."""
-    turns = merge_assistants(turns)
     repaired: List[Turn] = []
     taken: Dict[str, int] = {}
-    at = 0
-    while at < len(turns):
-        calls: List[Tuple[str, Call]] = []
-        if turns[at].role == "assistant":
-            parts: List[Part] = []
-            for part in order_parts(turns[at].parts):
-                if isinstance(part, Call):
-                    own_id, part = part.id, part._replace(id=unique_id(part.id, taken))
-                    if own_id and own_id != part.id:
-                        add_note(notes, "repaired", "tool call id used twice")
-                    calls.append((own_id, part))
-                parts.append(part)
-            repaired.append(Turn("assistant", parts))
-            at += 1
-        end = at
-        while end < len(turns) and turns[end].role == "user":
-            end += 1
-        repaired += settle_users(turns[at:end], calls, notes)
-        at = end
-    return repaired
+    users: List[Turn] = []
+    calls: List[Tuple[str, Call]] = []
+    for turn in merge_assistants(turns):
+        if turn.role == "user":
+            users.append(turn)
+            continue
+        repaired += settle_users(users, calls, notes)
+        turn, calls = settle_assistant(turn, taken, notes)
+        repaired.append(turn)
+        users = []
+    return repaired + settle_users(users, calls, notes)
 
 
 def safe_tool_name(name: str, taken: Mapping[str, str]) -> str:
@@ -2476,15 +2504,15 @@ def safe_tool_name(name: str, taken: Mapping[str, str]) -> str:
 
 def map_tool_names(prompt: Prompt) -> None:
     """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
-    if all(re.fullmatch(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME, name) for name in used_names(prompt)):
+    used = dict.fromkeys(used_names(prompt))
+    if all(SAFE_TOOL_NAME.fullmatch(name) for name in used):
         return
     sent: Dict[str, str] = {}
-    for name in used_names(prompt):
-        if name not in sent:
-            sent[name] = safe_tool_name(name, prompt.names)
-            prompt.names[sent[name]] = name
-            if sent[name] != name:
-                add_note(prompt.notes, "renamed", "tool %s -> %s" % (name, sent[name]))
+    for name in used:
+        sent[name] = safe_tool_name(name, prompt.names)
+        prompt.names[sent[name]] = name
+        if sent[name] != name:
+            add_note(prompt.notes, "renamed", "tool %s -> %s" % (name, sent[name]))
     prompt.tools = [tool._replace(name=sent[tool.name]) for tool in prompt.tools]
     prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.name])
                                      if isinstance(part, Call) else part for part in turn.parts])
@@ -2672,42 +2700,47 @@ def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
 
 FENCE_START = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\r?\n")
 FENCE_MAYBE = re.compile(r"\s*(`{0,2}|```[A-Za-z0-9_-]*[ \t]*\r?)")
-FENCE_END = re.compile(r"\s*```\s*")
-FENCE_END_MAYBE = re.compile(r"\s*`{0,3}\s*")
+FENCE_END = re.compile(r"\s*(```\s*)?")          # what may turn out to be the closing fence
+FENCE_TAIL = re.compile(r"[\s`]*\Z")
+
+
+def closing_size(text: str) -> int:
+    """How many characters at the end of a fenced text may belong to its closing fence."""
+    tail = FENCE_TAIL.search(text, max(0, len(text) - 64))
+    found = tail[0] if tail else ""
+    return len(found) if re.fullmatch(r"\s*`{0,3}\s*", found) else 0
 
 
 def strip_fence() -> Callable[[Event], List[Event]]:
     """Take a code fence off a JSON answer: models add one whatever they are told."""
     state, held = "start", ""
 
-    def release(block: Block, text: str) -> List[Event]:
-        return [Delta(block, text)] if text else []
-
-    def run(event: Event) -> List[Event]:
+    def grow_text(text: str) -> str:
+        """What can be let go of, with some more text."""
         nonlocal state, held
-        block = getattr(event, "block", None)
-        if block is None or block.kind != TEXT:
-            return [event]
-        if isinstance(event, Open):
-            state, held = "start", ""
-            return [event]
-        if isinstance(event, Close):
-            rest, held = held, ""
-            if state == "fenced" and FENCE_END.fullmatch(rest):
-                rest = ""
-            return release(block, rest) + [event]
-        held += event.text              # type: ignore[union-attr]
+        held += text
         if state == "start":
             opening = FENCE_START.match(held)
             if not opening and FENCE_MAYBE.fullmatch(held):
-                return []
+                return ""
             state, held = ("fenced", held[opening.end():]) if opening else ("plain", held)
-        size = 0
-        if state == "fenced":           # the closing fence may be what comes last
-            tail = re.search(r"[\s`]*\Z", held[-64:])
-            size = len(tail[0]) if tail and FENCE_END_MAYBE.fullmatch(tail[0]) else 0
-        ready, held = held[:len(held) - size], held[len(held) - size:]
-        return release(block, ready)
+        size = len(held) - (closing_size(held) if state == "fenced" else 0)
+        ready, held = held[:size], held[size:]
+        return ready
+
+    def close_text() -> str:
+        nonlocal state, held
+        rest = "" if state == "fenced" and FENCE_END.fullmatch(held) else held
+        state, held = "start", ""
+        return rest
+
+    def run(event: Event) -> List[Event]:
+        block = getattr(event, "block", None)
+        if block is None or block.kind != TEXT or isinstance(event, Open):
+            return [event]
+        text = grow_text(event.text) if isinstance(event, Delta) else close_text()
+        grown: List[Event] = [Delta(block, text)] if text else []
+        return grown + ([event] if isinstance(event, Close) else [])
     return run
 
 
@@ -2852,8 +2885,16 @@ def alpha_system(texts: List[Text]) -> Any:
             for text, given in zip(blocks, texts)]
 
 
+def single_type(kinds: List[str]) -> Json:
+    """What ["string", "null"] is in a dialect with one type at a time: a nullable string."""
+    real = [kind for kind in kinds if kind != "null"] or ["string"]
+    fixed: Json = {"type": real[0]} if len(real) == 1 else {
+        "anyOf": [{"type": kind} for kind in real]}
+    return {**fixed, "nullable": True} if "null" in kinds else fixed
+
+
 def single_types(schema: Any) -> Any:
-    """A schema without lists of types, which Gemini refuses: ["string", "null"] is nullable."""
+    """A schema without lists of types, which Gemini refuses (UPSTREAM 4.1)."""
     if isinstance(schema, list):
         return [single_types(item) for item in schema]
     if not isinstance(schema, dict):
@@ -2861,13 +2902,8 @@ def single_types(schema: Any) -> Any:
     fixed = {name: single_types(item) for name, item in schema.items()}
     kinds = schema.get("type")
     if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
-        real = [kind for kind in kinds if kind != "null"] or ["string"]
-        fixed["type"] = real[0]
-        if len(real) > 1:
-            del fixed["type"]
-            fixed["anyOf"] = [{"type": kind} for kind in real]
-        if "null" in kinds:
-            fixed["nullable"] = True
+        del fixed["type"]
+        fixed.update(single_type(kinds))
     return fixed
 
 
@@ -3803,6 +3839,10 @@ class Wire(asyncio.BufferedProtocol):
             await self.wait(deadline)
         return len(self.buffer) > size
 
+    def is_quiet(self) -> bool:
+        """Whether an idle connection is as it should be: open, and nothing came unasked."""
+        return not (self.ended or self.closed_at or self.buffer)
+
     def take(self) -> bytes:
         """All that came."""
         data, self.buffer = bytes(self.buffer), bytearray()
@@ -3887,7 +3927,7 @@ class Pool:
         """A connection that still seems alive, None when there is none."""
         while self.idle:
             wire = self.idle.pop()
-            if not wire.ended and not wire.buffer:
+            if wire.is_quiet():
                 return wire
             wire.abort()
         return None
@@ -3895,7 +3935,7 @@ class Pool:
     def give(self, wire: Wire, now: float, size: int) -> None:
         """Keep a connection whose last answer is complete."""
         wire.on_data = wire.on_end = wire.on_block = None
-        if wire.ended or wire.buffer or wire.closed_at or len(self.idle) >= size:
+        if not wire.is_quiet() or len(self.idle) >= size:
             wire.close()
             return
         wire.release()
@@ -3904,11 +3944,11 @@ class Pool:
 
     def prune(self, before: float) -> None:
         """Close what has been idle since before that moment, or has died meanwhile."""
-        stale = [wire for wire in self.idle
-                 if wire.idle_since < before or wire.ended or wire.buffer]
-        if stale:
-            self.idle = [wire for wire in self.idle if wire not in stale]
-            for wire in stale:
+        idle, self.idle = self.idle, []
+        for wire in idle:
+            if wire.idle_since >= before and wire.is_quiet():
+                self.idle.append(wire)
+            else:
                 wire.close()
 
     def close(self) -> None:
@@ -4012,9 +4052,10 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
         end = find_head_end(wire.buffer, seen, upstream_fault)
         if end < 0:
             seen = len(wire.buffer)
-            if not await wire.fill(deadline):
-                if not wire.buffer and not interim:
-                    raise ConnectionResetError("closed without an answer")
+            alive = await wire.fill(deadline)
+            if not alive and not wire.buffer and not interim:
+                raise ConnectionResetError("closed without an answer")
+            if not alive:
                 raise upstream_fault("the connection ended inside a head")
             continue
         head = parse_response_head(bytes(wire.buffer[:end]))
@@ -4359,17 +4400,23 @@ class Relay:
         if self.answer.stream and now - self.sent >= limits.silence - limits.sweep:
             quiet = max(now - self.heard, 0.0)
             self.send(comment_frame("waiting %ds" % round(quiet)))
-        if self.call is not None and now - self.heard > self.app.config.upstream_idle_seconds:
-            frames = self.answer.stop(ProxyError(
-                "late", "The upstream was silent for %g seconds (upstreamIdleSeconds)."
-                % self.app.config.upstream_idle_seconds))
-            if frames:
-                self.send(frames)
-            self.settle()
+        idle = self.app.config.upstream_idle_seconds
+        if self.call is not None and now - self.heard > idle:
+            self.give_up(ProxyError("late", "The upstream was silent for %g seconds "
+                                    "(upstreamIdleSeconds)." % idle))
+
+    def give_up(self, error: ProxyError) -> None:
+        """End a running call with this error."""
+        if self.call is None or self.answer.over:
+            return
+        frames = self.answer.stop(error)
+        if frames:
+            self.send(frames)
+        self.settle()
 
     def detach(self) -> None:
         """Let go of the call; a connection that is not in order is closed."""
-        call, self.call = self.call, None
+        call, self.call, self.done = self.call, None, None
         if call is not None:
             call.wire.on_data = call.wire.on_end = None
             give_back(self.app, call)
@@ -4425,9 +4472,9 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
                 raise
             app.log.debug("attempt %d failed: %s", attempt + 1, printable(error.message, 200))
             pause = max(pause, error.retry_after or 0.0)
+            add_note(relay.answer.reply.notes, "retried", error.kind)
         relay.answer.restart()
         record["retries"] = attempt + 1
-        add_note(relay.answer.reply.notes, "retried", "%d" % (attempt + 1))
         await asyncio.sleep(pause)
 
 
@@ -4493,8 +4540,8 @@ async def respond(app: App, exchange: Exchange, status: int, body: bytes,
     every = list(fields)
     if status != 204:
         every.append(("content-length", str(len(body))))
-    if not exchange.body_read and exchange.head.framing != Framing(False, 0):
-        exchange.keep = exchange.keep and await discard_body(app, exchange)
+    if not exchange.body_read and not is_small_body(exchange.head):
+        exchange.keep = False       # cheaper than reading what nobody wants
     head = start_response(app, exchange, status, every)
     exchange.wire.write(head if exchange.head.method == "HEAD" else head + body)
     await exchange.wire.drain()
@@ -4534,7 +4581,7 @@ async def read_body(app: App, exchange: Exchange) -> bytes:
     pieces = [piece async for piece in body_pieces(app, exchange, most)]
     exchange.body_read = True
     coding = head.fields.get("content-encoding", "").strip().lower()
-    return inflate(b"".join(pieces), coding, most) if len(pieces) != 1 or coding else pieces[0]
+    return inflate(b"".join(pieces), coding, most)
 
 
 async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
@@ -4576,18 +4623,19 @@ def release_body(app: App, exchange: Exchange) -> None:
     exchange.reserved = 0
 
 
-async def discard_body(app: App, exchange: Exchange) -> bool:
-    """Read a body that nobody wants, if it is small and was not announced; False: hang up."""
-    framing = exchange.head.framing
-    if exchange.head.fields.get("expect") or (framing.length or 0) > DISCARD_BYTES:
-        return False
-    try:
+def is_small_body(head: RequestHead) -> bool:
+    """Whether an unwanted body is worth reading, so that the connection can go on."""
+    size = head.framing.length or 0
+    if head.framing.chunked or "expect" in head.fields:
+        return head.framing == Framing(False, 0)
+    return size <= DISCARD_BYTES
+
+
+async def discard_body(app: App, exchange: Exchange) -> None:
+    """Read what is left of a request behind its answer."""
+    if not exchange.body_read:
         async for _ in body_pieces(app, exchange, DISCARD_BYTES):
-            continue
-    except ProxyError:
-        return False
-    exchange.body_read = True
-    return True
+            release_body(app, exchange)
 
 
 # Generating answers.
@@ -4664,6 +4712,8 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     keep_models_fresh(app)
     job = prepare(app, exchange, face, key, await read_body(app, exchange))
     release_body(app, exchange)
+    if exchange.wire.ended:
+        raise ConnectionResetError("the client left before its request was sent on")
     task = asyncio.current_task()
     exchange.wire.flood_bytes = READ_AHEAD_BYTES
     exchange.wire.on_end = task.cancel if task else None    # the client left: so do we
@@ -4741,15 +4791,11 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     """One model by its id, which arrives percent-encoded (R4)."""
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
-    model = next((one for one in shown if one.id.lower() == name.lower()), None)
     found = find_model(name, app.models)
-    if model is None and found is not None and found.id in [one.id for one in shown]:
-        model = found
+    wanted = {name.lower(), found.id.lower() if found else ""}
+    model = next((one for one in shown if one.id.lower() in wanted), None)
     if model is None:
-        near = nearest_ids(name[:200], [one.id for one in shown])
-        raise ProxyError("model", "There is no model %s.%s" % (
-            printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""),
-            param="model")
+        raise unknown_model(name, [one.id for one in shown])
     make = anthropic_model if exchange.face is MESSAGES else openai_model
     await respond_json(app, exchange, 200, make(model))
 
@@ -4882,7 +4928,7 @@ async def serve_connection(app: App, wire: Wire) -> None:
             if exchange is None:
                 break
             if not exchange.keep:
-                await linger(app, exchange)
+                await linger(app, wire)
                 break
             first = False
     except ConnectionError:
@@ -4904,15 +4950,14 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.draining)
         app.exchanges.add(exchange)
         await serve_request(app, exchange)
+        if exchange.keep:
+            await discard_body(app, exchange)
     except ProxyError as error:
         await show_error(app, exchange, error)
-    except asyncio.CancelledError:
-        exchange.record.setdefault("status", 499)
-        exchange.record["error"] = "the client left"
-        raise
-    except ConnectionError:
-        exchange.record.setdefault("status", 499)
-        exchange.record["error"] = "the client left"
+    except (asyncio.CancelledError, ConnectionError):
+        if exchange.record:
+            exchange.record.setdefault("status", 499)
+            exchange.record["error"] = "the client left"
         raise
     except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
         app.log.error("internal error on %s", printable(exchange.head.path, 100), exc_info=True)
@@ -4960,21 +5005,17 @@ def log_exchange(app: App, exchange: Exchange) -> None:
         app.log.log(level, "%d %s", status, log_line({**record, "total": total, "error": error}))
 
 
-async def linger(app: App, exchange: Exchange) -> None:
-    """Close in a way that lets the answer arrive: say goodbye, read what is on its way, close.
+async def linger(app: App, wire: Wire) -> None:
+    """Say goodbye and wait for the client's, throwing away what still comes.
 
     A connection closed with unread bytes sends RST, which may overtake the answer (RFC 9112 9.6).
     """
-    wire = exchange.wire
-    if wire.ended or exchange.body_read or not exchange.head.method:
-        pass_time = app.limits.linger if not wire.ended and not exchange.head.method else 0.0
-    else:
-        pass_time = app.limits.linger if exchange.head.framing != Framing(False, 0) else 0.0
-    if not pass_time or not wire.transport.can_write_eof():
+    if wire.ended or not wire.transport.can_write_eof():
         return
-    deadline = asyncio.get_running_loop().time() + pass_time
+    deadline = asyncio.get_running_loop().time() + app.limits.linger
     wire.transport.write_eof()
     wire.on_data = ignore_data
+    wire.release()
     try:
         while not wire.ended:
             await wire.wait(deadline)
@@ -5019,25 +5060,24 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     for wire in list(app.wires):
         if wire.on_open is not None and wire not in busy:
             wire.abort()        # an idle client connection
-    deadline = asyncio.get_running_loop().time() + app.config.drain_seconds
-    while app.exchanges and not hurry.is_set():
-        left = deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            break
-        try:
-            await asyncio.wait_for(hurry.wait(), min(left, 0.1))
-        except asyncio.TimeoutError:
-            continue
-    ending = ProxyError("busy", "The proxy is shutting down.", retry_after=1)
+    await wait_for_exchanges(app, app.config.drain_seconds, hurry)
     for relay in list(app.relays):
-        if relay.opened and not relay.done.done():
-            relay.send(relay.answer.stop(ending) + relay.answer.face.error_frame(ending), last=True)
-    await asyncio.sleep(0)
+        relay.give_up(ProxyError("busy", "The proxy is shutting down.", retry_after=1))
+    if not hurry.is_set():
+        await wait_for_exchanges(app, 1.0, hurry)       # so that those errors are written
     tasks = list(app.tasks)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     app.pool.close()
+
+
+async def wait_for_exchanges(app: App, seconds: float, hurry: asyncio.Event) -> None:
+    """Wait until no request runs, the time is over, or there is a hurry."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while app.exchanges and not hurry.is_set() and loop.time() < deadline:
+        await asyncio.sleep(min(0.05, app.limits.sweep))
 
 
 async def listen(app: App) -> Any:
