@@ -176,13 +176,13 @@ FAILURES = (
             402, "billing_error", "insufficient_quota", "insufficient_quota", NEVER),
     Failure("plan", (), r"model_not_in_plan|upgrade_required", 403, "permission_error",
             "permission_error", "model_not_in_plan", NEVER),
-    Failure("too_long", (400, 413, 422), r"prompt is too long|context[ _](length|window)"
+    Failure("too_long", (), r"prompt is too long|context[ _](length|window)"
             r"|maximum context|too many (input )?tokens|input is too long", 400,
             "invalid_request_error", "invalid_request_error", "context_length_exceeded", NEVER),
-    Failure("model", (400, 403, 404), r"model/provider not recognized|unsupported_model"
+    Failure("model", (), r"model/provider not recognized|unsupported_model"
             r"|model_not_found|unknown model", 404, "not_found_error",
             "invalid_request_error", "model_not_found", NEVER),
-    Failure("usage_window", (400, 403, 429), r"usage limit|usage_limit|window limit", 429,
+    Failure("usage_window", (), r"usage limit|usage_limit|window limit", 429,
             "rate_limit_error", "usage_limit_reached", "usage_limit_reached", NEVER),
     Failure("invalid", (400, 405, 406, 411, 415, 417), "", 400, "invalid_request_error",
             "invalid_request_error", None, NEVER),
@@ -269,10 +269,7 @@ def classify_failure(status: int, code: str, message: str) -> str:
     """The kind of an upstream failure, by the first row that fits."""
     said = "%s %s" % (code, message)
     for row in FAILURES:
-        by_status = status in row.upstream
-        if row.words and (by_status or not row.upstream) and re.search(row.words, said, re.I):
-            return row.kind
-        if by_status and not row.words:
+        if status in row.upstream or (row.words and re.search(row.words, said, re.I)):
             return row.kind
     if 400 <= status < 500:
         return "invalid"
@@ -632,11 +629,11 @@ class ResponseHead(NamedTuple):
 
 
 def client_fault(message: str) -> ProxyError:
-    return ProxyError("invalid", "Malformed HTTP request: " + message)
+    return ProxyError("invalid", "Malformed HTTP request: " + redact(message))
 
 
 def upstream_fault(message: str) -> ProxyError:
-    return ProxyError("upstream", "The upstream sent malformed HTTP: " + message)
+    return ProxyError("upstream", "The upstream sent malformed HTTP: " + redact(message))
 
 
 def find_head_end(data: Union[bytes, bytearray], start: int, fault: Fault) -> int:
@@ -788,12 +785,12 @@ class ChunkedBody:
         pieces: List[bytes] = []
         at, end = 0, len(data)
         while at < end and not self.done and not self.tail:
-            if self.trailers >= 0:
-                at = self.read_trailer(data, at)
-            elif self.left == -2:
-                at = self.read_size(data, at)
-            else:
+            if self.left != -2:
                 at = self.read_content(data, at, pieces)
+            elif self.trailers < 0:
+                at = self.read_chunk(data, at, pieces)
+            else:
+                at = self.read_trailer(data, at)
         if self.done:
             self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -801,21 +798,28 @@ class ChunkedBody:
     def most_framing(self) -> int:
         return CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES
 
-    def read_size(self, data: bytes, at: int) -> int:
-        """Read one size line; leaves it in `tail` when it is not whole."""
+    def read_chunk(self, data: bytes, at: int, pieces: List[bytes]) -> int:
+        """Read a size line, and the whole chunk where all of it is here."""
         found = CHUNK_LINE.match(data, at)
         if not found:
             if b"\n" in data[at:at + MAX_CHUNK_LINE_BYTES] or len(data) - at > MAX_CHUNK_LINE_BYTES:
                 raise self.fault("bad chunk size line")
             self.tail = data[at:]
             return len(data)
-        self.left = int(found[1], 16)
-        self.spent += found.end() - at + 2
-        if self.spent > self.most_framing():
+        size, start = int(found[1], 16), found.end()
+        stop = start + size
+        self.spent += start - at + 2
+        if self.spent > CHUNK_OVERHEAD_BYTES and self.spent > self.most_framing():
             raise self.fault("chunks with more framing than content")
-        if not self.left:
+        if size and data[stop:stop + 2] == b"\r\n":
+            pieces.append(data[start:stop])
+            self.carried += size
+            return stop + 2
+        if size:
+            self.left = size
+        else:
             self.trailers = 0
-        return found.end()
+        return start
 
     def read_content(self, data: bytes, at: int, pieces: List[bytes]) -> int:
         """Read what there is of a chunk and of the CRLF behind it."""
@@ -840,12 +844,13 @@ class ChunkedBody:
     def read_trailer(self, data: bytes, at: int) -> int:
         """Read one trailer line or the empty line that ends the body."""
         end = data.find(b"\n", at)
-        self.spent += len(data) - at if end < 0 else end + 1 - at
-        if self.spent > self.most_framing() + MAX_HEAD_BYTES:
+        size = len(data) - at if end < 0 else end + 1 - at
+        if self.spent + size > self.most_framing() + MAX_HEAD_BYTES:
             raise self.fault("trailers too long")
         if end < 0:
             self.tail = data[at:]
             return len(data)
+        self.spent += size
         if data[end - 1:end] != b"\r" or end == at:
             raise self.fault("a trailer line must end with CR LF")
         if end - 1 == at:
@@ -3087,6 +3092,9 @@ READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
     "abort": read_abort, "provider-metadata": read_provider_metadata}
 
 START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
+LINE_KIND = re.compile(rb'\{"type":"([a-z-]{1,40})"')
+SILENT_KINDS = frozenset([      # frequent events that tell nothing: not worth decoding
+    b"start", b"start-step", b"text-start", b"text-end", b"reasoning-start", b"tool-input-end"])
 
 
 def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
@@ -3094,7 +3102,13 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
     line = line.strip(b" \t\r\n")
     if line.startswith(b"data:"):
         line = line[5:].lstrip(b" \t")
-    if not line.startswith(b"{") or line.startswith(START_STEP):
+    kind_found = LINE_KIND.match(line)
+    if kind_found and kind_found[1] in SILENT_KINDS and not reading.over:
+        if not reading.began:
+            reading.began = True
+            yield Begin()
+        return
+    if not line.startswith(b"{"):
         return
     try:
         raw = json.loads(line.decode("utf-8", "replace"))
@@ -4087,8 +4101,11 @@ def build_call(app: App, key: str, session: str, traceparent: str, payload: byte
 
 async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
     """Send the request and read the answer's head.  Raises as read_response_head does."""
-    wire.write(spec.head)
-    wire.write(spec.payload)
+    if len(spec.payload) <= READ_BYTES:
+        wire.write(spec.head + spec.payload)    # one packet, one system call
+    else:
+        wire.write(spec.head)
+        wire.write(spec.payload)                # too large to be copied
     seconds = app.config.upstream_idle_seconds
     try:
         head = await read_response_head(wire, asyncio.get_running_loop().time() + seconds)
@@ -4668,7 +4685,8 @@ def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> 
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(model=prompt.model, stream=prompt.stream)
-    reply = Reply(face.id_prefix + random_hex(24), prompt.asked or model.id, int(time.time()),
+    reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or model.id),
+                  int(time.time()),
                   include_usage=prompt.include_usage)
     if face is MESSAGES:
         reply.input_estimate = estimate_input(prompt)
