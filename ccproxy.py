@@ -662,7 +662,7 @@ def parse_fields(lines: List[bytes], fault: Fault) -> List[Tuple[str, str]]:
     for line in lines:
         found = FIELD_LINE.fullmatch(line)
         if not found:
-            raise fault("bad header line %r" % line[:80])
+            raise fault("header line %d is not `name: value`" % (len(pairs) + 1))
         pairs.append((found[1].decode("ascii").lower(),
                       found[2].rstrip(b" \t").decode("latin-1")))
     return pairs
@@ -727,7 +727,7 @@ def parse_request_head(data: bytes) -> RequestHead:
                          % MAX_REQUEST_LINE_BYTES)
     found = REQUEST_LINE.fullmatch(line)
     if not found:
-        raise client_fault("bad request line %r" % line[:80])
+        raise client_fault("the first line is not a request line")
     if found[3] != b"1":
         raise ProxyError("http_version", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     method, target, minor = found[1].decode(), found[2].decode(), min(int(found[4]), 1)
@@ -750,7 +750,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     line, *rest = data[:-4].split(b"\r\n")
     found = STATUS_LINE.fullmatch(line)
     if not found:
-        raise upstream_fault("bad status line %r" % line[:80])
+        raise upstream_fault("the first line is not a status line")
     minor, status = int(found[1]), int(found[2])
     pairs = parse_fields(rest, upstream_fault)
     fields = join_fields(pairs)
@@ -1628,6 +1628,8 @@ class Block:
     index: int = -1             # among the blocks that are shown
     number: int = -1            # among the shown blocks of its kind
     whole: bool = False         # a call's arguments are complete
+    begun: bool = False         # a call's block was opened, or waits for that
+    broken: bool = False        # the answer failed inside it
     half: str = ""              # first half of a surrogate pair, waiting for the second
     signature: str = ""
     pieces: List[Union[str, bytes]] = field(default_factory=list)   # bytes: escaped JSON
@@ -1666,7 +1668,7 @@ class Delta(NamedTuple):
 
 
 class Close(NamedTuple):
-    """A block is complete (a call whose `whole` is False was cut off)."""
+    """A block is complete (unless it is `broken`; a call that is not `whole` was cut off)."""
 
     block: Block
 
@@ -1814,10 +1816,17 @@ def extend(reading: Reading, kind: str, text: str) -> Iterator[Event]:
         last.pieces.append(text)
 
 
-def start_call(reading: Reading, call_id: str, name: str) -> Iterator[Event]:
-    """Begin a tool call, once per id."""
+def start_call(reading: Reading, call_id: str, name: str) -> None:
+    """Learn of a tool call, once per id.  Its block opens with its first argument: clients run a
+    call that is closed without any as if it had none."""
     if call_id not in reading.calls:
-        block = reading.calls[call_id] = Block(TOOL, call_id, name)
+        reading.calls[call_id] = Block(TOOL, call_id, name)
+
+
+def begin_call(reading: Reading, block: Block) -> Iterator[Event]:
+    """Open a call's block, unless that was done."""
+    if not block.begun:
+        block.begun = True
         yield from begin_block(reading, block)
 
 
@@ -1826,6 +1835,7 @@ def extend_call(reading: Reading, call_id: str, text: str) -> Iterator[Event]:
     block = reading.calls.get(call_id)
     if block is None or block.whole:
         return
+    yield from begin_call(reading, block)
     if block is reading.live:
         yield from grow(block, text)
     else:
@@ -1834,10 +1844,11 @@ def extend_call(reading: Reading, call_id: str, text: str) -> Iterator[Event]:
 
 def finish_call(reading: Reading, call_id: str, name: str, arguments: str) -> Iterator[Event]:
     """A call is complete with these arguments (JSON text); what went out already stays out."""
-    yield from start_call(reading, call_id, name)
+    start_call(reading, call_id, name)
     block = reading.calls[call_id]
     if block.whole:
         return
+    yield from begin_call(reading, block)
     if block is not reading.live:
         block.whole, block.pieces = True, [arguments]
         return
@@ -1875,8 +1886,8 @@ def promote_waiting(reading: Reading) -> Iterator[Event]:
 
 def close_all(reading: Reading) -> Iterator[Event]:
     """Close the open block and show what waited; calls that are not whole stay cut."""
-    for block in [reading.live] + reading.waiting:
-        if block is not None and block.kind == TOOL and not block.whole:
+    for block in reading.calls.values():
+        if not block.whole:
             add_note(reading.notes, "cut", "tool call %s is incomplete" % block.name)
     yield from close_live(reading)
     while reading.waiting:
@@ -1903,6 +1914,9 @@ def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
     if not reading.began:
         reading.began = True
         yield Begin()
+    reading.waiting.clear()
+    if reading.live is not None:
+        reading.live.broken = True
     yield from close_all(reading)
     reading.over = True
     yield Fail(error)
@@ -2543,8 +2557,8 @@ def settle_choice(prompt: Prompt) -> None:
     if choice.kind == "none":
         prompt.tools, prompt.choice = [], None
     elif choice.kind == "tool" and choice.name not in [tool.name for tool in prompt.tools]:
-        raise wrong("tool_choice", "names %s, which is not among tools"
-                    % printable(choice.name, 80))
+        prompt.choice = None        # a vendor's own tool that was left out, as a rule
+        add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % choice.name)
     elif not prompt.tools:
         prompt.choice = None
         if choice.kind == "any":
@@ -2990,7 +3004,8 @@ def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
     if raw.get("providerExecuted"):
         reading.ignored.add(name)
     elif name not in reading.ignored:
-        yield from start_call(reading, name, call_name(raw))
+        start_call(reading, name, call_name(raw))
+    return iter(())
 
 
 def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -3507,6 +3522,7 @@ class Answer:
         self.counts = {TEXT: 0, THINKING: 0, TOOL: 0}
         self.begun = self.over = self.visible = self.shown = False
         self.error: Optional[ProxyError] = None
+        self.unclosed: Optional[Block] = None       # the block in which the answer failed
         self.noted = 0              # late notes that went out as comments
         self.lines_read = 0         # complete lines: what counts as a sign of life
 
@@ -3551,13 +3567,17 @@ class Answer:
             self.pass_on(event, 0, frames)
 
     def restart(self) -> None:
-        """Make ready for a repeated call.  In a stream, thinking that was shown stays shown and the
+        """Make ready for a repeated call.  In a stream, thinking that was shown stays open and the
         repeated call's is left out; a plain answer starts anew."""
         if not self.stream:
             self.reply.blocks.clear()
             self.counts = dict.fromkeys(self.counts, 0)
-        self.reading = Reading(began=self.reading.began, notes=self.reading.notes,
+        unclosed = self.unclosed if self.stream else None
+        if unclosed is not None:
+            unclosed.broken = False
+        self.reading = Reading(live=unclosed, began=self.reading.began, notes=self.reading.notes,
                                mute_thinking=self.stream and self.shown)
+        self.unclosed = None
         self.lines = LineBuffer(self.upstream.skip)
         self.over, self.error, self.lane = False, None, None
 
@@ -3620,6 +3640,9 @@ class Answer:
             self.place_block(event.block)
         elif isinstance(event, Delta):
             self.keep_delta(event)
+        elif isinstance(event, Close) and event.block.broken:
+            self.unclosed = event.block     # stays open: clients take a closed block for good
+            return
         if not self.stream:
             return
         if not self.begun:
@@ -4343,6 +4366,7 @@ class Relay:
             self.heard = asyncio.get_running_loop().time()
         if frames:
             self.send(frames)
+            self.first = self.first or self.sent
         if answer.visible:
             self.spec.payload = b""     # nothing can be repeated any more
         if answer.over:
@@ -4391,12 +4415,12 @@ class Relay:
         if self.framed:
             data = (chunk(frames) if frames else b"") + (LAST_CHUNK if last else b"")
         if not self.opened:
-            data = self.open(now) + data
+            data = self.open() + data
         self.client.write(data)
         self.sent = now
 
-    def open(self, now: float) -> bytes:
-        self.opened, self.first = True, now
+    def open(self) -> bytes:
+        self.opened = True
         return self.head()
 
     def block(self, blocked: bool) -> None:
@@ -4648,11 +4672,16 @@ def is_small_body(head: RequestHead) -> bool:
     return size <= DISCARD_BYTES
 
 
-async def discard_body(app: App, exchange: Exchange) -> None:
-    """Read what is left of a request behind its answer."""
-    if not exchange.body_read:
-        async for _ in body_pieces(app, exchange, DISCARD_BYTES):
-            release_body(app, exchange)
+async def discard_body(app: App, exchange: Exchange) -> bool:
+    """Read what is left of a request behind its answer: it must never be taken for the next one.
+    False when that cannot be done."""
+    try:
+        if not exchange.body_read:
+            async for _ in body_pieces(app, exchange, DISCARD_BYTES):
+                release_body(app, exchange)
+    except ProxyError:
+        return False
+    return True
 
 
 # Generating answers.
@@ -4672,6 +4701,7 @@ def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> 
     fields = exchange.head.fields
     try:
         prompt = face.parse(parse_object(data, notes), notes)
+        exchange.record.update(model=prompt.asked, stream=prompt.stream)
         model = resolve_model(prompt.asked, app.models, app.config, notes)
         prompt.model = model.id
         prompt.effort = fit_effort(prompt.effort, model, notes)
@@ -4945,7 +4975,7 @@ async def serve_connection(app: App, wire: Wire) -> None:
             exchange = await serve_one(app, wire, first)
             if exchange is None:
                 break
-            if not exchange.keep:
+            if not exchange.keep or not await discard_body(app, exchange):
                 await linger(app, wire)
                 break
             first = False
@@ -4968,14 +4998,11 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.draining)
         app.exchanges.add(exchange)
         await serve_request(app, exchange)
-        if exchange.keep:
-            await discard_body(app, exchange)
     except ProxyError as error:
         await show_error(app, exchange, error)
     except (asyncio.CancelledError, ConnectionError):
         if exchange.record:
-            exchange.record.setdefault("status", 499)
-            exchange.record["error"] = "the client left"
+            exchange.record.update(status=499, error="the client left")
         raise
     except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
         app.log.error("internal error on %s", printable(exchange.head.path, 100), exc_info=True)

@@ -9,7 +9,15 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from fake_upstream import FakeUpstream  # noqa: E402
-from harness import Proxy  # noqa: E402
+from harness import PROXY_NAMES, Program, Proxy  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_surroundings(monkeypatch):
+    """Proxies and authorities of the machine that runs the tests must not matter."""
+    for name in list(os.environ):
+        if name.lower() in PROXY_NAMES or name == "SSL_CERT_FILE":
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -39,3 +47,23 @@ def make_proxy(upstream):
 @pytest.fixture
 def proxy(make_proxy):
     return make_proxy()
+
+
+@pytest.fixture
+def start_program(upstream):
+    """Whole programs in processes of their own, in front of the fake upstream."""
+    started = []
+
+    def start(*arguments, **options):
+        if "--api-base" not in arguments:
+            arguments = ("--api-base", upstream.base) + arguments
+        program = Program(*arguments, **options)
+        started.append(program)
+        return program
+    yield start
+    for program in started:
+        if program.process.poll() is None:
+            program.process.kill()
+        program.process.wait()
+        program.process.stdout.close()
+        program.process.stderr.close()

@@ -142,6 +142,7 @@ class FakeUpstream:
         self.scripts: List[Script] = []
         self.default: Script = stream(text_answer("Hello", " there"))
         self.models: Any = MODELS
+        self.side_script: Optional[Script] = None       # answers GETs instead of `models`
         self.requests: List[Request] = []
         self.side_requests: List[Request] = []
         self.open = 0               # connections that are open now
@@ -205,6 +206,9 @@ class FakeUpstream:
         request = Request(line, fields, body, number)
         if line.startswith("GET"):
             self.side_requests.append(request)
+            if self.side_script:
+                self.side_script(sock, request)
+                return sock.fileno() >= 0
             answer = json.dumps(self.models).encode()
             sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: "
                          b"%d\r\n\r\n%b" % (len(answer), answer))
@@ -217,6 +221,83 @@ class FakeUpstream:
 
     def close(self) -> None:
         self.socket.close()
+
+
+class FakeProxy:
+    """An HTTP proxy: CONNECT and absolute-form; what comes behind a head is passed on as it is."""
+
+    def __init__(self, answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n") -> None:
+        self.answer = answer            # to CONNECT
+        self.heads: List[bytes] = []
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.socket.listen(64)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return "http://127.0.0.1:%d" % self.port
+
+    def accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock: socket.socket) -> None:
+        try:
+            self.serve_one(sock)
+        except OSError:
+            sock.close()
+
+    def serve_one(self, sock: socket.socket) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            piece = sock.recv(65536)
+            if not piece:
+                return
+            data += piece
+        self.heads.append(data.partition(b"\r\n\r\n")[0])
+        method, target = data.split(b" ")[:2]
+        if method != b"CONNECT" and not target.startswith(b"http://"):
+            sock.sendall(b"HTTP/1.1 400 Not For A Proxy\r\ncontent-length: 0\r\n\r\n")
+            sock.close()
+            return
+        authority = target if method == b"CONNECT" else target.split(b"/")[2]
+        host, _, port = authority.decode().rpartition(":")
+        if method == b"CONNECT":
+            sock.sendall(self.answer)
+            if b" 200 " not in self.answer:
+                sock.close()
+                return
+            data = b""
+        other = socket.create_connection((host, int(port)))
+        other.sendall(data)
+        threading.Thread(target=pump, args=(other, sock), daemon=True).start()
+        pump(sock, other)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    """Pass on bytes in one direction until either side is done."""
+    try:
+        data = source.recv(65536)
+        while data:
+            sink.sendall(data)
+            data = source.recv(65536)
+    except OSError:
+        pass
+    finally:
+        for sock in (source, sink):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
 
 def main() -> None:

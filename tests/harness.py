@@ -7,7 +7,10 @@ import io
 import json
 import logging
 import os
+import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -80,12 +83,17 @@ class Proxy:
         await ccproxy.drain(self.app, self.hurry)
 
     def close(self, hurry: bool = True) -> None:
-        self.loop.call_soon_threadsafe(self.stop.set)
-        if hurry:
-            self.loop.call_soon_threadsafe(self.hurry.set)
+        """Stop in order; in a hurry nothing that runs is waited for.  Again is harmless."""
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.signal, hurry)
         self.thread.join(10)
         self.asyncio_log.removeHandler(self.handler)
         assert not self.thread.is_alive()
+
+    def signal(self, hurry: bool = False) -> None:
+        if hurry:
+            self.hurry.set()
+        self.stop.set()
 
     @property
     def base(self) -> str:
@@ -119,6 +127,15 @@ class Proxy:
             body.setdefault("max_tokens", 1000)
         return self.request("POST", path, body, fields, key)
 
+    def send_post(self, path: str, fields: Optional[Dict[str, str]] = None,
+                  **body: Any) -> socket.socket:
+        """A connection on which a generating request was sent and nothing read yet."""
+        body.setdefault("messages", [{"role": "user", "content": "hi"}])
+        body.setdefault("max_tokens", 1000)
+        sock = self.connect()
+        sock.sendall(post_bytes(path, body, fields))
+        return sock
+
     def raw(self, data: bytes, timeout: float = 5.0) -> bytes:
         """Send bytes as they are and read until the other side closes or is silent."""
         with self.connect(timeout) as sock:
@@ -126,8 +143,59 @@ class Proxy:
             return read_all(sock)
 
     def wait_quiet(self, seconds: float = 5.0) -> None:
-        """Wait until no request runs."""
+        """Wait until no request runs and all log lines are written."""
         wait_until(lambda: not self.app.exchanges and not self.app.relays, seconds)
+
+
+def post_bytes(path: str, body: Any, fields: Optional[Dict[str, str]] = None,
+               key: Optional[str] = KEY) -> bytes:
+    """A whole POST as it goes over the wire."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    given = {"host": "localhost", "content-length": str(len(content)), **(fields or {})}
+    if key:
+        given.setdefault("authorization", "Bearer " + key)
+    head = ["POST %s HTTP/1.1" % path] + ["%s: %s" % pair for pair in given.items()]
+    return "\r\n".join(head + ["", ""]).encode("latin-1") + content
+
+
+def parse_answers(data: bytes, head_only: bool = False) -> List[Answer]:
+    """All whole answers that stand in these bytes, 1xx among them; chunks are taken apart."""
+    answers = []
+    while data:
+        head, separator, data = data.partition(b"\r\n\r\n")
+        assert separator, head
+        line, *rows = head.decode("latin-1").split("\r\n")
+        assert line.startswith("HTTP/1.1 "), line
+        status = int(line.split(" ")[1])
+        fields = {name.lower(): value for name, value in (row.split(": ", 1) for row in rows)}
+        body = b""
+        if status < 200 or status == 204 or head_only:
+            pass
+        elif fields.get("transfer-encoding") == "chunked":
+            size = -1
+            while size:
+                number, _, data = data.partition(b"\r\n")
+                size = int(number, 16)
+                assert data[size:size + 2] == b"\r\n", "a chunk is cut off"
+                body, data = body + data[:size], data[size + 2:]
+        elif "content-length" in fields:
+            length = int(fields["content-length"])
+            assert len(data) >= length, "a body is cut off"
+            body, data = data[:length], data[length:]
+        else:
+            body, data = data, b""
+        answers.append(Answer(status, fields, body))
+    return answers
+
+
+def read_until(sock: socket.socket, mark: bytes) -> bytes:
+    """Read until these bytes have come; the assertion shows what came instead."""
+    data = b""
+    while mark not in data:
+        piece = sock.recv(65536)
+        assert piece, "closed after %r" % data[-300:]
+        data += piece
+    return data
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -216,3 +284,53 @@ def parse_partial(text: str) -> Any:
         return json.loads(text or "{}")
     except ValueError:
         return text
+
+
+PROGRAM = ccproxy.__file__
+PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
+
+
+def clean_environment(**more: str) -> Dict[str, str]:
+    """This environment without whatever would configure ccproxy, and with `more`."""
+    taken = {name for option in ccproxy.OPTIONS for name in ccproxy.environment_names(option)}
+    kept = {name: value for name, value in os.environ.items() if name not in taken
+            and name.lower() not in PROXY_NAMES and name != "SSL_CERT_FILE"}
+    return {**kept, **more}
+
+
+def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
+                program: str = PROGRAM) -> "subprocess.CompletedProcess[str]":
+    """Run ccproxy.py as a person does and wait for its end."""
+    return subprocess.run([sys.executable, program, *arguments], timeout=30,
+                          env=clean_environment(**(environment or {})), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+class Program:
+    """ccproxy.py in a process of its own, listening on a free port."""
+
+    def __init__(self, *arguments: str, environment: Optional[Dict[str, str]] = None,
+                 program: str = PROGRAM) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, program, "--port", "0", *arguments], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env=clean_environment(**(environment or {})))
+        self.screen = ""
+        while "note" not in self.screen:
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.screen += line
+        self.port = int(re.search(r" on http://\S+:([0-9]+)", self.screen)[1])
+
+    connect = Proxy.connect
+    request, post, send_post = Proxy.request, Proxy.post, Proxy.send_post
+
+    def stop(self, number: int = signal.SIGTERM) -> Tuple[int, str]:
+        """(exit status, all of standard error) after this signal."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> Tuple[int, str]:
+        rest, error = self.process.communicate(timeout=20)
+        self.screen += rest
+        return self.process.returncode, error
