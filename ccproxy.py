@@ -28,7 +28,9 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     CONFIG (pure)
     REDACTION & LOG LINES (pure)
     HTTP WIRE (pure)
+    CONTENT CODINGS (pure)
     STREAM FRAMING (pure)
+    JSON TEXT (pure)
     CATALOGUE (pure)
     MODELS (pure)
     MODEL LISTS (pure)
@@ -39,6 +41,7 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     CONTENT PARTS (pure)
     TOOLS (pure)
     MESSAGES TO TURNS (pure)
+    STRUCTURED OUTPUT (pure)
     PROMPT REPAIR (pure)
     TOKEN COUNT (pure)
     ANSWER FILTERS (pure)
@@ -51,6 +54,8 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     WIRE
     UPSTREAM CALLS
     RELAY
+    RETRIES
+    EXCHANGES
     ENDPOINTS
     SERVER
     COMMAND LINE
@@ -82,7 +87,7 @@ __version__ = "0.1.0"
 
 Json = Dict[str, Any]        # a decoded JSON object
 
-# === CONSTANTS & LIMITS (pure) =============================================
+# === CONSTANTS & LIMITS (pure) ==============================================
 # Every number and fixed string that more than one function needs, with its
 # unit and its reason.  What a person may want to change is an option instead
 # (CONFIG); what only a test wants to shrink is a field of `Limits`.
@@ -98,6 +103,8 @@ CHUNK_OVERHEAD_FACTOR = 16          # framing bytes allowed per data byte, plus 
 CHUNK_OVERHEAD_BYTES = 16 * KIB
 MAX_INTERIM_HEADS = 8               # 1xx answers skipped before the real one
 MAX_LINE_BYTES = 32 * MIB           # one upstream event; start-step lines (skipped) echo requests
+MAX_GZIP_MEMBERS = 64               # each copies what is behind it: many would be quadratic
+MAX_JSON_DEPTH = 500                # deeper than any schema; the same on every Python
 MAX_INFLATED_BYTES = 32 * MIB       # what one upstream read may become when it was compressed
 MAX_ERROR_BODY_BYTES = 64 * KIB     # of an upstream error answer; the rest says nothing new
 MAX_ERROR_TEXT = 2000               # characters of an upstream message that are shown
@@ -119,6 +126,7 @@ DEFAULT_MODEL = "deepseek/deepseek-v4-flash"    # the vendor's own default, on e
 DEFAULT_SIGNATURE = "ccproxy"       # SDKs want a string where the upstream signed nothing
 
 KEY_PATTERN = re.compile(r"user_[A-Za-z0-9_-]+")
+KEY_LIKE = re.compile(r"user_(?!id(?![A-Za-z0-9_-]))[A-Za-z0-9_-]+")     # but not the word user_id
 VERSION_PATTERN = re.compile(r"[0-9]+(\.[0-9]+){1,3}([-+.][0-9A-Za-z.-]+)?")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -148,7 +156,7 @@ class Limits(NamedTuple):
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
 
 
-# === ERRORS (pure) =========================================================
+# === ERRORS (pure) ==========================================================
 # `ProxyError` is the one exception that crosses functions.  FAILURES is the
 # one table of what can go wrong: which upstream failure is meant (its status,
 # or words in its code or message), and what the client is told in either API.
@@ -303,7 +311,7 @@ def error_extras(error: ProxyError) -> Json:
     return extras
 
 
-# === CONFIG (pure) =========================================================
+# === CONFIG (pure) ==========================================================
 # One row of OPTIONS is one option: its flag, its environment names, its entry
 # in config.json, its line in --help and in the README's table all come from
 # that row.  Reading the file and the environment is the command line's work;
@@ -404,7 +412,7 @@ def parse_origin(url: str) -> Origin:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http:// or https:// URL")
-    if parts.username or parts.query or parts.fragment or re.search(r"[^!-~]", url):
+    if "@" in parts.netloc or parts.query or parts.fragment or re.search(r"[^!-~]", url):
         raise ValueError("must hold only scheme, host, port and path")
     port = parts.port or (443 if parts.scheme == "https" else 80)     # raises ValueError too
     return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
@@ -415,11 +423,13 @@ def read_number(option: Option, given: Any) -> Any:
     convert = int if option.kind == "int" else float
     if isinstance(given, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", given, re.ASCII):
         given = float(given) if "." in given else int(given)
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or convert(given) != given:
-        raise ValueError("must be a %s" % ("whole number" if convert is int else "number"))
     least, most = option.choices
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise ValueError("must be a number")
     if not least <= given <= most:
         raise ValueError("must be from %s to %s" % (least, most))
+    if convert(given) != given:
+        raise ValueError("must be a whole number")
     return convert(given)
 
 
@@ -480,9 +490,23 @@ def read_value(option: Option, given: Any, source: str) -> Any:
     """A given value as the option's own type.  Raises ProxyError `config` naming the source."""
     try:
         return VALUE_READERS[option.kind](option, given)
+    except RecursionError:
+        raise ProxyError("config", "%s: %s is nested too deeply" % (source, option.name)) from None
     except ValueError as error:
         raise ProxyError("config", "%s: %s %s (it is %s)" % (
             source, option.name, error, json.dumps(given)[:100])) from None
+
+
+def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
+    """Refuse a config file's entries that name no option, or say nothing about one."""
+    unknown = sorted(set(entries) - {option.name for option in OPTIONS})
+    if unknown:
+        raise ProxyError("config", "%s: unknown option %s (--help lists them)"
+                         % (file_name, ", ".join(unknown)))
+    empty = [name for name, value in entries.items() if value is None]
+    if empty:
+        raise ProxyError("config", "%s: %s must not be null (leave it out)"
+                         % (file_name, empty[0]))
 
 
 def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
@@ -492,10 +516,7 @@ def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
     The order is flags (by option name), environment, entries of the file, defaults.  An empty
     environment variable counts as unset.  Raises ProxyError of kind `config`.
     """
-    unknown = sorted(set(entries) - {option.name for option in OPTIONS})
-    if unknown:
-        raise ProxyError("config", "%s: unknown option %s (--help lists them)"
-                         % (file_name, ", ".join(unknown)))
+    check_entries(entries, file_name)
     values, sources = {}, {}
     for option in OPTIONS:
         places = [(flag_name(option), flags.get(option.name))]
@@ -513,7 +534,7 @@ def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
     return config, sources
 
 
-# === REDACTION & LOG LINES (pure) ==========================================
+# === REDACTION & LOG LINES (pure) ===========================================
 # What may be shown of a key or of what a client sent.  A key is shown as six
 # hex digits of its SHA-256.  Log values are printable ASCII on one line, so
 # that no client can forge a line or move a terminal's cursor.
@@ -526,7 +547,7 @@ def key_name(key: str) -> str:
 
 def redact(text: str) -> str:
     """Replace whatever looks like a Command Code key by its name."""
-    return KEY_PATTERN.sub(lambda found: key_name(found[0]), text)
+    return KEY_LIKE.sub(lambda found: key_name(found[0]), text)
 
 
 def printable(text: str, most: int) -> str:
@@ -570,7 +591,7 @@ def format_notes(notes: Iterable[str]) -> str:
     return "; ".join(shown)
 
 
-# === HTTP WIRE (pure) ======================================================
+# === HTTP WIRE (pure) =======================================================
 # HTTP/1.1 by hand (RFC 9110, 9112): heads, body framing and content codings of
 # both directions, on bytes with explicit ASCII classes.  Strict, so that no
 # two parties can see different messages in the same bytes: a framing error is
@@ -583,7 +604,7 @@ Fields = Dict[str, str]             # lower-case name to value; repeated ones jo
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t ]*([\t -~\x80-\xff]*)")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)")
 HOST_VALUE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?")
 ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
@@ -636,6 +657,11 @@ def upstream_fault(message: str) -> ProxyError:
     return ProxyError("upstream", "The upstream sent malformed HTTP: " + redact(message))
 
 
+def too_large(most: int) -> ProxyError:
+    return ProxyError("too_large", "The request body is larger than %d bytes (maxBodyBytes)."
+                      % most)
+
+
 def find_head_end(data: Union[bytes, bytearray], start: int, fault: Fault) -> int:
     """Index behind the empty line that ends a head, -1 when it is not there yet.
 
@@ -664,7 +690,7 @@ def parse_fields(lines: List[bytes], fault: Fault) -> List[Tuple[str, str]]:
         if not found:
             raise fault("header line %d is not `name: value`" % (len(pairs) + 1))
         pairs.append((found[1].decode("ascii").lower(),
-                      found[2].rstrip(b" \t").decode("latin-1")))
+                      found[2].strip(b" \t").decode("latin-1")))
     return pairs
 
 
@@ -703,7 +729,7 @@ def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
 
 def wants_keep_alive(minor: int, fields: Fields) -> bool:
     tokens = {token.strip(" \t").lower() for token in fields.get("connection", "").split(",")}
-    return "close" not in tokens if minor else "keep-alive" in tokens
+    return "close" not in tokens and (minor > 0 or "keep-alive" in tokens)
 
 
 def check_host(pairs: List[Tuple[str, str]], minor: int, authority: Optional[str]) -> None:
@@ -758,7 +784,9 @@ def parse_response_head(data: bytes) -> ResponseHead:
     if status < 200 or status in (204, 304):
         chunked, length = False, 0
     framing = Framing(chunked, None if chunked else length)
-    keep_alive = wants_keep_alive(minor, fields) and (chunked or length is not None)
+    # Only where both sides must agree on where the answer ends (RFC 9112 6.3).
+    certain = chunked == (length is None) and (minor > 0 or not chunked)
+    keep_alive = certain and wants_keep_alive(minor, fields)
     return ResponseHead(status, fields, framing, keep_alive)
 
 
@@ -809,6 +837,8 @@ class ChunkedBody:
         size, start = int(found[1], 16), found.end()
         stop = start + size
         self.spent += start - at + 2
+        if start - at > MAX_CHUNK_LINE_BYTES:
+            raise self.fault("a chunk size line longer than %d bytes" % MAX_CHUNK_LINE_BYTES)
         if self.spent > CHUNK_OVERHEAD_BYTES and self.spent > self.most_framing():
             raise self.fault("chunks with more framing than content")
         if size and data[stop:stop + 2] == b"\r\n":
@@ -818,7 +848,7 @@ class ChunkedBody:
         if size:
             self.left = size
         else:
-            self.trailers = 0
+            self.trailers = self.spent = 0
         return start
 
     def read_content(self, data: bytes, at: int, pieces: List[bytes]) -> int:
@@ -845,7 +875,7 @@ class ChunkedBody:
         """Read one trailer line or the empty line that ends the body."""
         end = data.find(b"\n", at)
         size = len(data) - at if end < 0 else end + 1 - at
-        if self.spent + size > self.most_framing() + MAX_HEAD_BYTES:
+        if self.spent + size > MAX_HEAD_BYTES:
             raise self.fault("trailers too long")
         if end < 0:
             self.tail = data[at:]
@@ -892,14 +922,40 @@ class PlainBody:
         self.done = True
 
 
+def head_bytes(first_line: str, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """A head, ready to send; what could end a line in a value becomes `?`."""
+    lines = [first_line] + ["%s: %s" % pair for pair in fields]
+    safe = [line if line.isascii() and line.isprintable() else re.sub(r"[^\t -~]", "?", line)
+            for line in lines]
+    return ("\r\n".join(safe) + "\r\n\r\n").encode("ascii")
+
+
+def response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    return head_bytes("HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown")), fields)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+# === CONTENT CODINGS (pure) =================================================
+# Compressed bodies of both directions, never larger than a bound when they are
+# decompressed.  A client's brotli and zstd are refused, the upstream's too.
+
 class InflatedBody:
-    """A framed body whose content is gzip or deflate; the API of ChunkedBody."""
+    """A framed body whose content is gzip (of any number of members) or deflate; the API of
+    ChunkedBody.  One `feed` gives at most `most` bytes: more is a 413, or the upstream's fault."""
 
-    __slots__ = ("framed", "inflater", "fault")
+    __slots__ = ("framed", "inflater", "fault", "most", "members")
 
-    def __init__(self, framed: Union[ChunkedBody, PlainBody], fault: Fault) -> None:
-        self.framed, self.fault = framed, fault
+    def __init__(self, framed: Union[ChunkedBody, PlainBody], fault: Fault,
+                 most: Optional[int] = None) -> None:
+        self.framed, self.fault, self.most = framed, fault, most or MAX_INFLATED_BYTES
         self.inflater = zlib.decompressobj(47)      # gzip or zlib, told apart by its head
+        self.members = 1
 
     @property
     def done(self) -> bool:
@@ -911,11 +967,26 @@ class InflatedBody:
 
     def feed(self, data: bytes) -> bytes:
         try:
-            content = self.inflater.decompress(self.framed.feed(data), MAX_INFLATED_BYTES)
+            content = self.inflate(self.framed.feed(data))
         except zlib.error:
             raise self.fault("content that is not the gzip it says to be") from None
-        if self.inflater.unconsumed_tail:
-            raise self.fault("compressed content that grows beyond all bounds")
+        if self.framed.done and not self.inflater.eof:
+            raise self.fault("compressed content that is cut off")
+        return content
+
+    def inflate(self, data: bytes) -> bytes:
+        content = b""
+        while data:
+            if self.inflater.eof:       # a further gzip member (RFC 1952 2.2)
+                self.inflater = zlib.decompressobj(47)
+                self.members += 1
+            content += self.inflater.decompress(data, self.most + 1 - len(content))
+            if self.members > MAX_GZIP_MEMBERS:
+                raise self.fault("compressed content of too many members")
+            if self.inflater.unconsumed_tail or len(content) > self.most:
+                raise too_large(self.most) if self.fault is client_fault else \
+                    self.fault("compressed content that grows beyond all bounds")
+            data = self.inflater.unused_data
         return content
 
     def eof(self) -> None:
@@ -945,46 +1016,11 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip or "
                          "deflate.", param="content-encoding")
-    content = b""
-    try:
-        while data:
-            inflater = zlib.decompressobj(47)
-            content += inflater.decompress(data, most + 1 - len(content))
-            if inflater.unconsumed_tail or len(content) > most:
-                raise too_large(most)
-            if not inflater.eof:
-                raise client_fault("the compressed body is cut off")
-            data = inflater.unused_data     # a further gzip member
-    except zlib.error:
-        raise client_fault("the body is not the %s it says to be" % coding) from None
-    return content
+    body = InflatedBody(PlainBody(len(data), client_fault), client_fault, most)
+    return body.feed(data)
 
 
-def too_large(most: int) -> ProxyError:
-    return ProxyError("too_large", "The request body is larger than %d bytes (maxBodyBytes)."
-                      % most)
-
-
-def head_bytes(first_line: str, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """A head, ready to send; what could end a line in a value becomes `?`."""
-    lines = [first_line] + ["%s: %s" % pair for pair in fields]
-    safe = [line if line.isascii() and line.isprintable() else re.sub(r"[^\t -~]", "?", line)
-            for line in lines]
-    return ("\r\n".join(safe) + "\r\n\r\n").encode("ascii")
-
-
-def response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    return head_bytes("HTTP/1.1 %d %s" % (status, REASONS.get(status, "Unknown")), fields)
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-LAST_CHUNK = b"0\r\n\r\n"
-
-
-# === STREAM FRAMING (pure) =================================================
+# === STREAM FRAMING (pure) ==================================================
 # Bytes to whole lines on the way in, JSON objects to SSE frames on the way
 # out.  Lines of any length in any pieces cost linear time; a kind of line that
 # nobody wants (the echo of the whole request) is dropped without being kept.
@@ -994,7 +1030,7 @@ class LineBuffer:
     """Holds back the beginning of a line until its end has come.
 
     `feed(data)` gives all lines that are complete, as one run of bytes that ends with a newline.
-    A line that begins with `skip` is dropped, whatever its length.
+    A line that begins with `skip` is not kept: where it comes in several pieces, it is dropped.
     """
 
     __slots__ = ("skip", "pieces", "size", "skipping")
@@ -1061,6 +1097,12 @@ def comment_frame(text: str) -> bytes:
     return b": %b\n\n" % printable(text, 500).encode()
 
 
+# === JSON TEXT (pure) =======================================================
+# A client's JSON made a Python object that is safe to work with: strict JSON
+# (RFC 8259), an object at the top, no deeper than every Python can go, and no
+# half of a surrogate pair that could not be written as UTF-8 again.
+
+
 def refuse_constant(word: str) -> None:
     raise ValueError("%s is not JSON" % word)
 
@@ -1084,6 +1126,17 @@ def clean_value(value: Any) -> Any:
     return value
 
 
+def is_too_deep(value: Any) -> bool:
+    """Whether containers stand inside one another more than MAX_JSON_DEPTH times."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        items = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
 def parse_object(data: bytes, notes: List[str]) -> Json:
     """A request body as a JSON object.  Raises ProxyError `invalid` (RFC 8259)."""
     try:
@@ -1105,10 +1158,12 @@ def parse_object(data: bytes, notes: List[str]) -> Json:
         raise ProxyError("invalid", "The body is not usable: nested too deeply.") from None
     if not isinstance(value, dict):
         raise ProxyError("invalid", "The body must be a JSON object.")
+    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and is_too_deep(value):
+        raise ProxyError("invalid", "The body is not usable: nested too deeply.")
     return value
 
 
-# === CATALOGUE (pure) ======================================================
+# === CATALOGUE (pure) =======================================================
 # The models of the vendor's own client 1.64.0, read 2026-11-20: the fallback
 # when the live list cannot be had, and the only source of efforts, limits and
 # plans, which that list lacks.  It moves weekly, so ids that are not in it are
@@ -1205,7 +1260,7 @@ inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
 """
 
 
-# === MODELS (pure) =========================================================
+# === MODELS (pure) ==========================================================
 # Which model a request means and what that model takes: aliases, ids in any
 # case, short names, efforts, output limits, and the two list formats.  A name
 # that nothing knows is passed on as it is: the catalogue is always behind.
@@ -1297,7 +1352,7 @@ def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
             model = model._replace(endpoints=tuple(map(str, row["supported_endpoints"])))
         merged[name.lower()] = model
         listed.append(name)
-    return index_models(list(merged.values()), listed) if listed else None
+    return index_models(list(merged.values()), list(dict.fromkeys(listed))) if listed else None
 
 
 def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
@@ -1393,19 +1448,20 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
     return min(asked, most)
 
 
-# === MODEL LISTS (pure) ====================================================
-# What GET /v1/models answers, in OpenAI's shape and in Anthropic's.
+# === MODEL LISTS (pure) =====================================================
+# What GET /v1/models answers, in OpenAI's shape and in Anthropic's: a person's
+# own aliases first, then the live or built-in list, as far as it is allowed.
 
 def listed_models(models: Models, config: Config) -> List[Model]:
     """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
     allowed = {one.lower() for one in config.allowed_models}
     shown = [models.known.get(name.lower(), Model(name, name)) for name in models.listed]
-    shown = [model for model in shown if not allowed or model.id.lower() in allowed]
-    for alias, target in sorted(config.model_aliases.items(), reverse=True):
-        if "*" not in alias:
-            model = find_model(target, models) or Model(target, target)
-            shown.insert(0, model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
-    return shown
+    named = []
+    for alias, target in sorted(config.model_aliases.items()):
+        model = find_model(target, models) or Model(target, target)
+        if "*" not in alias and (not allowed or model.id.lower() in allowed):
+            named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
+    return named + [model for model in shown if not allowed or model.id.lower() in allowed]
 
 
 def openai_model(model: Model) -> Json:
@@ -1435,7 +1491,7 @@ def anthropic_model_list(shown: List[Model]) -> Json:
             "last_id": data[-1]["id"] if data else None}
 
 
-# === KEYS (pure) ===========================================================
+# === KEYS (pure) ============================================================
 # Finding the caller's key, and deriving the ids of its conversation.  Ids are
 # derived, never stored: the same key and conversation give the same id in any
 # process on any host, and no two callers can share or guess one.
@@ -1460,6 +1516,16 @@ def find_key(fields: Fields) -> str:
                      "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
 
 
+def inner_session(user_id: str) -> str:
+    """The session_id in a user id that is JSON, else the user id itself."""
+    try:
+        inner = json.loads(user_id) if user_id.startswith("{") else None
+    except (ValueError, RecursionError):
+        inner = None
+    session = inner.get("session_id") if isinstance(inner, dict) else None
+    return session if isinstance(session, str) and session else user_id
+
+
 def session_value(fields: Fields, user_id: Any) -> str:
     """How the client itself names this conversation; "" when it does not.
 
@@ -1468,14 +1534,7 @@ def session_value(fields: Fields, user_id: Any) -> str:
     for name in SESSION_FIELDS:
         if fields.get(name):
             return fields[name][:MAX_SESSION_VALUE]
-    if not isinstance(user_id, str):
-        return ""
-    try:
-        inner = json.loads(user_id) if user_id.startswith("{") else None
-    except (ValueError, RecursionError):
-        inner = None
-    session = inner.get("session_id") if isinstance(inner, dict) else None
-    return (session if isinstance(session, str) and session else user_id)[:MAX_SESSION_VALUE]
+    return inner_session(user_id)[:MAX_SESSION_VALUE] if isinstance(user_id, str) else ""
 
 
 def derive_session(key: str, session: str, first_message: str) -> str:
@@ -1499,7 +1558,7 @@ def choose_traceparent(given: str, fresh: str) -> str:
     return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
 
 
-# === PROMPT (pure) =========================================================
+# === PROMPT (pure) ==========================================================
 # The upper half of the waist: `Prompt` is what is asked, in our own terms, and
 # all that a face and an upstream format share of a request.  Its parts are
 # plain tuples; the sections below read them from any API and put them in order.
@@ -1595,7 +1654,7 @@ class Prompt:
     notes: List[str] = field(default_factory=list)
 
 
-# === EVENTS (pure) =========================================================
+# === EVENTS (pure) ==========================================================
 # The lower half of the waist: what is answered, as events in this order:
 #
 #     Begin (Open Delta* Close)* (End | Fail)
@@ -1751,7 +1810,7 @@ class UpstreamFormat(NamedTuple):
     lanes: Mapping[str, Any]                    # block kind -> pattern of one whole delta line
 
 
-# === GRAMMAR (pure) ========================================================
+# === GRAMMAR (pure) =========================================================
 # Where blocks are opened and closed, once for all upstreams and faces.  An
 # upstream's readers call `extend`, `start_call`, `extend_call`, `finish_call`,
 # `end_answer` and `fail_answer`; each gives events in the order that the waist
@@ -1922,7 +1981,7 @@ def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
     yield Fail(error)
 
 
-# === CONTENT PARTS (pure) ==================================================
+# === CONTENT PARTS (pure) ===================================================
 # One table of every content part and one reader of every tool shape that any
 # API may bring: clients mix them (Cursor posts Anthropic blocks to Chat
 # Completions), so every face uses these.  A wrong type in a field that is used
@@ -2165,7 +2224,7 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
     return texts
 
 
-# === TOOLS (pure) ==========================================================
+# === TOOLS (pure) ===========================================================
 # Tools and tool_choice of any shape that any API has, read by every face.
 # What only a vendor's own service can run (web search, a hosted sandbox) is
 # left out with a note: refusing it would refuse the whole request.
@@ -2232,7 +2291,7 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
     raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
 
 
-# === MESSAGES TO TURNS (pure) ==============================================
+# === MESSAGES TO TURNS (pure) ===============================================
 # A list of messages of Chat Completions or Messages, or a mixture, as system
 # texts and turns.  Roles are a table.  Results of tools become parts of a user
 # turn; putting the history in order is the next section's work.
@@ -2378,7 +2437,27 @@ def read_json_format(given: Any, path: str) -> Optional[Json]:
     return {"schema": schema} if schema is not None else {}
 
 
-# === PROMPT REPAIR (pure) ==================================================
+# === STRUCTURED OUTPUT (pure) ===============================================
+# The upstream has no response_format: the model is told in words what form its
+# answer must have, behind all the rest of the system texts.
+
+JSON_ANY = ("Answer with one JSON object and nothing else: no text before or after it, no code "
+            "fence.")
+JSON_SCHEMA = ("Answer with one JSON value that is valid under this JSON Schema and nothing else: "
+               "no text before or after it, no code fence.\n%s")
+
+
+def add_format_instruction(prompt: Prompt) -> None:
+    """Ask for the JSON format that the prompt wants, if it wants one."""
+    if prompt.json_format is None:
+        return
+    schema = prompt.json_format.get("schema")
+    words = JSON_ANY if schema is None else JSON_SCHEMA % to_json(schema).decode()
+    prompt.system.append(Text(words))
+    add_note(prompt.notes, "json_format", "asked for in words")
+
+
+# === PROMPT REPAIR (pure) ===================================================
 # A history made fit for any upstream, always in the same way, so that a prompt
 # has the same beginning on every turn and the upstream's cache keeps hitting:
 # parts in order, every call answered once and right behind its turn, ids
@@ -2565,22 +2644,6 @@ def settle_choice(prompt: Prompt) -> None:
             add_note(prompt.notes, "ignored", "tool_choice without tools")
 
 
-JSON_ANY = ("Answer with one JSON object and nothing else: no text before or after it, no code "
-            "fence.")
-JSON_SCHEMA = ("Answer with one JSON value that is valid under this JSON Schema and nothing else: "
-               "no text before or after it, no code fence.\n%s")
-
-
-def add_format_instruction(prompt: Prompt) -> None:
-    """The upstream has no response_format: the model is told in words, behind all the rest."""
-    if prompt.json_format is None:
-        return
-    schema = prompt.json_format.get("schema")
-    words = JSON_ANY if schema is None else JSON_SCHEMA % to_json(schema).decode()
-    prompt.system.append(Text(words))
-    add_note(prompt.notes, "json_format", "asked for in words")
-
-
 def repair_prompt(prompt: Prompt) -> None:
     """Everything above, in order.  Raises ProxyError `invalid` when nothing is left to answer."""
     settle_choice(prompt)
@@ -2602,7 +2665,7 @@ def first_user_text(prompt: Prompt) -> str:
     return ""
 
 
-# === TOKEN COUNT (pure) ====================================================
+# === TOKEN COUNT (pure) =====================================================
 # A local estimate of tokens, for the figure that Messages wants before the
 # upstream has told one.  Three kinds of text differ most: words, symbols (code,
 # JSON, digits) and scripts that take about a token a character.  Long prompts
@@ -2654,7 +2717,7 @@ def estimate_output(characters: int) -> int:
     return max(1, round(characters / 4))
 
 
-# === ANSWER FILTERS (pure) =================================================
+# === ANSWER FILTERS (pure) ==================================================
 # Functions from events to events, between the waist and the face.  Each says
 # which kinds of block it may change; the fast lane stays shut for those.  A
 # filter that must hold text back gives it out at the block's Close at latest.
@@ -2777,7 +2840,7 @@ def choose_filters(prompt: Prompt) -> List[Filter]:
     return filters
 
 
-# === UPSTREAM ERRORS (pure) ================================================
+# === UPSTREAM ERRORS (pure) =================================================
 # What an upstream says when it fails, in a status with a body or inside its
 # stream, made a ProxyError: its own message, code and trace id are kept, keys
 # in them are not.  The vendor wraps errors in several ways, often one inside
@@ -2856,7 +2919,7 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     return upstream_error(status, said, trace_id, retry_after)
 
 
-# === UPSTREAM FORMAT: ALPHA (pure) =========================================
+# === UPSTREAM FORMAT: ALPHA (pure) ==========================================
 # Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
 # envelope; the answer is bare NDJSON, one event a line, whatever its content
 # type says (a `data:` prefix is tolerated).  READERS is the table of events;
@@ -3107,9 +3170,8 @@ READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
     "abort": read_abort, "provider-metadata": read_provider_metadata}
 
 START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
-LINE_KIND = re.compile(rb'\{"type":"([a-z-]{1,40})"')
-SILENT_KINDS = frozenset([      # frequent events that tell nothing: not worth decoding
-    b"start", b"start-step", b"text-start", b"text-end", b"reasoning-start", b"tool-input-end"])
+SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
+    rb'\{"type":"(?:start|start-step|text-start|text-end|reasoning-start|tool-input-end)"')
 
 
 def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
@@ -3117,16 +3179,11 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
     line = line.strip(b" \t\r\n")
     if line.startswith(b"data:"):
         line = line[5:].lstrip(b" \t")
-    kind_found = LINE_KIND.match(line)
-    if kind_found and kind_found[1] in SILENT_KINDS and not reading.over:
-        if not reading.began:
-            reading.began = True
-            yield Begin()
-        return
     if not line.startswith(b"{"):
         return
+    silent = SILENT_LINE.match(line)
     try:
-        raw = json.loads(line.decode("utf-8", "replace"))
+        raw = {} if silent else json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         add_note(reading.notes, "ignored", "an upstream line that is not JSON")
         return
@@ -3160,7 +3217,7 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read
                         TOOL: lane_pattern(b"tool-input-delta", b"delta")})
 
 
-# === FACE: CHAT (pure) =====================================================
+# === FACE: CHAT (pure) ======================================================
 # OpenAI's Chat Completions: request to Prompt, events to `chat.completion.chunk`
 # frames, a finished reply to one `chat.completion`.  Thinking travels as
 # `reasoning_content`, which is what clients of open models read (R33).
@@ -3308,7 +3365,7 @@ CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error,
             lambda error: data_frame(chat_error(error)), "chatcmpl-")
 
 
-# === FACE: MESSAGES (pure) =================================================
+# === FACE: MESSAGES (pure) ==================================================
 # Anthropic's Messages: request to Prompt, events to named SSE frames, a
 # finished reply to one message.  Thinking is shown only to a request that
 # asked for it, and each thinking block ends with exactly one signature.
@@ -3479,7 +3536,7 @@ MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, mess
                 lambda error: event_frame("error", messages_error(error)), "msg_")
 
 
-# === ANSWER (pure) =========================================================
+# === ANSWER (pure) ==========================================================
 # The one read loop: bytes of an upstream's body in, frames for the client out,
 # in any pieces.  It does not know who drives it.  A streaming answer shows each
 # event as it comes; a plain one collects blocks, shown once by `body()`.
@@ -3715,7 +3772,7 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-# === THE SHELL =============================================================
+# === THE SHELL ==============================================================
 # From here on the program talks to the world: it awaits, times, counts, logs
 # and closes.  `App` is everything that changes while it runs; it is made once,
 # in the command line's part, and passed on.  There are no other globals.
@@ -3771,7 +3828,7 @@ def random_hex(digits: int) -> str:
     return os.urandom((digits + 1) // 2).hex()[:digits]
 
 
-# === WIRE ==================================================================
+# === WIRE ===================================================================
 # One connection, to a client or to an upstream.  Heads and bodies are read by
 # awaiting `fill` and calling `take`.  For the length of one answer the relay
 # sets `on_data` instead: bytes are then handled in the callback that brings
@@ -3929,7 +3986,7 @@ class Wire(asyncio.BufferedProtocol):
             self.abort()
 
 
-# === UPSTREAM CALLS ========================================================
+# === UPSTREAM CALLS =========================================================
 # One call is one POST to the upstream over HTTP/1.1: from the pool of idle
 # connections or fresh, through a proxy where the environment names one, with
 # TLS always verified and redirects never followed.  A pooled connection that
@@ -4299,7 +4356,7 @@ async def keep_version_fresh(app: App) -> None:
         await asyncio.sleep(24 * 3600)
 
 
-# === RELAY =================================================================
+# === RELAY ==================================================================
 # Joins one client with, one after another, the upstream calls that are made
 # for its answer.  While a call runs, `receive` is called with each piece that
 # the upstream sends: unframe, read, write once.  A client that does not read
@@ -4477,6 +4534,11 @@ async def finish_reading(relay: Relay) -> None:
         relay.close()
 
 
+# === RETRIES ================================================================
+# The attempts that are made for one answer.  What can be mended is tried again
+# until text or a tool call was shown; the conversation's id stays the same.
+
+
 async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
     """One attempt, up to the end of its answer.  Raises ProxyError when it failed."""
     try:
@@ -4519,10 +4581,11 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
         await asyncio.sleep(pause)
 
 
-# === ENDPOINTS =============================================================
-# One function per route and the table of routes.  `serve_answer` is the way of
-# every generating request, whichever the face: key, body, prompt, call, relay.
-# Errors of any function here are raised and shown in one place (SERVER).
+# === EXCHANGES ==============================================================
+# One request and its answer on a client's connection: whole responses, CORS,
+# and request bodies, read within every limit of time and size.  A body that
+# nobody read is read behind the answer, or the connection is closed: it must
+# never be taken for the next request.
 
 JSON_TYPE = ("content-type", "application/json")
 
@@ -4540,13 +4603,6 @@ class Exchange:
     body_read: bool = False
     reserved: int = 0                           # bytes of App.bodies
     record: Dict[str, Any] = field(default_factory=dict)
-
-
-class Route(NamedTuple):
-    """A path's methods; `quiet` routes are logged at debug level only."""
-
-    methods: Dict[str, Callable[[App, Exchange], Any]]
-    quiet: bool = False
 
 
 def cors_fields(app: App, head: RequestHead) -> List[Tuple[str, str]]:
@@ -4591,23 +4647,6 @@ async def respond(app: App, exchange: Exchange, status: int, body: bytes,
 async def respond_json(app: App, exchange: Exchange, status: int, value: Json,
                        fields: Iterable[Tuple[str, str]] = ()) -> None:
     await respond(app, exchange, status, to_json(value), [JSON_TYPE, *fields])
-
-
-def face_of_path(head: RequestHead) -> Face:
-    """Whose error shape a request gets that reached no face: Anthropic's where it looks so."""
-    if "anthropic-version" in head.fields or "/messages" in head.path:
-        return MESSAGES
-    return CHAT
-
-
-def normal_path(path: str) -> str:
-    """A path without what clients add to it: /anthropic, /v1 once or twice, slashes behind it."""
-    path = re.sub(r"/{2,}", "/", path)
-    path = re.sub(r"^/anthropic(?=/|$)", "", path)
-    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
-
-
-# Reading bodies.
 
 
 async def read_body(app: App, exchange: Exchange) -> bytes:
@@ -4684,7 +4723,31 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
     return True
 
 
-# Generating answers.
+# === ENDPOINTS ==============================================================
+# One function per route and the table of routes.  `serve_answer` is the way of
+# every generating request, whichever the face: key, body, prompt, call, relay.
+# Errors of any function here are raised and shown in one place (SERVER).
+
+
+class Route(NamedTuple):
+    """A path's methods; `quiet` routes are logged at debug level only."""
+
+    methods: Dict[str, Callable[[App, Exchange], Any]]
+    quiet: bool = False
+
+
+def face_of_path(head: RequestHead) -> Face:
+    """Whose error shape a request gets that reached no face: Anthropic's where it looks so."""
+    if "anthropic-version" in head.fields or "/messages" in head.path:
+        return MESSAGES
+    return CHAT
+
+
+def normal_path(path: str) -> str:
+    """A path without what clients add to it: /anthropic, /v1 once or twice, slashes behind it."""
+    path = re.sub(r"/{2,}", "/", path)
+    path = re.sub(r"^/anthropic(?=/|$)", "", path)
+    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
 
 
 class Job(NamedTuple):
@@ -4923,7 +4986,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     await route.methods[method](app, exchange)
 
 
-# === SERVER ================================================================
+# === SERVER =================================================================
 # Accepting connections, the loop of one connection, the sweep that looks at
 # all deadlines, and the orderly stop: no new connections, running answers may
 # finish for a while, the rest get an error event, then everything is closed.
@@ -4939,9 +5002,11 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
                 return None
         except asyncio.TimeoutError:
             return None
-    deadline, seen = loop.time() + limits.head, 0
+    deadline, seen, skipped = loop.time() + limits.head, 0, 0
     while True:
-        skip_empty_lines(wire)
+        while skipped < MAX_LEADING_CRLFS and wire.buffer[:2] == b"\r\n":
+            del wire.buffer[:2]     # RFC 9112 2.2
+            skipped += 1
         end = find_head_end(wire.buffer, seen, client_fault)
         if end >= 0:
             head = parse_request_head(bytes(wire.buffer[:end]))
@@ -4957,14 +5022,6 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
         except asyncio.TimeoutError:
             raise ProxyError("slow_client", "The head of the request did not come within %g "
                              "seconds." % limits.head) from None
-
-
-def skip_empty_lines(wire: Wire) -> None:
-    """Leave out a few CR LF in front of a request line (RFC 9112 2.2)."""
-    for _ in range(MAX_LEADING_CRLFS):
-        if wire.buffer[:2] != b"\r\n":
-            return
-        del wire.buffer[:2]
 
 
 async def serve_connection(app: App, wire: Wire) -> None:
@@ -5033,15 +5090,20 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     await respond_json(app, exchange, error.status, face.error(error), fields)
 
 
+def log_level_of(status: int, quiet: bool, failed: bool) -> int:
+    """What went wrong on our side or behind us is a warning, what nobody cares about is debug."""
+    if status >= 500 or (failed and status == 200):
+        return logging.WARNING
+    return logging.DEBUG if quiet and status < 400 else logging.INFO
+
+
 def log_exchange(app: App, exchange: Exchange) -> None:
     """One line for one request."""
     record = exchange.record
     if not record:
         return
     quiet, status = record.pop("quiet", False), record.pop("status", 0)
-    level = logging.DEBUG if quiet and status < 400 else logging.INFO
-    if status >= 500 or "error" in record and status == 200:
-        level = logging.WARNING
+    level = log_level_of(status, quiet, "error" in record)
     if app.log.isEnabledFor(level):
         total = asyncio.get_running_loop().time() - exchange.started
         if "api" in record:
@@ -5185,7 +5247,7 @@ async def run_proxy(app: App, announce: Callable[[str, int], None]) -> None:
     await drain(app, hurry)
 
 
-# === COMMAND LINE ==========================================================
+# === COMMAND LINE ===========================================================
 # Flags from the option table, the config file, the start-up screen, and
 # `main`.  What is wrong with the configuration is one line on standard error
 # and exit status 2; an address that is taken is status 1.
@@ -5242,6 +5304,8 @@ def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     except json.JSONDecodeError as error:
         raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
             path, error.msg, error.lineno, error.colno)) from None
+    except (ValueError, RecursionError) as error:
+        raise ProxyError("config", "%s: is not usable: %s" % (path, error)) from None
     if not isinstance(entries, dict):
         raise ProxyError("config", "%s: must hold one JSON object" % path)
     return path, entries

@@ -1,0 +1,419 @@
+"""Every route over real sockets: paths, methods, error shapes, model lists, keys, CORS."""
+from __future__ import annotations
+
+import http.client
+import json
+import time
+
+import ccproxy
+import pytest
+from fake_upstream import ndjson, raw, stall, stream
+from harness import CHAT, FAST, KEY, MESSAGES, parse_answers, wait_until
+
+ANTHROPIC = {"anthropic-version": "2023-06-01"}
+LIVE = ["deepseek/deepseek-v4-flash", "vendor/New-Model"]
+HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
+
+
+# Paths.
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions",
+    "/v1/chat/completions/", "/v1/chat/completions?beta=true&x=/y", "//v1//chat/completions",
+    "/v1/chat/completions/?"])
+def test_chat_paths(proxy, path):
+    answer = proxy.request("POST", path, HI)
+    assert answer.json["choices"][0]["message"] == {"role": "assistant", "content": "Hello there"}
+    assert answer.json["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/messages", "/messages", "/v1/v1/messages", "/v1/messages/", "/v1/messages?beta=true",
+    "/anthropic/v1/messages", "/anthropic/messages", "/anthropic/v1/messages/?beta=true"])
+def test_messages_paths(proxy, path):
+    answer = proxy.request("POST", path, HI)
+    assert answer.json["content"] == [{"type": "text", "text": "Hello there"}]
+    assert answer.json["type"] == "message"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/v1/v1/models",
+                                  "/v1/models?limit=1000", "/anthropic/v1/models"])
+def test_model_list_paths(proxy, path):
+    assert [row["id"] for row in proxy.request("GET", path, key=None).json["data"]] == LIVE
+
+
+# Unknown paths and wrong methods, in both shapes.
+
+LOST = [
+    ("GET", "/nothing", {}, 404, None), ("GET", "/v1", {}, 200, None),
+    ("GET", "/favicon.ico", {}, 404, None), ("POST", "/v1/embeddings", {}, 404, None),
+    ("GET", "/v1/nothing", ANTHROPIC, 404, None), ("POST", "/v1/messages/batches", {}, 404, None),
+    ("GET", "/v1/chat/completions", {}, 405, "POST"), ("PUT", "/v1/messages", {}, 405, "POST"),
+    ("DELETE", "/v1/models", {}, 405, "GET"), ("POST", "/v1/models", ANTHROPIC, 405, "GET"),
+    ("POST", "/v1/models/some", {}, 405, "GET"), ("POST", "/health", {}, 405, "GET"),
+    ("PATCH", "/", {}, 405, "GET"), ("TRACE", "/health", {}, 405, "GET"),
+    ("BREW", "/v1/chat/completions", {}, 405, "POST")]
+
+
+@pytest.mark.parametrize("method, path, fields, expected, allowed", LOST)
+def test_unknown_paths_and_wrong_methods(proxy, upstream, method, path, fields, expected, allowed):
+    answer = proxy.request(method, path, None, fields, key=None)
+    assert answer.status == expected
+    if expected == 200:
+        return
+    anthropic = bool(fields) or "/messages" in path
+    error = answer.json["error"]
+    assert answer.fields["content-type"] == "application/json"
+    if anthropic:
+        assert answer.json["type"] == "error" and set(answer.json) == {"type", "error"}
+        assert error["type"] == ("not_found_error" if expected == 404 else
+                                 "invalid_request_error")
+    else:
+        assert set(answer.json) == {"error"}
+        assert {"message", "type", "param", "code"} <= set(error)
+    if expected == 405:
+        methods = {one.strip() for one in answer.fields["allow"].split(",")}
+        assert methods == {allowed, "OPTIONS"} | ({"HEAD"} if allowed == "GET" else set())
+    else:
+        assert "allow" not in answer.fields
+    assert answer.fields["x-should-retry"] == "false"
+    assert not upstream.connections
+
+
+@pytest.mark.parametrize("head", [b"CONNECT other.example:443 HTTP/1.1\r\nhost: a\r\n\r\n",
+                                  b"TRACE / HTTP/1.1\r\nhost: a\r\ncookie: s3cret\r\n\r\n"],
+                         ids=["CONNECT", "TRACE"])
+def test_connect_and_trace(proxy, head):
+    """Neither a tunnel nor a mirror (RFC 9110 9.3.6, 9.3.8)."""
+    answer = parse_answers(proxy.raw(head + b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+                                     b"\r\n"))[0]
+    assert answer.status in (405, 501) and b"s3cret" not in answer.body
+
+
+# HEAD.
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("/", 200), ("/health", 200), ("/v1/models", 200), ("/v1/models/vendor%2FNew-Model", 200),
+    ("/api/hello", 200), ("/nothing", 404), ("/v1/messages", 405)])
+def test_head(proxy, path, expected):
+    """The head of the GET, no body, and the connection goes on."""
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=10)
+    lengths = []
+    for method in ("HEAD", "GET", "HEAD"):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        body = answer.read()
+        lengths.append(int(answer.getheader("content-length")))
+        assert answer.status == expected and len(body) == (lengths[-1] if method == "GET" else 0)
+    connection.close()
+    assert lengths[0] == lengths[2] > 0
+    if path not in ("/health", "/v1/messages"):     # they tell the time, and the method
+        assert lengths[0] == lengths[1]
+
+
+def test_start_up_noise(proxy, upstream):
+    """What Claude Code asks its own vendor at start is answered here, without a key."""
+    assert proxy.request("HEAD", "/api/hello", key=None).status == 200
+    assert proxy.request("POST", "/api/event_logging/batch", {"events": []}, key=None).status == 200
+    assert not upstream.connections
+
+
+def test_root_tells_a_person_what_this_is(proxy):
+    answer = proxy.request("GET", "/", key=None)
+    assert answer.status == 200 and answer.fields["content-type"].startswith("text/plain")
+    for part in ("ccproxy", ccproxy.__version__, "/v1/chat/completions", "/v1/messages"):
+        assert part in answer.body.decode()
+
+
+def test_health(make_proxy, upstream):
+    proxy = make_proxy(useProviderModels=False)
+    health = proxy.request("GET", "/health", key=None).json
+    assert set(health) == {"status", "version", "upstream", "uptime_seconds", "open_streams"}
+    assert health["status"] == "ok" and health["version"] == ccproxy.__version__
+    assert health["upstream"].startswith(upstream.base) and health["open_streams"] == 0
+    upstream.default = stall()
+    sock = proxy.send_post(CHAT, stream=True)
+    wait_until(lambda: upstream.requests)
+    later = proxy.request("GET", "/health", key=None).json
+    assert later["open_streams"] == 1 and later["uptime_seconds"] >= health["uptime_seconds"]
+    sock.close()
+    wait_until(lambda: not proxy.request("GET", "/health").json["open_streams"])
+
+
+# CORS.
+
+PREFLIGHT = {"origin": "https://app.example", "access-control-request-method": "POST",
+             "access-control-request-headers": "authorization, content-type, x-stainless-os"}
+
+
+def cors_of(answer):
+    return {name: value for name, value in answer.fields.items()
+            if name.startswith("access-control-")}
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, "/v1/models", "/nothing"])
+def test_options_without_cors(proxy, path):
+    answer = proxy.request("OPTIONS", path, None, PREFLIGHT, key=None)
+    assert answer.status == 204 and not answer.body and "content-length" not in answer.fields
+    assert not cors_of(answer)
+
+
+@pytest.mark.parametrize("allowed, granted", [
+    ("*", "*"), ("https://app.example", "https://app.example"),
+    ("https://other.example, https://app.example", "https://app.example"),
+    ("https://other.example", None), ("https://app.example.evil", None)])
+def test_options_with_cors(make_proxy, allowed, granted):
+    """Preflights come without a key; what follows carries the same permission, errors too."""
+    proxy = make_proxy(corsOrigin=allowed)
+    preflight = proxy.request("OPTIONS", CHAT, None, PREFLIGHT, key=None)
+    assert preflight.status == 204
+    answers = [preflight, proxy.post(CHAT, PREFLIGHT), proxy.post(CHAT, PREFLIGHT, stream=True),
+               proxy.post(CHAT, PREFLIGHT, None), proxy.request("GET", "/nothing", None, PREFLIGHT)]
+    assert [answer.status for answer in answers] == [204, 200, 200, 401, 404]
+    for answer in answers:
+        assert answer.fields.get("access-control-allow-origin") == granted
+        assert "access-control-allow-credentials" not in answer.fields
+        assert ("origin" in answer.fields.get("vary", "").lower()) is (allowed != "*")
+    if granted is None:
+        assert not cors_of(preflight)
+    else:
+        assert "POST" in preflight.fields["access-control-allow-methods"]
+        words = preflight.fields["access-control-allow-headers"].lower()
+        assert words == "*" or all(word in words for word in ("authorization", "x-stainless-os"))
+
+
+# Keys.
+
+GOOD_KEYS = [
+    {"authorization": "Bearer user_a"}, {"authorization": "bearer   user_a"},
+    {"Authorization": "BEARER user_a"}, {"authorization": "user_a"},
+    {"authorization": 'Bearer "user_a"'}, {"authorization": "Basic user_a,"},
+    {"x-api-key": "user_a"}, {"X-API-Key": " user_a "},
+    {"authorization": "Bearer sk-123", "x-api-key": "user_a"},
+    {"authorization": "Bearer user_a", "x-api-key": "user_b"},
+    {"authorization": "Bearer user_a user_b"}]
+BAD_KEYS = [{}, {"authorization": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer user_"},
+            {"authorization": "Bearer sk-proj-123"}, {"x-api-key": "sk-ant-123"},
+            {"authorization": "Bearer USER_a"}, {"cookie": "key=user_a"}, {"api-key": "user_a"}]
+
+
+@pytest.mark.parametrize("fields", GOOD_KEYS)
+def test_keys_that_are_found(proxy, upstream, fields):
+    for path in (CHAT, MESSAGES):
+        assert proxy.post(path, fields, None).status == 200
+        assert upstream.requests[-1].field("authorization") == "Bearer user_a"
+
+
+@pytest.mark.parametrize("fields", BAD_KEYS)
+def test_keys_that_are_none(proxy, upstream, fields):
+    for path in (CHAT, MESSAGES):
+        answer = proxy.post(path, fields, None)
+        assert answer.status == 401 and answer.fields["www-authenticate"].startswith("Bearer")
+        assert answer.fields["x-should-retry"] == "false"
+        error = answer.json["error"]
+        assert error["type"] == "authentication_error" and "user_" in error["message"]
+        assert "123" not in error["message"]
+        if path == CHAT:
+            assert error["code"] == "invalid_api_key"
+    assert not upstream.connections
+
+
+# Model lists.
+
+
+def test_the_openai_list(proxy):
+    body = proxy.request("GET", "/v1/models", key=None).json
+    assert body["object"] == "list" and [row["id"] for row in body["data"]] == LIVE
+    for row in body["data"]:
+        assert row["object"] == "model" and isinstance(row["created"], int) and row["owned_by"]
+
+
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21", "whatever"])
+def test_the_anthropic_list(proxy, version):
+    body = proxy.request("GET", "/v1/models", None, {"anthropic-version": version}, None).json
+    assert [row["id"] for row in body["data"]] == LIVE
+    assert body["has_more"] is False
+    assert (body["first_id"], body["last_id"]) == (LIVE[0], LIVE[-1])
+    for row in body["data"]:
+        assert row["type"] == "model" and row["display_name"]
+        assert time.strptime(row["created_at"], "%Y-%m-%dT%H:%M:%SZ")
+    assert body["data"][1]["display_name"] == "Brand New"
+
+
+@pytest.mark.parametrize("path, found", [
+    ("vendor%2FNew-Model", "vendor/New-Model"), ("vendor/New-Model", "vendor/New-Model"),
+    ("VENDOR%2fnew-model", "vendor/New-Model"), ("vendor%2FNew-Model/", "vendor/New-Model"),
+    ("vendor%2FNew-Model?x=y", "vendor/New-Model"),
+    ("deepseek%2Fdeepseek-v4-flash", "deepseek/deepseek-v4-flash"),
+    ("nothing-like-it", None), ("%FF%00", None), ("vendor%2F", None)])
+def test_one_model(proxy, path, found):
+    for prefix in ("/v1/models/", "/models/", "/anthropic/v1/models/"):
+        plain = proxy.request("GET", prefix + path, key=None)
+        anthropic = proxy.request("GET", prefix + path, None, ANTHROPIC, None)
+        if found is None:
+            assert plain.status == anthropic.status == 404
+            assert plain.json["error"]["code"] == "model_not_found"
+            assert anthropic.json["error"]["type"] == "not_found_error"
+        else:
+            assert (plain.json["id"], plain.json["object"]) == (found, "model")
+            assert (anthropic.json["id"], anthropic.json["type"]) == (found, "model")
+
+
+def listed(proxy):
+    return [row["id"] for row in proxy.request("GET", "/v1/models", key=None).json["data"]]
+
+
+BROKEN_LISTS = [
+    ("closed", raw(b"", close=True)), ("status", raw(b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n")),
+    ("not JSON", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{]")),
+    ("deep", raw(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + b"[" * 200_000, close=True)),
+    ("a list", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")),
+    ("empty", raw(b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"data":[]}')),
+    ("odd rows", raw(b'HTTP/1.1 200 OK\r\ncontent-length: 27\r\n\r\n{"data":[1,null,{"id":""}]}')),
+    ("not text", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n\xff\xfe")),
+    ("garbage", raw(b"SSH-2.0-OpenSSH\r\n\r\n", close=True)),
+    ("cut off", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", close=True)),
+    ("bad chunk", raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n", close=True)),
+    ("redirect", raw(b"HTTP/1.1 302 X\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n")),
+    ("silent", stall())]
+
+
+@pytest.mark.parametrize("script", [row[1] for row in BROKEN_LISTS],
+                         ids=[row[0] for row in BROKEN_LISTS])
+def test_a_list_that_cannot_be_had(make_proxy, upstream, script):
+    """The built-in catalogue stands in, and chat goes on."""
+    upstream.side_script = script
+    proxy = make_proxy(limits=FAST._replace(list_wait=0.5, side_call=0.1))
+    shown = listed(proxy)
+    assert len(shown) >= 80 and "deepseek/deepseek-v4-flash" in shown
+    assert "moonshotai/Kimi-K3" in shown
+    assert len(upstream.side_requests) == 1
+    assert proxy.post(CHAT, model="vendor/New-Model").status == 200
+    assert len(upstream.side_requests) == 1         # not asked again at once
+    wait_until(proxy.app.models_task.done)
+    assert proxy.app.models_task.exception() is None
+    assert "model list not refreshed" in proxy.log.getvalue()
+
+
+def test_a_list_without_hidden_models(make_proxy):
+    """Models that the vendor hides are known, but not shown."""
+    shown = listed(make_proxy(useProviderModels=False))
+    assert len(shown) == len(set(shown)) >= 80
+
+
+def test_a_slow_list_is_shown_later(make_proxy, upstream):
+    """A client waits for it for a moment only, and gets the built-in one meanwhile."""
+    def slow(sock, request):
+        time.sleep(0.2)
+        body = json.dumps(upstream.models).encode()
+        sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    upstream.side_script = slow
+    proxy = make_proxy(limits=FAST._replace(list_wait=0.05))
+    assert len(listed(proxy)) >= 80
+    wait_until(lambda: listed(proxy) == LIVE)
+    assert len(upstream.side_requests) == 1
+
+
+def test_the_list_is_cached(make_proxy, upstream):
+    proxy = make_proxy(modelRefreshIntervalMs=1000)
+    for _ in range(5):
+        assert listed(proxy) == LIVE
+    assert len(upstream.side_requests) == 1
+    upstream.models = {"data": [{"id": "vendor/Newer"}]}
+    proxy.app.models_due = 0.0          # as if the interval were over
+    assert listed(proxy) == ["vendor/Newer"]
+
+
+def test_no_live_list_wanted(make_proxy, upstream):
+    proxy = make_proxy(useProviderModels=False)
+    assert len(listed(proxy)) >= 80 and proxy.post(CHAT).status == 200
+    assert not upstream.side_requests
+
+
+def test_aliases_and_allowed_models_in_the_list(make_proxy):
+    proxy = make_proxy(modelAliases={"mine": "vendor/New-Model", "claude-*": "vendor/New-Model"},
+                       allowedModels=["vendor/New-Model"])
+    assert listed(proxy) == ["mine", "vendor/New-Model"]
+    assert proxy.request("GET", "/v1/models/mine").json["id"] == "mine"
+
+
+@pytest.mark.parametrize("asked, sent", [
+    (None, "deepseek/deepseek-v4-flash"), ("default", "deepseek/deepseek-v4-flash"),
+    ("VENDOR/new-model", "vendor/New-Model"), ("new-model", "vendor/New-Model"),
+    ("claude-opus-5-5[1m]", "vendor/New-Model"), ("mine", "moonshotai/Kimi-K3"),
+    ("quite/unknown", "quite/unknown"), ("moonshotai/kimi-k3", "moonshotai/Kimi-K3")])
+def test_models_are_resolved(make_proxy, upstream, asked, sent):
+    """The answer names the model that was asked for, the upstream gets its own id."""
+    proxy = make_proxy(modelAliases={"mine": "kimi", "claude-*": "vendor/New-Model"})
+    assert listed(proxy) == ["mine"] + LIVE
+    for path in (CHAT, MESSAGES):
+        answer = proxy.post(path, **({"model": asked} if asked else {}))
+        assert answer.status == 200
+        assert upstream.requests[-1].json["params"]["model"] == sent
+        assert answer.json["model"] == (asked or sent)
+
+
+def test_models_that_are_refused(make_proxy, upstream):
+    strict = make_proxy(allowUnknownModels=False)
+    closed = make_proxy(allowedModels=["vendor/New-Model"])
+    for proxy, asked in ((strict, "quite/unknown"), (closed, "moonshotai/Kimi-K3")):
+        chat, messages = proxy.post(CHAT, model=asked), proxy.post(MESSAGES, model=asked)
+        assert chat.status == messages.status == 404
+        assert chat.json["error"]["code"] == "model_not_found"
+        assert chat.json["error"]["param"] == "model"
+        assert messages.json["error"]["type"] == "not_found_error"
+    assert not upstream.requests
+
+
+# Bodies that are refused, in both shapes.
+
+
+BAD_BODIES = [b"", b"{", b"[]", b'"x"', b"null", b'{"messages": NaN}', b"[" * 100_000,
+              b'{"a":' * 100_000, b"\xff\xfe", b'{"a": 1} x', b'{"messages": "x"}',
+              b'{"messages": [1]}', b"{}"]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=[repr(body[:20]) for body in BAD_BODIES])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_bad_bodies(proxy, upstream, path, body):
+    answer = proxy.request("POST", path, body, {"content-length": str(len(body))})
+    assert answer.status == 400 and answer.json["error"]["type"] == "invalid_request_error"
+    assert not upstream.requests
+
+
+def test_ids_look_like_the_apis_own(proxy):
+    chat, messages = proxy.post(CHAT), proxy.post(MESSAGES)
+    assert chat.json["id"].startswith("chatcmpl-") and messages.json["id"].startswith("msg_")
+    assert chat.fields["x-request-id"] and messages.fields["request-id"]
+    assert len({proxy.post(CHAT).json["id"] for _ in range(5)}) == 5
+
+
+def test_include_reasoning(make_proxy, upstream):
+    upstream.default = stream("02")
+    assert "reasoning_content" in make_proxy().post(CHAT).json["choices"][0]["message"]
+    hidden = make_proxy(includeReasoning=False)
+    assert "reasoning_content" not in hidden.post(CHAT).json["choices"][0]["message"]
+    assert b"reasoning_content" not in hidden.post(CHAT, stream=True).body
+
+
+@pytest.mark.parametrize("policy, expected", [("error_on_length", 502), ("allow", 200)])
+def test_empty_response_policy(make_proxy, upstream, policy, expected):
+    """`length` before anything was shown."""
+    upstream.default = stream(ndjson({"type": "start"}, {"type": "finish",
+                                                         "finishReason": "length"}))
+    proxy = make_proxy(emptyResponsePolicy=policy)
+    for path, streamed in ((CHAT, False), (CHAT, True), (MESSAGES, False), (MESSAGES, True)):
+        answer = proxy.post(path, stream=streamed)
+        assert answer.status == expected
+        if expected == 502:
+            assert answer.fields["x-should-retry"] == "false"
+    assert len(upstream.requests) == 4
+
+
+def test_the_key_of_each_caller_is_used(proxy, upstream):
+    for key in ("user_one", "user_two", KEY):
+        proxy.post(CHAT, key=key)
+    assert [request.field("authorization") for request in upstream.requests] == [
+        "Bearer user_one", "Bearer user_two", "Bearer " + KEY]

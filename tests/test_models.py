@@ -1,0 +1,313 @@
+"""CATALOGUE, MODELS, MODEL LISTS: what a request's `model` means and what that model takes."""
+from __future__ import annotations
+
+import collections
+import json
+import re
+
+import pytest
+from harness import ccproxy, make_config
+
+BUILTIN = ccproxy.builtin_models()
+CATALOGUE = ccproxy.parse_catalogue(ccproxy.CATALOGUE)
+PLAIN = make_config()
+EFFORTS = list(ccproxy.EFFORTS)
+
+
+def resolve(asked, models=BUILTIN, **options):
+    """(the id that is sent, the notes) for a request's model."""
+    notes = []
+    return ccproxy.resolve_model(asked, models, make_config(**options), notes).id, notes
+
+
+# The catalogue.
+
+@pytest.mark.parametrize("model", CATALOGUE, ids=lambda model: model.id)
+def test_every_row_of_the_catalogue_makes_sense(model):
+    assert re.fullmatch(r"[A-Za-z0-9._/:-]+", model.id)
+    assert model.name and model.name == model.name.strip()
+    assert model.context == 0 or 100_000 <= model.context <= 2_000_000
+    assert 0 <= model.max_output <= ccproxy.MAX_OUTPUT_TOKENS
+    assert list(model.efforts) == [one for one in EFFORTS if one in model.efforts]     # rising
+    assert model.plan in ("Go", "GOAT", "Pro", "Max", "hidden", "-")
+
+
+def test_the_catalogue_is_complete():
+    plans = collections.Counter(model.plan for model in CATALOGUE)
+    assert plans == {"Go": 50, "GOAT": 8, "Pro": 14, "Max": 8, "hidden": 4, "-": 1}
+    assert sum(model.vision for model in CATALOGUE) == 61
+    assert sum(model.max_output > 0 for model in CATALOGUE) == 7
+    assert len({model.id.lower() for model in CATALOGUE}) == 85
+    assert [model.id for model in CATALOGUE if not model.context] == [
+        "zai-org/GLM-5.1", "MiniMaxAI/MiniMax-M2.7", "Qwen/Qwen3.6-Max-Preview",
+        "Qwen/Qwen3.6-Plus"]
+
+
+def test_hidden_models_are_known_and_not_listed():
+    assert len(BUILTIN.listed) == 81
+    assert "tencent/Hy3" not in BUILTIN.listed
+    assert resolve("tencent/Hy3") == ("tencent/Hy3", [])
+
+
+@pytest.mark.parametrize("name, target", sorted(ccproxy.SHORT_NAMES.items()))
+def test_short_names_stand_for_catalogue_ids(name, target):
+    assert BUILTIN.known[target.lower()].id == target
+    assert BUILTIN.known[target.lower()].plan != "hidden"
+    assert resolve(name)[0] == target
+
+
+# Resolving.
+
+@pytest.mark.parametrize("asked, expected", [
+    ("deepseek/deepseek-v4-pro", "deepseek/deepseek-v4-pro"),
+    ("MOONSHOTAI/kimi-k3", "moonshotai/Kimi-K3"),                   # ids in any case
+    ("zai-org/glm-5.3", "zai-org/GLM-5.3"),
+    ("kimi-k3", "moonshotai/Kimi-K3"),                              # without the vendor
+    ("GLM-5.3-Flash", "z-ai/glm-5.3-flash"),
+    ("kimi", "moonshotai/Kimi-K3"), ("Opus", "claude-opus-5-5"),    # a family's name
+    ("claude-opus-5[1m]", "claude-opus-5"), ("Sonnet[1M]", "claude-sonnet-5"),
+    ("claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+    ("claude-haiku-4-5-20251001", "claude-haiku-4-5-20251001"),
+    ("claude-opus-5-20260101", "claude-opus-5"),
+    ("inclusionai/ling-3.0-flash-sante:free", "inclusionai/ling-3.0-flash-sante:free"),
+    ("", ccproxy.DEFAULT_MODEL), ("default", ccproxy.DEFAULT_MODEL),
+    # What nothing knows is passed on as it is: the catalogue is always behind.
+    ("gpt-6.1-sol", "gpt-6.1-sol"), ("New/Vendor-Model", "New/Vendor-Model"),
+    ("claude-sonnet-5-5", "claude-sonnet-5-5"), ("kimi-k99", "kimi-k99"), ("kim", "kim"),
+])
+def test_what_a_name_means(asked, expected):
+    found, notes = resolve(asked)
+    assert found == expected
+    changed = asked not in ("", expected)
+    assert notes == (["model=%s -> %s" % (asked, expected)] if changed else [])
+
+
+@pytest.mark.parametrize("aliases, asked, expected", [
+    ({"mine": "gpt-6-sol"}, "mine", "gpt-6-sol"),
+    ({"Mine": "gpt-6-sol"}, "mINE", "gpt-6-sol"),
+    ({"mine": "kimi"}, "mine", "moonshotai/Kimi-K3"),               # a target may be a short name
+    ({"mine": "new/model"}, "mine", "new/model"),
+    ({"claude-*": "zai-org/GLM-5.3"}, "claude-opus-5-5", "zai-org/GLM-5.3"),
+    ({"claude-*": "zai-org/GLM-5.3"}, "claude-", "zai-org/GLM-5.3"),
+    ({"claude-*": "zai-org/GLM-5.3"}, "claude", "claude-sonnet-5"),
+    ({"claude-*": "zai-org/GLM-5.3"}, "xclaude-1", "xclaude-1"),
+    ({"*": "kimi", "claude-*": "glm", "claude-opus-*": "grok"}, "claude-opus-5", "xai/grok-4.7"),
+    ({"*": "kimi", "claude-*": "glm"}, "anything", "moonshotai/Kimi-K3"),
+    ({"*": "kimi", "gpt": "glm"}, "gpt", "zai-org/GLM-5.3"),        # exact before patterns
+    ({"*-mini": "kimi"}, "gpt-5.4-mini", "moonshotai/Kimi-K3"),
+    ({"a*b*c": "kimi"}, "a-bb-c", "moonshotai/Kimi-K3"),
+    ({"a*b*c": "kimi"}, "a-c-b", "a-c-b"),
+    ({"a.c": "kimi"}, "abc", "abc"), ({"a+*": "kimi"}, "aa", "aa"), # nothing but * is special
+    ({"[a-z]*": "kimi"}, "abc", "abc"), ({"a?": "kimi"}, "ab", "ab"),
+    ({"gpt-6-sol": "kimi"}, "gpt-6-sol", "moonshotai/Kimi-K3"),     # over a catalogue id too
+    ({"a": "b", "b": "kimi"}, "a", "b"),                            # one step, so no circles
+])
+def test_aliases(aliases, asked, expected):
+    assert resolve(asked, modelAliases=aliases)[0] == expected
+
+
+@pytest.mark.parametrize("options, asked, expected", [
+    ({"defaultModel": "gpt-6-sol"}, "", "gpt-6-sol"),
+    ({"defaultModel": "gpt-6-sol"}, "default", "gpt-6-sol"),
+    ({"defaultModel": "kimi"}, "default", "moonshotai/Kimi-K3"),
+    ({"defaultModel": "mine", "modelAliases": {"mine": "glm"}}, "", "zai-org/GLM-5.3"),
+    ({"defaultModel": "gpt-6-sol"}, "gpt-6-luna", "gpt-6-luna"),
+])
+def test_the_default_model(options, asked, expected):
+    assert resolve(asked, **options)[0] == expected
+
+
+@pytest.mark.parametrize("options, asked, status", [
+    ({"allowedModels": ["gpt-6-sol"]}, "gpt-6-sol", None),
+    ({"allowedModels": ["GPT-6-SOL"]}, "gpt-6-sol", None),
+    ({"allowedModels": ["moonshotai/Kimi-K3"]}, "kimi", None),
+    ({"allowedModels": ["new/model"]}, "New/Model", None),
+    ({"allowedModels": ["gpt-6-sol"]}, "gpt-6-luna", 404),
+    ({"allowedModels": ["gpt-6-sol"]}, "", 404),
+    ({"allowedModels": ["gpt-6-sol"]}, "unknown/model", 404),
+    ({"allowUnknownModels": False}, "gpt-6-sol", None),
+    ({"allowUnknownModels": False}, "kimi", None),
+    ({"allowUnknownModels": False}, "gpt-6-soll", 404),
+    ({}, "typesafe/jev", 400), ({}, "JEV", 400), ({"modelAliases": {"x": "jev-latest"}}, "x", 400),
+    ({}, "two words", 400), ({}, "caf\xe9", 400), ({}, "a\nb", 400), ({}, "x" * 201, 400),
+    ({}, "\x00", 400), ({}, "\ufffd", 400), ({}, "x" * 200, None),
+])
+def test_models_that_are_refused(options, asked, status):
+    if status is None:
+        assert resolve(asked, **options)[0]
+        return
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        resolve(asked, **options)
+    assert (caught.value.status, caught.value.param) == (status, "model")
+    assert len(caught.value.message) < 2000
+
+
+def test_a_refusal_names_what_is_near():
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        resolve("kimi-k33", allowUnknownModels=False)
+    assert "moonshotai/Kimi-K3" in caught.value.message
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        resolve("gpt-6-luna", allowedModels=["gpt-6-sol"])
+    assert "gpt-6-sol" in caught.value.message
+
+
+def test_a_very_long_name_costs_nothing_and_says_little():
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        resolve("claude-" + "x" * 1_000_000, modelAliases={"gpt-*": "kimi"})
+    assert len(caught.value.message) < 300
+
+
+# Effort and output limit.
+
+
+def effort(asked, efforts):
+    notes = []
+    return ccproxy.fit_effort(asked, ccproxy.Model("m", "m", efforts=efforts), notes), notes
+
+
+@pytest.mark.parametrize("asked, efforts, expected", [
+    (None, ("low", "high"), None), ("", ("low", "high"), None),
+    ("none", ("low", "high"), None), ("off", ("low", "high"), None),
+    ("high", ("low", "high"), "high"), ("low", ("low", "high", "max"), "low"),
+    ("medium", ("low", "high", "max"), "low"),                      # the nearest lower
+    ("xhigh", ("low", "high", "max"), "high"), ("max", ("low", "medium", "high"), "high"),
+    ("max", ("low", "medium", "xhigh"), "xhigh"), ("high", ("low", "medium", "xhigh"), "medium"),
+    ("low", ("high", "max"), "high"),                               # none lower: the lowest
+    ("medium", ("high", "max"), "high"), ("minimal", ("low", "high"), "low"),
+    ("minimal", ("high", "max"), "high"),
+    ("high", (), None), ("low", (), None),                          # takes none
+    ("high", None, "high"), ("minimal", None, "low"), ("max", None, "max"),     # not known
+    ("extreme", None, None), ("extreme", ("low", "high"), None),
+])
+def test_effort_is_fitted_to_the_model(asked, efforts, expected):
+    found, notes = effort(asked, efforts)
+    assert found == expected
+    changed = asked not in (None, "", "none", "off", expected)
+    assert len(notes) == changed
+    assert all(note.startswith("effort=" + asked) for note in notes)
+
+
+def test_whatever_is_asked_the_model_takes_what_is_sent():
+    words = EFFORTS + ["minimal", "none", "off", "extreme", "HIGH", "\ufffd"]
+    for model in CATALOGUE:
+        for word in words:
+            fitted = ccproxy.fit_effort(word, model, [])
+            assert fitted is None or fitted in model.efforts
+            if word in EFFORTS and model.efforts:
+                assert fitted is not None
+
+
+@pytest.mark.parametrize("asked, most, expected, noted", [
+    (None, 0, 64000, False), (None, 32768, 32768, False), (None, 131072, 64000, False),
+    (1, 0, 1, False), (64001, 0, 64001, False), (200000, 0, 200000, False),
+    (200001, 0, 200000, True), (10 ** 9, 0, 200000, True), (32768, 32768, 32768, False),
+    (32769, 32768, 32768, True), (200000, 131072, 131072, True), (250000, 300000, 200000, True),
+])
+def test_max_tokens(asked, most, expected, noted):
+    notes = []
+    model = ccproxy.Model("m", "m", max_output=most)
+    assert ccproxy.fit_max_tokens(asked, model, notes) == expected
+    assert notes == (["clamped=max_tokens %d -> %d" % (asked, expected)] if noted else [])
+
+
+# The live list.
+
+LIVE = {"object": "list", "data": [
+    {"id": "moonshotai/Kimi-K3", "name": "Kimi K3 New", "context_length": 5,
+     "supported_endpoints": ["chat", "messages"]},
+    {"id": "GPT-6-Sol"},
+    {"id": "vendor/New-Model", "name": "Brand New"},
+]}
+
+
+def test_the_live_list_is_enriched_by_the_catalogue():
+    models = ccproxy.merge_live_models(LIVE, BUILTIN)
+    assert models.listed == ["moonshotai/Kimi-K3", "GPT-6-Sol", "vendor/New-Model"]
+    kimi = models.known["moonshotai/kimi-k3"]
+    assert (kimi.name, kimi.context, kimi.efforts, kimi.endpoints) == (
+        "Kimi K3 New", 5, ("low", "high", "max"), ("chat", "messages"))
+    assert models.known["gpt-6-sol"].id == "GPT-6-Sol"              # the live list's spelling
+    assert models.known["gpt-6-sol"].context == 1050000
+    assert models.known["vendor/new-model"].efforts is None         # not known, not: takes none
+    assert resolve("new-model", models)[0] == "vendor/New-Model"
+    assert resolve("deepseek/deepseek-v4-pro", models)[0] == "deepseek/deepseek-v4-pro"
+    assert BUILTIN.known["gpt-6-sol"].id == "gpt-6-sol"             # unharmed
+
+
+def test_catalogue_ids_come_before_short_names():
+    models = ccproxy.merge_live_models({"data": [{"id": "vendor/Kimi"}, {"id": "glm"}]}, BUILTIN)
+    assert resolve("kimi", models)[0] == "vendor/Kimi"
+    assert resolve("GLM", models)[0] == "glm"
+
+
+@pytest.mark.parametrize("live", [
+    None, [], "x", 5, {}, {"data": None}, {"data": {}}, {"data": []}, {"data": [1, None, "x", []]},
+    {"data": [{"name": "no id"}, {"id": None}, {"id": 5}, {"id": ""}, {"id": "two words"},
+              {"id": "x" * 300}, {"id": "a\nb"}, {"id": "caf\xe9"}]},
+    {"error": {"message": "x"}},
+])
+def test_a_list_without_a_model_is_no_list(live):
+    assert ccproxy.merge_live_models(live, BUILTIN) is None
+
+
+def test_bad_rows_and_members_do_not_harm_good_ones():
+    models = ccproxy.merge_live_models({"data": [
+        None, {"id": "a\r\nb"}, {"id": "good/one", "name": 5, "context_length": "big",
+                                 "supported_endpoints": "chat"},
+        {"id": "good/two", "name": "x" * 5000, "supported_endpoints": [1, None]}]}, BUILTIN)
+    assert models.listed == ["good/one", "good/two"]
+    assert models.known["good/one"] == ccproxy.Model("good/one", "good/one")
+    assert len(models.known["good/two"].name) <= 200
+    json.dumps(ccproxy.openai_model_list(ccproxy.listed_models(models, PLAIN)))
+
+
+# The lists that clients get.
+
+
+def shown(models=BUILTIN, **options):
+    return [model.id for model in ccproxy.listed_models(models, make_config(**options))]
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, BUILTIN.listed),
+    ({"allowedModels": ["GPT-6-sol", "nonsense", "moonshotai/Kimi-K3"]},
+     ["moonshotai/Kimi-K3", "gpt-6-sol"]),
+    ({"modelAliases": {"b": "kimi", "a": "new/model", "claude-*": "glm"}},
+     ["a", "b"] + BUILTIN.listed),
+])
+def test_what_is_listed(options, expected):
+    assert shown(**options) == expected
+
+
+def test_an_alias_is_listed_with_its_targets_figures():
+    first = ccproxy.listed_models(BUILTIN, make_config(modelAliases={"mine": "ling"}))[0]
+    assert (first.id, first.context, first.max_output) == ("mine", 256000, 32768)
+    assert "Ling 3.0 Flash" in first.name
+
+
+@pytest.mark.parametrize("model, expected", [
+    (ccproxy.Model("v/m", "M", 1000, 50),
+     {"id": "v/m", "object": "model", "created": 0, "owned_by": "command-code", "name": "M",
+      "context_length": 1000, "max_output_tokens": 50}),
+    (ccproxy.Model("m", "m"),
+     {"id": "m", "object": "model", "created": 0, "owned_by": "command-code", "name": "m"}),
+])
+def test_a_model_in_openais_shape(model, expected):
+    assert ccproxy.openai_model(model) == expected
+    assert ccproxy.openai_model_list([model]) == {"object": "list", "data": [expected]}
+
+
+def test_models_in_anthropics_shape():
+    one, two = ccproxy.Model("a", "A", 5), ccproxy.Model("b", "B")
+    listed = ccproxy.anthropic_model_list([one, two])
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "a", "b")
+    assert [(entry["type"], entry["id"], entry["display_name"]) for entry in listed["data"]] == [
+        ("model", "a", "A"), ("model", "b", "B")]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["created_at"])
+               for entry in listed["data"])
+
+
+def test_empty_lists():
+    assert ccproxy.openai_model_list([]) == {"object": "list", "data": []}
+    assert ccproxy.anthropic_model_list([]) == {"data": [], "has_more": False, "first_id": None,
+                                                "last_id": None}

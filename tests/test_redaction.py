@@ -1,0 +1,129 @@
+"""REDACTION & LOG LINES: what may be shown of a key or of what a client sent."""
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+
+import pytest
+from harness import ccproxy
+
+KEY = "user_Abc-123_xyz"
+NAME = "key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]
+
+
+def test_a_key_is_shown_as_six_digits_of_its_digest():
+    assert ccproxy.key_name(KEY) == NAME
+    assert ccproxy.key_name(KEY + "x") != NAME
+    assert re.fullmatch(r"key:[0-9a-f]{6}", NAME)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""), ("nothing here", "nothing here"), (KEY, NAME),
+    ("Bearer %s, again %s." % (KEY, KEY), "Bearer %s, again %s." % (NAME, NAME)),
+    ('{"key":"%s"}' % KEY, '{"key":"%s"}' % NAME),
+    ("a" + KEY + " b", "a" + NAME + " b"), ("x=%s&y" % KEY, "x=%s&y" % NAME),
+    (KEY + "\n" + KEY, NAME + "\n" + NAME), ("user_", "user_"), ("user name", "user name"),
+])
+def test_redaction(text, expected):
+    assert ccproxy.redact(text) == expected
+
+
+@pytest.mark.parametrize("text, most, expected", [
+    ("plain words", 50, "plain words"), ("", 50, ""),
+    ("a\nb\r\nc\td", 50, "a?b??c?d"), ("\x00\x1b[31mred\x7f", 50, "??[31mred?"),
+    ("caf\xe9 \u4e2d \U0001f600", 50, "caf\\xe9 \\u4e2d \\U0001f600"),
+    ("\x85\u2028\xa0", 50, "\\x85\\u2028\\xa0"), ("\ud800", 50, "\\ud800"),
+    ("x" * 20, 20, "x" * 20), ("x" * 21, 20, "x" * 17 + "..."), ("\xe9" * 10, 20,
+                                                                "\\xe9\\xe9\\xe9\\xe9\\..."),
+    (KEY, 50, NAME),
+])
+def test_printable(text, most, expected):
+    assert ccproxy.printable(text, most) == expected
+
+
+def test_printable_text_is_ascii_on_one_line_bounded_and_without_keys():
+    chance = random.Random(6)
+    letters = "ab \n\r\t\x00\x1b\x7f\x85\xa0\xe9\u2028\u4e2d\ud800\U0001f600;=\"'\\"
+    for _ in range(500):
+        before = "".join(chance.choices(letters, k=chance.randrange(120)))
+        text = before + KEY + "".join(chance.choices(letters, k=chance.randrange(120)))
+        for most in (10, 40, 300):
+            shown = ccproxy.printable(text, most)
+            assert len(shown) <= most
+            assert re.fullmatch(r"[ -~]*", shown)
+            assert KEY not in shown
+            assert "Abc-123" not in shown
+
+
+@pytest.mark.parametrize("place", range(0, 60))
+def test_no_cut_shows_a_part_of_a_key(place):
+    secret = "user_" + "S3cret" * 10
+    assert "S3cret" not in ccproxy.printable("x" * place + secret + " y", 16)
+
+
+@pytest.mark.parametrize("value, expected", [
+    (True, "yes"), (False, "no"), (0, "0"), (17, "17"), (1.23456, "1.235"), (0.0, "0.000"),
+    ("word", "word"), ("a/b:c,d->e", "a/b:c,d->e"), ("two words", '"two words"'), ("a=b", '"a=b"'),
+    ('say "hi"', '"say \\"hi\\""'), ("a;b", '"a;b"'), ("", '""'),
+    ("a\nstatus=200", '"a?status=200"'),
+    ("\u2028", "\\u2028"), (KEY, NAME), ("x" * 1000, "x" * 297 + "..."),
+])
+def test_log_values(value, expected):
+    assert ccproxy.log_value(value) == expected
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({}, ""),
+    ({"status": 200, "api": "chat", "stream": True, "total": 1.5},
+     "status=200 api=chat stream=yes total=1.500"),
+    ({"a": None, "b": "", "c": 0, "d": False}, "c=0 d=no"),
+    ({"model": "x\nERROR forged", "key": KEY}, 'model="x?ERROR forged" key=' + NAME),
+    ({"error": 'bad "thing" = ' + KEY}, 'error="bad \\"thing\\" = %s"' % NAME),
+])
+def test_log_lines(fields, expected):
+    assert ccproxy.log_line(fields) == expected
+
+
+def test_a_log_line_can_be_taken_apart_again():
+    chance = random.Random(7)
+    for _ in range(300):
+        value = "".join(chance.choices("ab =\";\\\n\u2028", k=chance.randrange(1, 30)))
+        line = ccproxy.log_line({"first": value, "last": 1})
+        assert "\n" not in line
+        assert re.fullmatch(r'first=("([^"\\]|\\.)*"|[^\s"=;]+) last=1', line)
+
+
+# Notes.
+
+@pytest.mark.parametrize("code, detail, expected", [
+    ("clamped", "max_tokens 9 -> 8", "clamped=max_tokens 9 -> 8"),
+    ("dropped", "a; b=c", "dropped=a, b=c"), ("dropped", "a\r\nx-evil: 1", "dropped=a??x-evil: 1"),
+    ("dropped", "caf\xe9", "dropped=caf\\xe9"), ("model", KEY, "model=" + NAME),
+    ("x", "y" * 500, "x=" + "y" * 117 + "..."),
+])
+def test_notes(code, detail, expected):
+    notes = []
+    ccproxy.add_note(notes, code, detail)
+    assert notes == [expected]
+
+
+@pytest.mark.parametrize("notes, expected", [
+    ([], ""), (["a=1"], "a=1"), (["a=1", "b=2"], "a=1; b=2"), (["a=1", "b=2", "a=1"], "a=1; b=2"),
+])
+def test_the_notes_header(notes, expected):
+    assert ccproxy.format_notes(notes) == expected
+    assert ccproxy.format_notes(iter(notes)) == expected
+
+
+@pytest.mark.parametrize("count, size", [(9, 120), (10, 120), (40, 30), (5000, 10), (200, 120)])
+def test_the_notes_header_has_at_most_1_kib_and_tells_what_is_left_out(count, size):
+    notes = []
+    for number in range(count):
+        ccproxy.add_note(notes, "n", ("%06d" % number).ljust(size, "x"))
+    header = ccproxy.format_notes(notes)
+    assert len(header) <= 1024
+    shown = header.split("; ")
+    assert shown[:-1] == notes[:len(shown) - 1]
+    assert shown[-1] == "+%d more" % (count - len(shown) + 1)
+    assert len(header) > 700            # what fits is shown
