@@ -1846,7 +1846,7 @@ def close_live(reading: Reading) -> Iterator[Event]:
     block, reading.live = reading.live, None
     if block is None:
         return
-    if block.half:
+    if block.half and not block.broken:
         block.half = ""
         yield Delta(block, "\ufffd")
     yield Close(block)
@@ -2016,10 +2016,10 @@ def get(holder: Json, name: str, expected: str, path: str = "") -> Any:
     return check(value, expected, "%s.%s" % (path, name) if path else name)
 
 
-def read_cache(holder: Json) -> Optional[Json]:
+def read_cache(holder: Json, path: str) -> Optional[Json]:
     """cache_control as the upstream takes it."""
-    given = holder.get("cache_control")
-    if not isinstance(given, dict) or given.get("type") != "ephemeral":
+    given = get(holder, "cache_control", "an object", path)
+    if not given or given.get("type") != "ephemeral":
         return None
     lifetime = {"ttl": given["ttl"]} if given.get("ttl") in ("5m", "1h") else {}
     return {"type": "ephemeral", **lifetime}
@@ -2027,7 +2027,7 @@ def read_cache(holder: Json) -> Optional[Json]:
 
 def read_text(part: Json, path: str, notes: List[str]) -> List[Part]:
     text = get(part, "refusal" if part.get("type") == "refusal" else "text", "a string", path)
-    return [Text(text, read_cache(part))] if text else []
+    return [Text(text, read_cache(part, path))] if text else []
 
 
 def read_image_url(url: Any, path: str, cache: Optional[Json]) -> Image:
@@ -2054,7 +2054,7 @@ def make_image(mime: str, data: str, url: str, path: str, cache: Optional[Json])
 
 def read_image(part: Json, path: str, notes: List[str]) -> List[Part]:
     """Chat's image_url, Responses' input_image and Anthropic's image."""
-    cache = read_cache(part)
+    cache = read_cache(part, path)
     given = part.get("image_url")
     if isinstance(given, dict):
         return [read_image_url(given.get("url"), path + ".image_url.url", cache)]
@@ -2063,7 +2063,7 @@ def read_image(part: Json, path: str, notes: List[str]) -> List[Part]:
     source = get(part, "source", "an object", path)
     if source is None:
         raise wrong(path, "holds neither image_url nor source")
-    if source.get("type") != "base64":
+    if get(source, "type", "a string", path + ".source") != "base64":
         return [read_image_url(source.get("url"), path + ".source.url", cache)]
     mime = get(source, "media_type", "a string", path + ".source") or ""
     data = get(source, "data", "a string", path + ".source") or ""
@@ -2077,28 +2077,39 @@ def decode_text(data: str, path: str) -> str:
         raise wrong(path, "is not base64") from None
 
 
-def inner_file(part: Json) -> Json:
-    """Chat wraps a file's members in `file`; the others do not."""
-    return part["file"] if isinstance(part.get("file"), dict) else part
+def inner_file(part: Json, path: str) -> Tuple[Json, str]:
+    """(the members of a file, their path): Chat wraps them in `file`, the others do not."""
+    inner = get(part, "file", "an object", path)
+    return (part, path) if inner is None else (inner, path + ".file")
+
+
+def document_data(part: Json, path: str) -> Tuple[Optional[str], str]:
+    """(data, media type) of a document, as far as they are given."""
+    inner, inner_path = inner_file(part, path)
+    source = get(part, "source", "an object", path) or {}
+    data = get(source, "data", "a string", path + ".source")
+    mime = get(source, "media_type", "a string", path + ".source")
+    data = get(inner, "file_data", "a string", inner_path) if data is None else data
+    found = DATA_URL.match(data or "")
+    if found and data:
+        mime, data = found[1] or "text/plain", data[found.end():]
+    return data, mime or "application/octet-stream"
 
 
 def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
     """(text, media type) of a document; text "" where it cannot be read here."""
     source = get(part, "source", "an object", path) or {}
-    if source.get("type") == "content":
+    kind = get(source, "type", "a string", path + ".source")
+    if kind == "content":
         parts = read_content(source.get("content"), path + ".source.content", notes)
+        if not all(isinstance(one, Text) for one in parts):
+            add_note(notes, "dropped", "pictures in the document at %s" % path)
         return "\n".join(one.text for one in parts if isinstance(one, Text)), "text/plain"
-    if source.get("type") == "text":
-        return check(source.get("data"), "a string", path + ".source.data"), "text/plain"
-    data = source.get("data") or inner_file(part).get("file_data")
-    mime = str(source.get("media_type") or part.get("mime_type") or "application/octet-stream")
-    if not isinstance(data, str):
-        return "", mime
-    found = DATA_URL.match(data)
-    if found:
-        mime, data = found[1] or "text/plain", data[found.end():]
+    data, mime = document_data(part, path)
+    if kind == "text":
+        return data or "", "text/plain"
     readable = mime.startswith("text/") or mime == "application/json"
-    return (decode_text(data, path) if readable else ""), mime
+    return (decode_text(data, path) if data and readable else ""), mime
 
 
 def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -2106,15 +2117,18 @@ def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
 
     A 400 for a PDF would lock an agent's whole conversation, for it is sent again every turn.
     """
-    title = str(part.get("title") or inner_file(part).get("filename") or UNNAMED)
+    inner, inner_path = inner_file(part, path)
+    title = (get(part, "title", "a string", path)
+             or get(inner, "filename", "a string", inner_path) or UNNAMED)
     text, mime = document_text(part, path, notes)
+    cache = read_cache(part, path)
     if text:
         return [Text("<document title=%s>\n%s\n</document>" % (json.dumps(title[:200]), text),
-                     read_cache(part))]
+                     cache)]
     add_note(notes, "unreadable", "document %s at %s" % (mime, path))
     return [Text("[A file was attached here, %s of type %s, but its content cannot be read over "
                  "this connection. Say so if it matters.]" % (json.dumps(title[:200]), mime[:100]),
-                 read_cache(part))]
+                 cache)]
 
 
 def read_thinking(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -2124,34 +2138,35 @@ def read_thinking(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
     """A call's arguments as an object, from an object or from JSON text."""
-    if isinstance(given, str):
-        try:
-            decoded = json.loads(given) if given.strip() else {}
-            given = clean_value(decoded) if ESCAPED_SURROGATE.search(given) else decoded
-        except (ValueError, RecursionError):
-            pass        # a call that was cut off, kept by the client: the model may see what it was
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
+    if given is None or isinstance(given, dict):
+        return given or {}
+    check(given, "a string", path)
+    try:
+        decoded = DECODER.decode(given) if given.strip() else {}
+    except (ValueError, RecursionError):
+        decoded = given     # a call that was cut off: the model may see what it was
+    if ESCAPED_SURROGATE.search(given):
+        decoded = clean_value(decoded)
+        add_note(notes, "replaced", "lone surrogates by U+FFFD at %s" % path)
+    if not isinstance(decoded, dict):
         add_note(notes, "repaired", "arguments at %s are not a JSON object" % path)
-        return {"input": given}
-    return given
+        return {"input": decoded}
+    return decoded
 
 
 def read_call(part: Json, path: str, notes: List[str]) -> List[Part]:
     name = get(part, "name", "a string", path) or UNNAMED
-    given = part.get("input")
-    if isinstance(given, (list, bool, int, float)):
-        raise wrong(path + ".input", "must be an object")
     return [Call(get(part, "id", "a string", path) or "", name,
-                 read_arguments(given, path + ".input", notes), read_cache(part))]
+                 read_arguments(part.get("input"), path + ".input", notes),
+                 read_cache(part, path))]
 
 
 def read_result(part: Json, path: str, notes: List[str]) -> List[Part]:
     """Anthropic's tool_result: a string, or parts of which pictures are kept apart."""
     parts = read_content(part.get("content"), path + ".content", notes)
     return [make_result(get(part, "tool_use_id", "a string", path) or "", parts,
-                        bool(get(part, "is_error", "a boolean", path)), read_cache(part))]
+                        bool(get(part, "is_error", "a boolean", path)),
+                        read_cache(part, path))]
 
 
 def make_result(call_id: str, parts: List[Part], is_error: bool, cache: Optional[Json]) -> Result:
@@ -2168,9 +2183,10 @@ def read_tool_reference(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
     parts = read_content(part.get("content"), path + ".content", notes)
-    texts = [str(part.get(name)) for name in ("title", "source") if part.get(name)]
+    texts = [get(part, name, "a string", path) for name in ("title", "source")]
     texts += [one.text for one in parts if isinstance(one, Text)]
-    return [Text("\n".join(texts), read_cache(part))] if texts else []
+    text = "\n".join(filter(None, texts))
+    return [Text(text, read_cache(part, path))] if text else []
 
 
 def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -2263,7 +2279,7 @@ def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
             add_note(notes, "left_out", "second tool named %s" % name)
             continue
         tools[name] = Tool(name, get(tool, "description", "a string", where) or "",
-                           read_schema(schema, name, where, notes), read_cache(entry))
+                           read_schema(schema, name, where, notes), read_cache(entry, here))
     return list(tools.values())
 
 
@@ -2297,19 +2313,28 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
 # turn; putting the history in order is the next section's work.
 
 
+def read_role_content(message: Json, path: str, kinds: Tuple[Any, ...],
+                      notes: List[str]) -> List[Part]:
+    """A message's parts of the kinds that its role can have; others leave a note."""
+    parts = read_content(message.get("content"), path + ".content", notes)
+    for part in parts:
+        if not isinstance(part, kinds):
+            add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
+    return [part for part in parts if isinstance(part, kinds)]
+
+
 def read_user(message: Json, path: str, prompt: Prompt) -> None:
-    parts = read_content(message.get("content"), path + ".content", prompt.notes)
-    prompt.turns.append(Turn("user", with_cache(parts, message)))
+    parts = read_role_content(message, path, (Text, Image, Result), prompt.notes)
+    prompt.turns.append(Turn("user", with_cache(parts, read_cache(message, path))))
 
 
 def read_system_message(message: Json, path: str, prompt: Prompt) -> None:
     texts = read_system(message.get("content"), path + ".content", prompt.notes)
-    prompt.system += with_cache(texts, message)     # type: ignore[arg-type]
+    prompt.system += with_cache(texts, read_cache(message, path))
 
 
-def with_cache(parts: List[Any], message: Json) -> List[Any]:
+def with_cache(parts: List[Any], cache: Optional[Json]) -> List[Any]:
     """Lift a message's own cache_control to its last part."""
-    cache = read_cache(message)
     if cache and parts and hasattr(parts[-1], "cache"):
         parts = parts[:-1] + [parts[-1]._replace(cache=cache)]
     return parts
@@ -2341,14 +2366,14 @@ def read_function_call(said: Json, call_id: str, path: str, notes: List[str]) ->
 def read_assistant(message: Json, path: str, prompt: Prompt) -> None:
     """Text, thinking and tool calls, in whichever of the APIs' members they come."""
     parts: List[Part] = []
-    thinking = message.get("reasoning_content") or message.get("reasoning")
+    thinking = get(message, "reasoning_content", "a string", path) or message.get("reasoning")
     if isinstance(thinking, str) and thinking:
         parts.append(Thinking(thinking))
-    parts += read_content(message.get("content"), path + ".content", prompt.notes)
+    parts += read_role_content(message, path, (Thinking, Text, Call), prompt.notes)
     if not parts and isinstance(message.get("refusal"), str):
         parts.append(Text(message["refusal"]))
     parts += read_chat_calls(message, path, prompt.notes)
-    prompt.turns.append(Turn("assistant", with_cache(parts, message)))
+    prompt.turns.append(Turn("assistant", with_cache(parts, read_cache(message, path))))
 
 
 def read_tool_message(message: Json, path: str, prompt: Prompt) -> None:
@@ -2358,7 +2383,7 @@ def read_tool_message(message: Json, path: str, prompt: Prompt) -> None:
     if call_id is None:
         call_id = "function_" + name
     parts = read_content(message.get("content"), path + ".content", prompt.notes)
-    result = make_result(call_id, parts, False, read_cache(message))
+    result = make_result(call_id, parts, False, read_cache(message, path))
     prompt.turns.append(Turn("user", [result._replace(name=name)]))
 
 
@@ -2433,7 +2458,8 @@ def read_json_format(given: Any, path: str) -> Optional[Json]:
     if kind != "json_schema":
         raise wrong(path + ".type", "must be text, json_object or json_schema")
     holder = get(given, "json_schema", "an object", path)
-    schema = get(given if holder is None else holder, "schema", "an object", path)
+    schema = get(given, "schema", "an object", path) if holder is None else \
+        get(holder, "schema", "an object", path + ".json_schema")
     return {"schema": schema} if schema is not None else {}
 
 
@@ -2613,8 +2639,8 @@ def map_tool_names(prompt: Prompt) -> None:
             add_note(prompt.notes, "renamed", "tool %s -> %s" % (name, sent[name]))
     prompt.tools = [tool._replace(name=sent[tool.name]) for tool in prompt.tools]
     prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.name])
-                                     if isinstance(part, Call) else part for part in turn.parts])
-                    for turn in prompt.turns]
+                                     if isinstance(part, (Call, Result)) else part
+                                     for part in turn.parts]) for turn in prompt.turns]
     if prompt.choice and prompt.choice.name in sent:
         prompt.choice = Choice("tool", sent[prompt.choice.name])
 
@@ -2720,7 +2746,8 @@ def estimate_output(characters: int) -> int:
 # === ANSWER FILTERS (pure) ==================================================
 # Functions from events to events, between the waist and the face.  Each says
 # which kinds of block it may change; the fast lane stays shut for those.  A
-# filter that must hold text back gives it out at the block's Close at latest.
+# filter that must hold text back gives it out at the block's Close at latest,
+# unless the answer failed in that block: what was not shown can be repeated.
 
 
 class Filter(NamedTuple):
@@ -2765,7 +2792,7 @@ def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
         if block is None or block.kind != TEXT or isinstance(event, Open):
             return [event]
         if isinstance(event, Close):
-            rest, held = held, ""
+            rest, held = ("", held) if block.broken else (held, "")
             return ([Delta(block, rest)] if rest else []) + [event]
         text = held + event.text        # type: ignore[union-attr]
         found = [(text.find(stop), stop) for stop in stops if stop in text]
@@ -2818,7 +2845,7 @@ def strip_fence() -> Callable[[Event], List[Event]]:
 
     def run(event: Event) -> List[Event]:
         block = getattr(event, "block", None)
-        if block is None or block.kind != TEXT or isinstance(event, Open):
+        if block is None or block.kind != TEXT or isinstance(event, Open) or block.broken:
             return [event]
         text = grow_text(event.text) if isinstance(event, Delta) else close_text()
         grown: List[Event] = [Delta(block, text)] if text else []
@@ -2890,7 +2917,7 @@ def decode_error(said: Any) -> Tuple[int, Json]:
     status = re.match(r"\s*([45][0-9][0-9])\b", text)
     try:
         envelope = json.loads(text[text.index("{"):])
-        inner = envelope.get("error", envelope)
+        inner = envelope.get("error") or envelope
     except (ValueError, RecursionError, AttributeError):
         inner = None
     if not isinstance(inner, dict):
@@ -2909,7 +2936,7 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     said: Json = {}
     try:
         envelope = json.loads(text) if text.startswith("{") else {}
-        inner = envelope.get("error", envelope)
+        inner = envelope.get("error") or envelope
         said = inner if isinstance(inner, dict) else {"message": inner}
     except (ValueError, RecursionError):
         said = {}
@@ -3049,12 +3076,18 @@ def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
     if isinstance(text, str) and text and not reading.mute_thinking:
         yield from extend(reading, THINKING, text)
     signature = find_signature(raw)
-    if signature and reading.live is not None and reading.live.kind == THINKING:
-        reading.live.signature = signature
+    block = reading.waiting[-1] if reading.waiting else reading.live
+    if signature and block is not None and block.kind == THINKING:
+        block.signature = signature
 
 
 def known_call_id(reading: Reading, given: Any) -> str:
-    return given if isinstance(given, str) and given else "call_%d" % len(reading.calls)
+    if isinstance(given, str) and given:
+        return given
+    number = len(reading.calls)
+    while "call_%d" % number in reading.calls:
+        number += 1
+    return "call_%d" % number
 
 
 def call_name(raw: Json) -> str:
@@ -3077,12 +3110,23 @@ def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from extend_call(reading, name, piece)
 
 
+def finite_value(value: Any) -> Any:
+    """A value whose infinite numbers are null: JSON has no word for them."""
+    if isinstance(value, float) and value - value != 0:
+        return None
+    if isinstance(value, list):
+        return [finite_value(item) for item in value]
+    if isinstance(value, dict):
+        return {name: finite_value(item) for name, item in value.items()}
+    return value
+
+
 def call_arguments(raw: Json) -> str:
     """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
     given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
     if isinstance(given, str):
         try:
-            decoded = json.loads(given) if given.strip() else {}
+            decoded = DECODER.decode(given) if given.strip() else {}
         except (ValueError, RecursionError):
             decoded = given
         if isinstance(decoded, dict) and given.strip():
@@ -3092,8 +3136,12 @@ def call_arguments(raw: Json) -> str:
         given = given[0]
     if given is None:
         given = {}
-    return json.dumps(given if isinstance(given, dict) else {"input": given},
-                      ensure_ascii=False, separators=(",", ":"))
+    if not isinstance(given, dict):
+        given = {"input": given}
+    try:
+        return ENCODER.encode(given)
+    except ValueError:          # a number beyond all floats
+        return ENCODER.encode(finite_value(given))
 
 
 def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -3144,7 +3192,8 @@ def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
-    status, said = decode_error(raw.get("error", raw.get("message", "unknown error")))
+    status, said = decode_error(raw.get("error") or {
+        name: value for name, value in raw.items() if name != "type"})
     yield from fail_answer(reading, upstream_error(status, said, None, None))
 
 
@@ -3183,7 +3232,7 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
         return
     silent = SILENT_LINE.match(line)
     try:
-        raw = {} if silent else json.loads(line.decode("utf-8", "replace"))
+        raw = {} if silent else DECODER.decode(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         add_note(reading.notes, "ignored", "an upstream line that is not JSON")
         return
@@ -3194,7 +3243,7 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
     if not isinstance(kind, str) and raw.get("error"):
         kind = "error"              # an envelope sent with status 200
     reader = READERS.get(kind) if isinstance(kind, str) else None
-    if reader is not None:
+    if reader is not None and (not reading.over or reader is read_provider_metadata):
         yield from reader(reading, raw)
 
 
@@ -3266,7 +3315,8 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     options = get(body, "stream_options", "an object") or {}
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
-        tools=chat_tools(body, notes), choice=chat_choice(body, notes),
+        system=read_system(body.get("system"), "system", notes), tools=chat_tools(body, notes),
+        choice=chat_choice(body, notes),
         max_tokens=read_positive(body, ("max_completion_tokens", "max_tokens")),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=chat_effort(body), stops=read_stops(body.get("stop"), "stop"),
@@ -3411,7 +3461,7 @@ def cache_last_part(prompt: Prompt, cache: Optional[Json]) -> None:
     """A top-level cache_control means the last part that can carry one."""
     if cache and prompt.turns and prompt.turns[-1].parts:
         turn = prompt.turns[-1]
-        prompt.turns[-1] = Turn(turn.role, with_cache(turn.parts, {"cache_control": cache}))
+        prompt.turns[-1] = Turn(turn.role, with_cache(turn.parts, cache))
 
 
 def parse_messages(body: Json, notes: List[str]) -> Prompt:
@@ -3431,9 +3481,9 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=effort, stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
         json_format=messages_format(body), stream=bool(get(body, "stream", "a boolean")),
-        show_thinking=shown, user_id=metadata.get("user_id"))
+        show_thinking=shown, user_id=get(metadata, "user_id", "a string", "metadata"))
     read_messages(body, prompt)
-    cache_last_part(prompt, read_cache(body))
+    cache_last_part(prompt, read_cache(body, ""))
     return prompt
 
 
@@ -3571,7 +3621,8 @@ class Answer:
                  allow_empty: bool) -> None:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
-        self.filters = choose_filters(prompt)
+        self.new_filters = lambda: choose_filters(prompt)
+        self.filters = self.new_filters()
         self.touched = frozenset().union(*(one.touches for one in self.filters))
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes)
@@ -3621,13 +3672,15 @@ class Answer:
 
     def fail(self, error: ProxyError, frames: List[bytes]) -> None:
         for event in fail_answer(self.reading, error):
-            self.pass_on(event, 0, frames)
+            self.pass_on(event, frames)
 
     def restart(self) -> None:
         """Make ready for a repeated call.  In a stream, thinking that was shown stays open and the
         repeated call's is left out; a plain answer starts anew."""
+        del self.reply.notes[self.noted:]       # what was noted of the failed call
         if not self.stream:
             self.reply.blocks.clear()
+            self.reply.output_estimate = 0
             self.counts = dict.fromkeys(self.counts, 0)
         unclosed = self.unclosed if self.stream else None
         if unclosed is not None:
@@ -3635,8 +3688,20 @@ class Answer:
         self.reading = Reading(live=unclosed, began=self.reading.began, notes=self.reading.notes,
                                mute_thinking=self.stream and self.shown)
         self.unclosed = None
-        self.lines = LineBuffer(self.upstream.skip)
+        self.lines, self.filters = LineBuffer(self.upstream.skip), self.new_filters()
         self.over, self.error, self.lane = False, None, None
+
+    def failure(self, error: ProxyError) -> bytes:
+        """The frames that end an open stream with an error, behind all text that was held back."""
+        frames: List[bytes] = []
+        block, self.unclosed = self.unclosed, None
+        if block is not None:
+            block.broken, self.over = False, False
+            for event in self.filtered(Close(block)):
+                if isinstance(event, Delta):
+                    self.show(event, frames)
+            self.over = True
+        return b"".join(frames) + self.late_notes() + self.face.error_frame(error)
 
     def body(self) -> Json:
         """The whole answer, for a plain request."""
@@ -3655,6 +3720,7 @@ class Answer:
             at = found.end()
             found = match(lines, at)
         if strings:
+            self.reply.output_estimate += escaped_length(strings)
             if not self.stream or self.face.keeps or lane.block.kind == TOOL:
                 lane.block.pieces += strings
             if self.stream:
@@ -3667,19 +3733,23 @@ class Answer:
         was_over = self.over
         for event in self.upstream.read_line(self.reading, line):
             if not was_over:
-                self.pass_on(event, 0, frames)
+                self.pass_on(event, frames)
         self.reply.cost = self.reading.cost
         self.lane = self.find_lane()
 
-    def pass_on(self, event: Event, place: int, frames: List[bytes]) -> None:
-        """Send an event through the filters from `place` on, then show it."""
-        if self.over:
-            return
+    def filtered(self, event: Event, place: int = 0) -> Iterator[Event]:
+        """What the filters from `place` on make of an event."""
         if place == len(self.filters):
-            self.show(event, frames)
+            yield event
             return
-        for filtered in self.filters[place].run(event):
-            self.pass_on(filtered, place + 1, frames)
+        for changed in self.filters[place].run(event):
+            yield from self.filtered(changed, place + 1)
+
+    def pass_on(self, event: Event, frames: List[bytes]) -> None:
+        """Show what the filters make of an event, as long as the answer is not over."""
+        for changed in self.filtered(event):
+            if not self.over:
+                self.show(changed, frames)
 
     def show(self, event: Event, frames: List[bytes]) -> None:
         """Fold an event into the reply and, in a stream, into frames.
@@ -3754,6 +3824,8 @@ class Answer:
         if block is None or block.index < 0 or block.half or self.over \
                 or block.kind in self.touched:
             return None
+        if block.kind == THINKING and self.reading.mute_thinking:
+            return None
         if self.lane is not None and self.lane.block is block:
             return self.lane
         prefix = suffix = b""
@@ -3762,6 +3834,15 @@ class Answer:
             prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
         name = block.call_id.encode("utf-8", "replace") if block.kind == TOOL else b""
         return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix)
+
+
+JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+
+
+def escaped_length(strings: List[bytes]) -> int:
+    """How many characters escaped JSON strings hold."""
+    text = b"".join(strings).decode()
+    return len(JSON_ESCAPE.sub("x", text)) if "\\" in text else len(text)
 
 
 def is_utf8(data: bytes) -> bool:
@@ -4575,8 +4656,8 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
                 raise
             app.log.debug("attempt %d failed: %s", attempt + 1, printable(error.message, 200))
             pause = max(pause, error.retry_after or 0.0)
+            relay.answer.restart()
             add_note(relay.answer.reply.notes, "retried", error.kind)
-        relay.answer.restart()
         record["retries"] = attempt + 1
         await asyncio.sleep(pause)
 
@@ -4847,7 +4928,7 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
             raise
         exchange.keep = False
         record["error"] = "%s: %s" % (error.kind, error.message)
-        relay.send(face.error_frame(error), last=True)
+        relay.send(job.answer.failure(error), last=True)
     finally:
         if not finishing:
             relay.close()

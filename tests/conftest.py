@@ -62,8 +62,4 @@ def start_program(upstream):
         return program
     yield start
     for program in started:
-        if program.process.poll() is None:
-            program.process.kill()
-        program.process.wait()
-        program.process.stdout.close()
-        program.process.stderr.close()
+        program.close()

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -311,19 +312,25 @@ class Program:
 
     def __init__(self, *arguments: str, environment: Optional[Dict[str, str]] = None,
                  program: str = PROGRAM) -> None:
+        self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, program, "--port", "0", *arguments], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
             env=clean_environment(**(environment or {})))
         self.screen = ""
         while "note" not in self.screen:
             line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
+            assert line, self.log
             self.screen += line
         self.port = int(re.search(r" on http://\S+:([0-9]+)", self.screen)[1])
 
     connect = Proxy.connect
     request, post, send_post = Proxy.request, Proxy.post, Proxy.send_post
+
+    @property
+    def log(self) -> str:
+        """All of standard error so far."""
+        return os.pread(self.errors.fileno(), 1 << 24, 0).decode()
 
     def stop(self, number: int = signal.SIGTERM) -> Tuple[int, str]:
         """(exit status, all of standard error) after this signal."""
@@ -331,6 +338,13 @@ class Program:
         return self.wait()
 
     def wait(self) -> Tuple[int, str]:
-        rest, error = self.process.communicate(timeout=20)
-        self.screen += rest
-        return self.process.returncode, error
+        self.screen += self.process.stdout.read()
+        return self.process.wait(20), self.log
+
+    def close(self) -> None:
+        """Whatever became of it: end it and let go of its files."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+        self.process.stdout.close()
+        self.errors.close()

@@ -2,6 +2,7 @@
 run without a socket, checks of both wire formats, and random answers."""
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -26,7 +27,8 @@ def read_prompt(face: str, body: Any, model: Optional[str] = None) -> Any:
     notes: List[str] = []
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     prompt = FACES[face].parse(ccproxy.parse_object(data, notes), notes)
-    found = ccproxy.resolve_model(model or prompt.asked or "vendor/unknown", MODELS, CONFIG, notes)
+    found = ccproxy.resolve_model(prompt.asked if model is None else model, MODELS, CONFIG,
+                                  notes)
     prompt.model = found.id
     prompt.effort = ccproxy.fit_effort(prompt.effort, found, notes)
     prompt.max_tokens = ccproxy.fit_max_tokens(prompt.max_tokens, found, notes)
@@ -429,6 +431,7 @@ def cut_text(rng: random.Random, words: str) -> List[str]:
                                 zip(cuts, cuts[1:] + [len(words)])) if piece]
 
 
+@functools.lru_cache(maxsize=None)
 def make_answer(seed: int, odd: bool = False, halves: bool = True) -> Made:
     """A random answer: all kinds of events in any order, calls mixed, any end or none."""
     rng = random.Random(seed)

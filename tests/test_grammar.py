@@ -200,7 +200,7 @@ HALVES = [
 @pytest.mark.parametrize("pieces,whole", HALVES, ids=range(len(HALVES)))
 @pytest.mark.parametrize("kind", ["text", "reasoning"])
 def test_halves_across_deltas(kind, pieces, whole):
-    lines = [plain_line({"type": kind + "-delta", "id": "0", "text": piece}) for piece in pieces]
+    lines = [plain_line({"type": kind + "-delta", "id": "0", "text": one}) for one in pieces]
     _, events = read_events(lines + split_lines(ndjson({"type": "finish"})))
     check_events(events)
     assert say(events, THINKING if kind == "reasoning" else TEXT) == whole
@@ -234,8 +234,9 @@ def test_a_half_at_the_end_of_a_block_is_not_joined_with_the_next_block():
 
 def test_waiting_pieces_and_halves():
     """Halves in text that waits for a call are joined as well."""
-    _, events = run_script([("start", "1"), ("more", "1", "{"), ("t", "\ud83d"), ("t", "\ude80"), ("done", "1", A),
-                            ("t", "\ud83d"), ("t", "\ude80"), STOP])
+    half, other = ("t", "\ud83d"), ("t", "\ude80")
+    _, events = run_script([("start", "1"), ("more", "1", "{"), half, other, ("done", "1", A), half,
+                            other, STOP])
     assert say(events, TEXT) == "\U0001f680" * 2
 
 

@@ -46,7 +46,8 @@ def test_optional_params_are_sent_when_given(asked, sent):
 
 
 @pytest.mark.parametrize("body", [
-    b'{"messages":[{"role":"user","content":"a"}],"tools":[{"name":"f","input_schema":{"x":1e999}}]}',
+    b'{"messages":[{"role":"user","content":"a"}],"tools":[{"name":"f",'
+    b'"input_schema":{"x":1e999}}]}',
     b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"1","name":"f",'
     b'"input":{"x":1e999}}]}]}'])
 def test_numbers_without_a_json_word_are_a_400(body):
@@ -274,7 +275,8 @@ SIGNATURES = [
 @pytest.mark.parametrize("events,signature", SIGNATURES, ids=range(len(SIGNATURES)))
 def test_signatures(events, signature):
     """The upstream's, wherever it came, also of thinking that waits for a call."""
-    _, shown = read_events(split_lines(ndjson(*events, {"type": "text-delta", "text": "x"}, FINISH)))
+    text = {"type": "text-delta", "text": "x"}
+    _, shown = read_events(split_lines(ndjson(*events, text, FINISH)))
     blocks = [event.block for event in shown if isinstance(event, ccproxy.Close)
               and event.block.kind == ccproxy.THINKING]
     assert [block.signature for block in blocks] == [signature]

@@ -94,8 +94,8 @@ GOING_ON = [
     ("not found", b"GET /nothing HTTP/1.1\r\nhost: a\r\n\r\n", 404),
     ("wrong method", b"PUT /health HTTP/1.1\r\nhost: a\r\n\r\n", 405),
     ("no length", CHAT_HEAD + b"\r\n", 411),
-    ("not found, with a body", b"POST /nothing HTTP/1.1\r\nhost: a\r\ncontent-length: 33\r\n\r\n"
-     b"GET /smuggled HTTP/1.1\r\nhost: a\r\n\r\n"[:33], 404),
+    ("not found, with a body", b"POST /nothing HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%b"
+     % (len(HEALTH), HEALTH), 404),
     ("wrong method, with a body", b"PUT /v1/models HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n"
      b"\r\nGET /", 405),
     ("no key, with a body", b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%b"
@@ -109,8 +109,8 @@ GOING_ON = [
     ("chunks", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunks(BODY[:5], BODY[5:]), 200),
     ("chunks with extensions and trailers", CHAT_HEAD + b"transfer-encoding: Chunked\r\n\r\n%x;a=b"
      b"\r\n%b\r\n" % (len(BODY), BODY) + b"0\r\nauthorization: Bearer user_other\r\n\r\n", 200),
-    ("a length twice the same", CHAT_HEAD + b"content-length: %d\r\n" % len(BODY) * 1
-     + b"content-length: %d\r\n\r\n" % len(BODY) + BODY, 200),
+    ("a length twice the same", CHAT_HEAD + b"content-length: %d\r\ncontent-length: %d\r\n\r\n%b"
+     % (len(BODY), len(BODY), BODY), 200),
 ]
 
 

@@ -1,0 +1,358 @@
+"""The program as a person starts it: screen, flags, environment, config file, and what is wrong."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import socket
+from unittest import mock
+
+import ccproxy
+import pytest
+from fake_upstream import FakeUpstream
+from harness import CHAT, KEY, PROGRAM, Program, clean_environment, run_program, wait_until
+
+# Every option, its environment names besides CC_ and the name in upper snake case, and a value
+# that is not its default.
+
+OPTIONS = {
+    "port": (["PORT"], "4321", 4321),
+    "host": (["HOST"], "127.0.0.2", "127.0.0.2"),
+    "apiBase": (["COMMANDCODE_API_BASE"], "http://other.example:1/x", "http://other.example:1/x"),
+    "defaultModel": (["COMMANDCODE_DEFAULT_MODEL"], "a/b", "a/b"),
+    "modelAliases": ([], "a=b/c,d-*=e", {"a": "b/c", "d-*": "e"}),
+    "allowedModels": (["COMMANDCODE_ALLOWED_MODELS"], "a,b/c", ["a", "b/c"]),
+    "allowUnknownModels": (["COMMANDCODE_ALLOW_UNKNOWN_MODELS"], "false", False),
+    "useProviderModels": ([], "0", False),
+    "modelRefreshIntervalMs": ([], "5000", 5000),
+    "includeReasoning": (["INCLUDE_REASONING"], "no", False),
+    "emptyResponsePolicy": (["COMMANDCODE_EMPTY_VISIBLE_RESPONSE_POLICY"], "allow", "allow"),
+    "corsOrigin": (["CORS_ORIGIN"], "https://a.example", "https://a.example"),
+    "maxBodyBytes": (["REQUEST_BODY_LIMIT_BYTES"], "2048", 2048),
+    "upstreamConnectSeconds": ([], "1.5", 1.5),
+    "upstreamIdleSeconds": ([], "60", 60),
+    "projectSlug": (["PROJECT_SLUG"], "slug", "slug"),
+    "cliVersion": (["COMMANDCODE_CLI_VERSION"], "1.65.0", "1.65.0"),
+    "logLevel": (["LOG_LEVEL"], "debug", "debug"),
+    "logFile": (["LOG_FILE"], "some.log", "some.log"),
+}
+DEFAULTS = {"port": 3000, "host": "127.0.0.1", "apiBase": "https://api.commandcode.ai",
+            "upstreamConnectSeconds": 10, "upstreamIdleSeconds": 300, "allowUnknownModels": True,
+            "includeReasoning": True, "corsOrigin": "", "maxBodyBytes": 64 * 1024 * 1024,
+            "logFile": "", "modelAliases": {}, "allowedModels": []}
+
+
+def snake(name):
+    return re.sub("[A-Z]", lambda letter: "_" + letter[0], name).upper()
+
+
+def kebab(name):
+    return "--" + snake(name).lower().replace("_", "-")
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """A config file without entries."""
+    path = tmp_path / "empty.json"
+    path.write_text("{}")
+    return str(path)
+
+
+def checked(*arguments, environment=None, whole=False):
+    """(value, source) of every option, as --check prints them; `whole`: by a process of its own."""
+    if whole:
+        done = run_program("--check", *arguments, environment=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        printed = done.stdout
+    else:
+        with mock.patch.dict(os.environ, clean_environment(**(environment or {})), clear=True), \
+                contextlib.redirect_stdout(io.StringIO()) as out:
+            assert ccproxy.main(["--check", *arguments]) == 0
+        printed = out.getvalue()
+    rows = [re.fullmatch(r"(\w+) +(.*)  \((.*)\)", line) for line in printed.splitlines()]
+    return {row[1]: (json.loads(row[2]), row[3]) for row in rows}
+
+
+def test_defaults(empty):
+    found = checked("--config", empty)
+    assert set(OPTIONS) <= set(found)
+    assert {source for _, source in found.values()} == {"default"}
+    assert {name: found[name][0] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_shipped_file_holds_the_defaults(empty):
+    with open(os.path.join(os.path.dirname(PROGRAM), "config.json"), encoding="utf-8") as file:
+        shipped = json.load(file)
+    defaults = checked("--config", empty)
+    assert shipped and all(defaults[name][0] == value for name, value in shipped.items())
+
+
+def test_flags(empty):
+    flags = [word for name, (_, text, _) in OPTIONS.items() for word in (kebab(name), text)]
+    found = checked("--config", empty, *flags)
+    for name, (_, _, value) in OPTIONS.items():
+        assert found[name] == (value, kebab(name))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_environment_name(empty, place):
+    """The CC_ name of each option, and the one that other bridges' users have set already."""
+    names = {name: ["CC_" + snake(name)] + others for name, (others, _, _) in OPTIONS.items()}
+    environment = {names[name][place]: text for name, (_, text, _) in OPTIONS.items()
+                   if place < len(names[name])}
+    found = checked("--config", empty, environment=environment)
+    for name, (_, _, value) in OPTIONS.items():
+        if place < len(names[name]):
+            assert found[name][0] == value and names[name][place] in found[name][1]
+        else:
+            assert found[name][1] == "default"
+
+
+def test_the_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({name: value for name, (_, _, value) in OPTIONS.items()}),
+                    encoding="utf-8-sig")
+    found = checked("--config", str(path))
+    assert {name: found[name] for name in OPTIONS} == {
+        name: (value, str(path)) for name, (_, _, value) in OPTIONS.items()}
+
+
+def test_the_order(tmp_path):
+    """Flags, then environment, then the file, then defaults; an empty variable is no value."""
+    path = tmp_path / "mine.json"
+    path.write_text('{"port": 1, "projectSlug": "file", "corsOrigin": "*", "logLevel": "error"}')
+    found = checked("--config", str(path), "--port", "3", whole=True, environment={
+        "PORT": "2", "PROJECT_SLUG": "environment", "CORS_ORIGIN": "", "CC_HOST": "127.0.0.3",
+        "HOST": "127.0.0.4"})
+    assert [found[name][0] for name in ("port", "projectSlug", "corsOrigin", "host", "logLevel")] \
+        == [3, "environment", "*", "127.0.0.3", "error"]
+
+
+def test_the_file_beside_the_program(tmp_path):
+    """One file on a bare box, with and without a config.json beside it."""
+    program = tmp_path / "ccproxy.py"
+    with open(PROGRAM, "rb") as file:
+        program.write_bytes(file.read())
+    bare = run_program("--check", program=str(program))
+    assert bare.returncode == 0 and "config.json" not in bare.stdout
+    (tmp_path / "config.json").write_text('{"port": 4444}')
+    done = run_program("--check", program=str(program))
+    assert re.search(r"^port +4444 +\(.*config\.json\)$", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("form", [["--include-reasoning=false"], ["--include-reasoning", "off"]])
+def test_ways_to_write_a_flag(empty, form):
+    assert checked("--config", empty, *form)["includeReasoning"][0] is False
+
+
+def test_a_bool_flag_alone_means_true(empty):
+    found = checked("--config", empty, "--use-provider-models",
+                    environment={"CC_USE_PROVIDER_MODELS": "0"})
+    assert found["useProviderModels"] == (True, "--use-provider-models")
+
+
+# --help and --version.
+
+
+def test_version():
+    done = run_program("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "ccproxy " + ccproxy.__version__
+
+
+def test_help_names_every_option_and_variable():
+    done = run_program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = set(re.findall(r"[A-Za-z_][\w-]*|--[\w-]+", done.stdout))
+    for name, (others, _, _) in OPTIONS.items():
+        assert kebab(name) in words or kebab(name) in done.stdout.split()
+        for variable in ["CC_" + snake(name)] + others:
+            assert variable in words
+    for flag in ("--config", "--check", "--version"):
+        assert flag in done.stdout
+
+
+# What is wrong: exit status 2, exactly one line that names it.
+
+WRONG = [
+    ("an unknown flag", ["--prot", "1"], {}, None, "--prot"),
+    ("a flag cut short", ["--por", "1"], {}, None, "--por"),
+    ("a flag without value", ["--port"], {}, None, "--port"),
+    ("a stray word", ["start"], {}, None, "start"),
+    ("a word for a number", ["--port", "abc"], {}, None, "port"),
+    ("a fraction", ["--port", "80.5"], {}, None, "port"),
+    ("a port too high", ["--port", "65536"], {}, None, "port"),
+    ("a port below zero", ["--port=-1"], {}, None, "port"),
+    ("a number that is none", ["--port", "9" * 5000], {}, None, "port"),
+    ("other digits", ["--port", "\u0663\u0660"], {}, None, "port"),
+    ("in the environment", [], {"PORT": "http"}, None, "PORT"),
+    ("in the environment, CC_", [], {"CC_LOG_LEVEL": "loud"}, None, "CC_LOG_LEVEL"),
+    ("no URL", ["--api-base", "api.example"], {}, None, "apiBase"),
+    ("another scheme", ["--api-base", "ftp://api.example"], {}, None, "apiBase"),
+    ("a bad port in a URL", ["--api-base", "http://api.example:99999"], {}, None, "apiBase"),
+    ("a word as port in a URL", ["--api-base", "http://api.example:http"], {}, None, "apiBase"),
+    ("a URL with brackets", ["--api-base", "http://[::1"], {}, None, "apiBase"),
+    ("a URL with a query", ["--api-base", "http://api.example/?a=b"], {}, None, "apiBase"),
+    ("a URL with a space", ["--api-base", "http://api.example/a b"], {}, None, "apiBase"),
+    ("a bad level", ["--log-level", "loud"], {}, None, "logLevel"),
+    ("a bad policy", ["--empty-response-policy", "x"], {}, None, "emptyResponsePolicy"),
+    ("a bad switch", ["--include-reasoning=maybe"], {}, None, "includeReasoning"),
+    ("a bad map", ["--model-aliases", "{"], {}, None, "modelAliases"),
+    ("a map without value", ["--model-aliases", "a"], {}, None, "modelAliases"),
+    ("a bad version", ["--cli-version", "newest"], {}, None, "cliVersion"),
+    ("a size too small", ["--max-body-bytes", "1"], {}, None, "maxBodyBytes"),
+    ("a control character", ["--project-slug", "a\nb"], {}, None, "projectSlug"),
+    ("a log that cannot be written", ["--log-file", "/nonexistent/x.log"], {}, None, "logFile"),
+    ("a log that is a directory", ["--log-file", "/"], {}, None, "logFile"),
+    ("no such config file", ["--config", "/nonexistent/c.json"], {}, None, "/nonexistent/c.json"),
+    ("authorities that are not there", [], {"SSL_CERT_FILE": "/nonexistent/ca.pem"}, None,
+     "SSL_CERT_FILE"),
+    ("an unknown entry", [], {}, b'{"prot": 1}', "prot"),
+    ("a wrong type", [], {}, b'{"port": "x"}', "port"),
+    ("true for a number", [], {}, b'{"port": true}', "port"),
+    ("an endless number", [], {}, b'{"port": 1e999}', "port"),
+    ("no number", [], {}, b'{"upstreamIdleSeconds": NaN}', "upstreamIdleSeconds"),
+    ("a number for a string", [], {}, b'{"host": 1}', "host"),
+    ("a list of numbers", [], {}, b'{"allowedModels": [1]}', "allowedModels"),
+    ("a list for a map", [], {}, b'{"modelAliases": []}', "modelAliases"),
+    ("not JSON", [], {}, b'{"port": 1,}', "mine.json"),
+    ("not an object", [], {}, b"[]", "mine.json"),
+    ("not UTF-8", [], {}, b'{"host": "\xff"}', "mine.json"),
+    ("deep", [], {}, b"[" * 200_000, "mine.json"),
+    ("an address that is not ours", ["--host", "192.0.2.1"], {}, None, "192.0.2.1"),
+]
+
+
+WHOLE_PROGRAM = {       # those that are tried in a process of their own; the others call main()
+    "an unknown flag", "a bad port in a URL", "deep", "a log that cannot be written",
+    "a log that is a directory", "authorities that are not there", "an address that is not ours"}
+
+
+def run_main(arguments, environment):
+    """(exit status, standard output, standard error) of main() in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, clean_environment(**environment), clear=True), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            pytest.raises(SystemExit) as ended:
+        ccproxy.main(arguments + ["--check"])       # so that a miss cannot start a server
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("name, arguments, environment, content, word", WRONG,
+                         ids=[row[0] for row in WRONG])
+def test_what_is_wrong_is_one_line(tmp_path, name, arguments, environment, content, word):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content if content is not None else b"{}")
+    if "--config" not in arguments:
+        arguments = ["--config", str(path)] + arguments
+    if name in WHOLE_PROGRAM:
+        done = run_program(*arguments, environment=environment)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code, out, err = run_main(arguments, environment)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.endswith("\n") and len(err) < 1200
+    assert word in err and "Traceback" not in err
+
+
+def test_a_busy_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(1)
+        port = str(sock.getsockname()[1])
+        done = run_program("--port", port)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1 and port in done.stderr
+
+
+# The start-up screen.
+
+
+def test_the_screen(start_program, upstream, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"projectSlug": "x"}')
+    program = start_program("--config", str(path))
+    for part in (ccproxy.__version__, "http://127.0.0.1:%d" % program.port, upstream.base,
+                 str(path), "/alpha/generate"):
+        assert part in program.screen
+    assert "vendor" in program.screen and "README" in program.screen
+    assert "warning" not in program.screen.lower()
+    assert len(program.screen.splitlines()) <= 12
+    code, log = program.stop()
+    assert code == 0 and "warning" not in program.screen.lower()
+
+
+def test_the_curl_line_works(start_program):
+    """What the screen says to copy is a request that is answered."""
+    program = start_program()
+    lines = program.screen[program.screen.index("curl"):].split("\n")
+    wanted = []
+    for line in lines:
+        wanted.append(line.rstrip("\\"))
+        if not line.endswith("\\"):
+            break
+    words = shlex.split(" ".join(wanted))
+    assert words[0] == "curl"
+    address = next(word for word in words if word.startswith("http"))
+    assert address == "http://127.0.0.1:%d%s" % (program.port, CHAT)
+    options = list(zip(words, words[1:]))
+    fields = dict(value.replace("user_...", KEY).split(": ", 1)
+                  for flag, value in options if flag == "-H")
+    body = next(value for flag, value in options if flag == "-d")
+    answer = program.request("POST", CHAT, body.encode(), fields, key=None)
+    assert answer.json["choices"][0]["message"]["content"] == "Hello there"
+
+
+@pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False),
+                                          ("localhost", False)])
+def test_a_bind_beyond_loopback_is_warned_about(start_program, host, warned):
+    program = start_program("--host", host)
+    assert program.request("GET", "/health").status == 200
+    code, _ = program.stop()
+    found = [line for line in program.screen.splitlines() if "warning" in line.lower()]
+    assert code == 0 and len(found) == warned
+
+
+def test_options_reach_the_running_program(start_program, upstream):
+    """From the environment and from flags, not only in what --check prints."""
+    program = start_program("--cli-version", "1.70.1", environment={"PROJECT_SLUG": "from-env"})
+    assert program.post(CHAT).status == 200
+    assert upstream.requests[0].field("x-project-slug") == "from-env"
+    assert upstream.requests[0].field("x-command-code-version") == "1.70.1"
+
+
+def test_two_programs_agree_on_a_session(start_program, upstream):
+    """Derived, not stored: several processes give one conversation one id."""
+    for _ in range(2):
+        assert start_program().post(CHAT).status == 200
+    first, second = (request.field("x-session-id") for request in upstream.requests)
+    assert first == second
+
+
+def test_started_from_anywhere(upstream, tmp_path, monkeypatch):
+    """The working directory does not matter, and nothing is written to it."""
+    monkeypatch.chdir(tmp_path)
+    program = Program("--api-base", upstream.base)
+    try:
+        assert program.post(CHAT).status == 200
+        assert program.stop()[0] == 0
+    finally:
+        program.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_is_called_at_start(start_program):
+    """No telemetry, no check: the upstream hears of us with the first request."""
+    fake = FakeUpstream()
+    program = start_program("--api-base", fake.base)
+    assert program.request("GET", "/health").status == 200
+    assert fake.connections == 0
+    program.post(CHAT)
+    wait_until(lambda: fake.side_requests)
+    program.stop()
+    assert {request.line.split(" ")[1] for request in fake.requests + fake.side_requests} == {
+        "/alpha/generate", "/provider/v1/models"}
+    fake.close()

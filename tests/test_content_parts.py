@@ -1,0 +1,703 @@
+"""CONTENT PARTS, TOOLS and MESSAGES TO TURNS: what any API may bring, what is sent of it, what a
+wrong type is answered with, and that nothing but ProxyError ever comes of a request."""
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import random
+
+import pytest
+from harness import ccproxy
+from pure import (FACES, PNG, USER, at, check_params, has_note, params_of, read_prompt, refusal,
+                  request, text, translate)
+
+FACE_NAMES = sorted(FACES)
+SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+IMAGE = {"type": "image", "image": PNG, "mimeType": "image/png"}
+CACHE = {"type": "ephemeral"}
+DATA = base64.b64encode(b"one\ntwo").decode()
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+# Parts of a user message, in either API: (part, what is sent, words of a note).
+
+def data_url(mime, extra=""):
+    return {"type": "image_url", "image_url": {"url": "data:%s%s;base64,AAAA" % (mime, extra)}}
+
+
+def picture(mime):
+    return {"type": "image", "image": "data:%s;base64,AAAA" % mime, "mimeType": mime}
+
+
+PARTS = [
+    (text("a"), [text("a")], None),
+    (text(""), [], None),
+    (text("a", cache_control=CACHE), [text("a", cache_control=CACHE)], None),
+    (text("a", cache_control={"type": "ephemeral", "ttl": "1h", "x": 1}),
+     [text("a", cache_control={"type": "ephemeral", "ttl": "1h"})], None),
+    (text("", cache_control=CACHE), [], None),
+    ({"text": "a"}, [text("a")], None),
+    ("a", [text("a")], None),
+    ({"type": "input_text", "text": "a"}, [text("a")], None),
+    ({"type": "output_text", "text": "a"}, [text("a")], None),
+    ({"type": "refusal", "refusal": "no"}, [text("no")], None),
+    ({"type": "image_url", "image_url": {"url": PNG}}, [IMAGE], None),
+    ({"type": "image_url", "image_url": {"url": PNG, "detail": "high"}}, [IMAGE], None),
+    ({"type": "image_url", "image_url": PNG}, [IMAGE], None),
+    ({"type": "input_image", "image_url": PNG, "detail": "auto"}, [IMAGE], None),
+    ({"type": "image", "source": SOURCE}, [IMAGE], None),
+    ({"type": "image", "source": {"type": "url", "url": PNG}}, [IMAGE], None),
+    ({"type": "image", "source": SOURCE, "cache_control": CACHE}, [{**IMAGE, "cache_control":
+                                                                    CACHE}], None),
+    (data_url("image/jpeg"), [picture("image/jpeg")], None),
+    (data_url("image/jpg"), [picture("image/jpeg")], None),
+    (data_url("image/gif"), [picture("image/gif")], None),
+    (data_url("image/webp"), [picture("image/webp")], None),
+    (data_url("IMAGE/PNG"), [picture("image/png")], None),
+    (data_url("image/png", ";charset=utf-8"), [picture("image/png")], None),
+    ({"type": "tool_reference", "tool_name": "f"}, [text("Tool available: f")], None),
+    ({"type": "search_result", "title": "T", "source": "S", "content": [text("c")]},
+     [text("T\nS\nc")], None),
+    ({"type": "wibble", "x": 1}, [], "wibble"),
+    ({"type": "input_audio", "input_audio": {}}, [], "input_audio"),
+    ({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "one"},
+      "title": "a.txt"}, [text('<document title="a.txt">\none\n</document>')], None),
+    ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": DATA}},
+     [text('<document title="unnamed">\none\ntwo\n</document>')], None),
+    ({"type": "document", "source": {"type": "content", "content": [text("one"), text("two")]}},
+     [text('<document title="unnamed">\none\ntwo\n</document>')], None),
+    ({"type": "document", "source": {"type": "content", "content": "one"}, "cache_control": CACHE},
+     [text('<document title="unnamed">\none\n</document>', cache_control=CACHE)], None),
+    ({"type": "file", "file": {"filename": "b.md",
+                               "file_data": "data:text/markdown;base64," + DATA}},
+     [text('<document title="b.md">\none\ntwo\n</document>')], None),
+    ({"type": "input_file", "filename": "b.json",
+      "file_data": "data:application/json;base64," + DATA},
+     [text('<document title="b.json">\none\ntwo\n</document>')], None)]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part,sent,note", PARTS, ids=range(len(PARTS)))
+def test_parts_of_a_user(face, part, sent, note):
+    """Faces share the table of parts: clients mix them (FIELD 35)."""
+    body, notes = translate(face, request(face, messages=user(text("x"), part)))
+    assert at(body, "params.messages.0.content") == [text("x")] + sent
+    assert has_note(notes, note) if note else notes == []
+
+
+UNREADABLE = [
+    {"type": "document", "source": {"type": "base64", "media_type": "application/pdf",
+                                    "data": "JVBERi0="}, "title": "a.pdf"},
+    {"type": "document", "source": {"type": "url", "url": "https://example.invalid/a.pdf"},
+     "title": "a.pdf"},
+    {"type": "file", "file": {"filename": "a.pdf",
+                              "file_data": "data:application/pdf;base64,JVBERi0="}},
+    {"type": "input_file", "filename": "a.pdf", "file_id": "file_1"},
+    {"type": "document", "source": {"type": "file", "file_id": "file_1"}, "title": "a.pdf"}]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_documents_that_cannot_be_read_become_one_line(face, part):
+    body, notes = translate(face, request(face, messages=user(part)))
+    (shown,) = at(body, "params.messages.0.content")
+    assert "a.pdf" in shown["text"] and "\n" not in shown["text"] and "JVBER" not in shown["text"]
+    assert has_note(notes, "unreadable=")
+
+
+def test_pictures_in_a_document_are_noted():
+    part = {"type": "document", "source": {"type": "content", "content": [
+        text("one"), {"type": "image", "source": SOURCE}]}}
+    body, notes = translate("messages", request("messages", messages=user(part)))
+    sent = json.dumps(body)
+    assert "one" in sent and ("iVBOR" in sent or notes)
+
+
+REFUSED = [     # (part, path behind `messages[0].content[1]`, words)
+    ({"type": "image_url", "image_url": {"url": "https://example.invalid/x.png"}},
+     ".image_url.url", "inline"),
+    ({"type": "image_url", "image_url": "http://example.invalid/x.png"}, ".image_url", "inline"),
+    ({"type": "image", "source": {"type": "url", "url": "https://example.invalid/x.png"}},
+     ".source.url", "inline"),
+    ({"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,AAAA"}}, ".image_url",
+     "png, jpeg, gif or webp"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}, ".image_url", "base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ".image_url", "empty"),
+    ({"type": "image_url", "image_url": {}}, ".image_url.url", "a string"),
+    ({"type": "image_url"}, "", "image_url"),
+    ({"type": "image"}, "", "source"),
+    ({"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": "AA"}},
+     ".source.media_type", "png"),
+    ({"type": "image", "source": {"type": "base64", "data": "AA"}}, ".source.media_type", "png"),
+    ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "A"}},
+     "", "base64")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part,path,words", REFUSED, ids=range(len(REFUSED)))
+def test_parts_that_are_refused(face, part, path, words):
+    error = refusal(face, request(face, messages=user(text("x"), part)))
+    assert error.kind == "invalid" and error.status == 400
+    assert error.param.startswith("messages[0].content[1]" + path)
+    assert words in error.message and error.param in error.message
+
+
+# Assistants and tools.
+
+def call(name="f", arguments="{}", call_id="c"):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+ASSISTANTS = [  # (face, message, what is sent of it)
+    ("chat", {"content": "a"}, [text("a")]),
+    ("chat", {"content": None, "reasoning_content": "r"}, [{"type": "reasoning", "text": "r"}]),
+    ("chat", {"content": "a", "reasoning": "r"}, [{"type": "reasoning", "text": "r"}, text("a")]),
+    ("chat", {"content": [text("a"), text("b")]}, [text("a"), text("b")]),
+    ("chat", {"content": None, "refusal": "no"}, [text("no")]),
+    ("chat", {"content": "", "tool_calls": []}, []),
+    ("chat", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text("a")]},
+     [{"type": "reasoning", "text": "r"}, text("a")]),
+    ("messages", {"content": [{"type": "thinking", "thinking": "r", "signature": "x"}, text("a")]},
+     [{"type": "reasoning", "text": "r"}, text("a")]),
+    ("messages", {"content": [{"type": "thinking", "thinking": "r"}]},
+     [{"type": "reasoning", "text": "r"}]),
+    ("messages", {"content": [{"type": "thinking", "thinking": "r", "signature": None}]},
+     [{"type": "reasoning", "text": "r"}]),
+    ("messages", {"content": [{"type": "thinking", "thinking": "", "signature": "s"}]}, []),
+    ("messages", {"content": "a"}, [text("a")]),
+    ("messages", {"content": [text("a"), {"type": "thinking", "thinking": "r"}]},
+     [{"type": "reasoning", "text": "r"}, text("a")])]
+
+
+@pytest.mark.parametrize("face,message,sent", ASSISTANTS, ids=range(len(ASSISTANTS)))
+def test_assistants(face, message, sent):
+    messages = [USER, {"role": "assistant", **message}, USER]
+    params = params_of(face, request(face, messages=messages))
+    assert [one["content"] for one in params["messages"] if one["role"] == "assistant"] == (
+        [sent] if sent else [])
+
+
+def test_redacted_thinking_leaves_a_note():
+    message = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"},
+                                                text("a")]}
+    _, notes = translate("messages", request("messages", messages=[USER, message, USER]))
+    assert has_note(notes, "redacted_thinking")
+
+
+ARGUMENTS = [   # (arguments, input, noted)
+    ("{}", {}, False), ("", {}, False), (None, {}, False), ("  ", {}, False),
+    ('{"a": 1}', {"a": 1}, False), ({"a": 1}, {"a": 1}, False),
+    ('{"a": "\\u00e9"}', {"a": "\u00e9"}, False),
+    ('{"a": 1', {"input": '{"a": 1'}, True), ("[1]", {"input": [1]}, True),
+    ("words", {"input": "words"}, True), ('"x"', {"input": "x"}, True),
+    ('{"a": "\\ud83d"}', {"a": "\ufffd"}, True)]
+
+
+@pytest.mark.parametrize("given,sent,noted", ARGUMENTS, ids=range(len(ARGUMENTS)))
+def test_arguments_of_calls(given, sent, noted):
+    """Arguments of the history, also such as were cut off when they were made."""
+    messages = [USER, {"role": "assistant", "tool_calls": [call(arguments=given)]},
+                {"role": "tool", "tool_call_id": "c", "content": "r"}]
+    body, notes = translate("chat", request("chat", messages=messages))
+    part = at(body, "params.messages.1.content.0")
+    assert part == {"type": "tool-call", "toolCallId": "c", "toolName": "f", "input": sent}
+    assert bool(notes) == noted
+
+
+RESULTS = [     # (content of a tool_result, value)
+    ("r", "r"), ([text("a"), text("b")], "a\nb"), ([], ""), (None, ""), ("", ""),
+    ([{"type": "tool_reference", "tool_name": "f"}], "Tool available: f"),
+    ([text("a"), {"type": "tool_reference", "tool_name": "g"}], "a\nTool available: g")]
+
+
+@pytest.mark.parametrize("content,value", RESULTS, ids=range(len(RESULTS)))
+@pytest.mark.parametrize("is_error", [None, False, True])
+def test_results_of_messages(content, value, is_error):
+    messages = [USER, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c",
+                                      "content": content, "is_error": is_error,
+                                      "cache_control": CACHE}, text("and")]}]
+    sent = params_of("messages", request("messages", messages=messages))["messages"]
+    (part,) = sent[2]["content"]
+    assert sent[2]["role"] == "tool" and part["cache_control"] == CACHE
+    assert (part["toolCallId"], part["toolName"]) == ("c", "f")
+    assert part["output"]["type"] == "text"
+    assert part["output"]["value"] == ("Error: " + value if is_error else value)
+    assert sent[3] == {"role": "user", "content": [text("and")]}
+
+
+@pytest.mark.parametrize("content,value", RESULTS[:5], ids=range(5))
+def test_results_of_chat(content, value):
+    messages = [USER, {"role": "assistant", "tool_calls": [call()]},
+                {"role": "tool", "tool_call_id": "c", "content": content}]
+    sent = params_of("chat", request("chat", messages=messages))["messages"]
+    assert at(sent, "2.content.0.output") == {"type": "text", "value": value}
+
+
+def test_an_error_that_says_so_is_not_marked_twice():
+    for words in ("Error: x", "<tool_use_error>x</tool_use_error>", "error x"):
+        messages = [USER, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "c", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c",
+                                          "content": words, "is_error": True}]}]
+        sent = params_of("messages", request("messages", messages=messages))["messages"]
+        assert at(sent, "2.content.0.output.value") == words
+
+
+def test_legacy_functions():
+    """`function_call` and role `function`: calls are known by their name."""
+    messages = [USER, {"role": "assistant", "content": None,
+                       "function_call": {"name": "f", "arguments": '{"a":1}'}},
+                {"role": "function", "name": "f", "content": "r"},
+                {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "s"}]
+    params = params_of("chat", request("chat", messages=messages, functions=[
+        {"name": "f", "parameters": {"type": "object"}}], function_call={"name": "f"}))
+    check_params(params)
+    assert params["tools"] == [{"name": "f", "description": "", "input_schema":
+                                {"type": "object"}}]
+    assert params["tool_choice"] == {"type": "tool", "name": "f"}
+    values = [part["output"]["value"] for message in params["messages"]
+              if message["role"] == "tool" for part in message["content"]]
+    assert values == ["r", "s"]
+
+
+# Roles and system texts.
+
+SYSTEMS = [     # (face, body members, texts sent; [] when the one space is)
+    ("chat", {}, []),
+    ("chat", {"messages": [{"role": "system", "content": "a"}, USER]}, ["a"]),
+    ("chat", {"messages": [{"role": "developer", "content": "a"}, USER]}, ["a"]),
+    ("chat", {"messages": [{"role": "system", "content": [text("a"), text("b")]}, USER,
+                           {"role": "developer", "content": "c"}, USER,
+                           {"role": "system", "content": "d"}]}, ["a\n", "b\n", "c\n", "d"]),
+    ("chat", {"messages": [{"role": "system", "content": ""}, USER]}, []),
+    ("chat", {"messages": [{"role": "system", "content": None}, USER]}, []),
+    ("messages", {"system": "a"}, ["a"]), ("messages", {"system": ""}, []),
+    ("messages", {"system": None}, []), ("messages", {"system": []}, []),
+    ("messages", {"system": [text("")]}, []),
+    ("messages", {"system": [text("a"), text("b\n"), text("c")]}, ["a\n", "b\n", "c"]),
+    ("messages", {"system": [text("x-anthropic-billing-header: cch=abc"), text("a")]}, ["a"]),
+    ("messages", {"system": "x-anthropic-billing-header: cch=abc\nrest"}, ["rest"]),
+    ("messages", {"system": "x-anthropic-billing-header: cch=abc"}, []),
+    ("messages", {"system": "a", "messages": [USER, {"role": "system", "content": "b"}, USER,
+                                              {"role": "system", "content": [text("c")]}]},
+     ["a\n", "b\n", "c"])]
+
+
+@pytest.mark.parametrize("face,members,texts", SYSTEMS, ids=range(len(SYSTEMS)))
+def test_system_texts(face, members, texts):
+    body, notes = translate(face, request(face, **members))
+    assert at(body, "params.system") == ([text(words) for words in texts] or " ")
+    assert all(message["role"] == "user" for message in at(body, "params.messages"))
+    assert notes == []
+
+
+def test_system_keeps_cache_control():
+    blocks = [text("a", cache_control=CACHE), text("b")]
+    for face, members in (("messages", {"system": blocks}),
+                          ("chat", {"messages": [{"role": "system", "content": blocks}, USER]})):
+        assert params_of(face, request(face, **members))["system"] == [
+            text("a\n", cache_control=CACHE), text("b")]
+
+
+def test_a_picture_in_system_leaves_a_note():
+    _, notes = translate("messages", request("messages", system=[
+        text("a"), {"type": "image", "source": SOURCE}]))
+    assert has_note(notes, "image in system")
+
+
+CACHES = [      # (members of a Messages request, content of the last message)
+    ({"cache_control": CACHE}, [text("hi", cache_control=CACHE)]),
+    ({"cache_control": CACHE, "messages": user(text("a"), text("b"))},
+     [text("a"), text("b", cache_control=CACHE)]),
+    ({"cache_control": None}, [text("hi")]),
+    ({"messages": [{"role": "user", "content": "a", "cache_control": CACHE}]},
+     [text("a", cache_control=CACHE)])]
+
+
+@pytest.mark.parametrize("members,content", CACHES, ids=range(len(CACHES)))
+def test_cache_control_is_lifted_to_a_block(members, content):
+    params = params_of("messages", request("messages", **members))
+    assert params["messages"][-1]["content"] == content
+    assert "cache_control" not in params
+
+
+def test_cache_control_of_tools_and_calls():
+    tools = [{"name": "f", "input_schema": {"type": "object"}, "cache_control": CACHE}]
+    messages = [USER, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "c", "name": "f", "input": {}, "cache_control": CACHE}]}, USER]
+    params = params_of("messages", request("messages", tools=tools, messages=messages))
+    assert params["tools"][0]["cache_control"] == CACHE
+    assert at(params, "messages.1.content.0.cache_control") == CACHE
+
+
+# Tools.
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "exclusiveMinimum": 0}},
+          "required": ["a"], "additionalProperties": False}
+EMPTY = {"type": "object", "properties": {}}
+TOOLS = [       # (entry, what is sent, words of a note)
+    ({"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA,
+                                       "strict": False}}, ("f", "d", SCHEMA), None),
+    ({"type": "function", "name": "f", "description": "d", "parameters": SCHEMA},
+     ("f", "d", SCHEMA), None),
+    ({"name": "f", "description": "d", "input_schema": SCHEMA}, ("f", "d", SCHEMA), None),
+    ({"type": "custom", "name": "f", "input_schema": SCHEMA, "defer_loading": True,
+      "eager_input_streaming": True}, ("f", "", SCHEMA), None),
+    ({"type": None, "name": "f", "input_schema": SCHEMA}, ("f", "", SCHEMA), None),
+    ({"name": "f", "input_schema": {"$schema": "x", **SCHEMA}}, ("f", "", SCHEMA), None),
+    ({"name": "f"}, ("f", "", EMPTY), None),
+    ({"name": "f", "input_schema": None}, ("f", "", EMPTY), None),
+    ({"name": "f", "input_schema": {}}, ("f", "", {"type": "object"}), None),
+    ({"name": "f", "input_schema": {"properties": {}}}, ("f", "", EMPTY), None),
+    ({"name": "f", "input_schema": {"type": "string"}}, ("f", "", EMPTY), "f"),
+    ({"name": "f", "input_schema": [1]}, ("f", "", EMPTY), "f"),
+    ({"name": "f", "input_schema": "x"}, ("f", "", EMPTY), "f"),
+    ({"name": "f", "description": None, "input_schema": {"type": None}}, ("f", "", EMPTY), "f"),
+    ({"type": "web_search_20250305", "name": "web_search", "max_uses": 5}, None, "web_search"),
+    ({"type": "web_search"}, None, "web_search"),
+    ({"type": "code_execution_20250522", "name": "code_execution"}, None, "code_execution"),
+    ({"type": "mcp_toolset", "mcp_server_name": "x"}, None, "mcp_toolset"),
+    ({"type": "custom", "custom": {"name": "apply_patch", "format": {}}}, None, "custom"),
+    ({"type": "namespace", "name": "n", "tools": []}, None, "n")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("entry,sent,note", TOOLS, ids=range(len(TOOLS)))
+def test_tools(face, entry, sent, note):
+    body, notes = translate(face, request(face, tools=[entry]))
+    expected = [dict(zip(("name", "description", "input_schema"), sent))] if sent else []
+    assert at(body, "params.tools") == expected
+    assert has_note(notes, note) if note else notes == []
+
+
+def test_a_second_tool_of_one_name_is_left_out_with_a_note():
+    tools = [{"name": "f", "description": "one"}, {"name": "f", "description": "two"}]
+    body, notes = translate("messages", request("messages", tools=tools))
+    assert [tool["description"] for tool in at(body, "params.tools")] == ["one"]
+    assert has_note(notes, "second tool named f")
+
+
+F = {"name": "f", "input_schema": EMPTY}
+CHOICES = [     # (face, tool_choice, sent, tools left)
+    ("chat", "auto", {"type": "auto"}, 1), ("chat", "none", None, 0),
+    ("chat", "required", {"type": "any"}, 1), ("chat", None, None, 1),
+    ("chat", {"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"}, 1),
+    ("chat", {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}, 1),
+    ("chat", {"type": "allowed_tools", "allowed_tools": {}}, {"type": "auto"}, 1),
+    ("messages", {"type": "auto"}, {"type": "auto"}, 1),
+    ("messages", {"type": "any"}, {"type": "any"}, 1), ("messages", {"type": "none"}, None, 0),
+    ("messages", {"type": "tool", "name": "f"}, {"type": "tool", "name": "f"}, 1),
+    ("messages", {"type": "any", "disable_parallel_tool_use": True}, {"type": "any"}, 1)]
+
+
+@pytest.mark.parametrize("face,choice,sent,left", CHOICES, ids=range(len(CHOICES)))
+def test_tool_choice(face, choice, sent, left):
+    params = params_of(face, request(face, tools=[F], tool_choice=choice))
+    assert params.get("tool_choice") == sent and len(params["tools"]) == left
+
+
+def test_tool_choice_without_tools():
+    for choice in ("auto", "none", "required"):
+        assert "tool_choice" not in params_of("chat", request("chat", tool_choice=choice))
+    _, notes = translate("chat", request("chat", tool_choice="required"))
+    assert has_note(notes, "tool_choice")
+
+
+def test_parallel_tool_use_leaves_a_note():
+    _, notes = translate("messages", request("messages", tools=[F], tool_choice={
+        "type": "auto", "disable_parallel_tool_use": True}))
+    assert has_note(notes, "disable_parallel_tool_use")
+    _, notes = translate("chat", request("chat", tools=[F], parallel_tool_calls=False))
+    assert has_note(notes, "parallel_tool_calls")
+
+
+# Lone surrogates.
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_lone_surrogates(face):
+    for words, sent, noted in (("\ud83d", "\ufffd", True), ("a\ude80b", "a\ufffdb", True),
+                               ("\U0001f680", "\U0001f680", False)):
+        body, notes = translate(face, request(face, messages=user(text(words)), tools=[
+            {"name": "f", "description": words, "input_schema": {"type": "object", words: 1}}]))
+        assert at(body, "params.messages.0.content.0.text") == sent
+        assert at(body, "params.tools.0.description") == sent
+        assert has_note(notes, "surrogates") == noted
+
+
+# Wrong types: every used field of a request that uses them all.
+
+WHOLE = {
+    "chat": {
+        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5,
+        "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.5, "n": 1, "stop": ["a"],
+        "reasoning_effort": "high", "reasoning": {"effort": "low"}, "seed": 1,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        "tools": [{"type": "function", "function": {"name": "f", "description": "d",
+                                                    "parameters": SCHEMA}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "messages": [
+            {"role": "system", "content": [text("s", cache_control=CACHE)]},
+            {"role": "user", "content": [
+                text("a"), {"type": "image_url", "image_url": {"url": PNG}},
+                {"type": "file", "file": {"filename": "a.txt",
+                                          "file_data": "data:text/plain;base64," + DATA}}]},
+            {"role": "assistant", "content": "x", "reasoning_content": "r", "refusal": None,
+             "tool_calls": [call()]},
+            {"role": "tool", "tool_call_id": "c", "name": "f", "content": "r"},
+            {"role": "assistant", "content": None,
+             "function_call": {"name": "g", "arguments": "{}"}},
+            {"role": "function", "name": "g", "content": "s"}]},
+    "messages": {
+        "model": "m", "stream": True, "max_tokens": 5, "temperature": 0.5, "top_p": 0.5,
+        "stop_sequences": ["a"], "thinking": {"type": "enabled", "budget_tokens": 5000},
+        "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": SCHEMA}},
+        "metadata": {"user_id": "u"}, "cache_control": CACHE, "top_k": 5,
+        "system": [text("s", cache_control=CACHE)],
+        "tools": [{"name": "f", "description": "d", "input_schema": SCHEMA},
+                  {"type": "web_search_20250305", "name": "web_search"}],
+        "tool_choice": {"type": "tool", "name": "f"},
+        "messages": [
+            {"role": "user", "content": [
+                text("a", cache_control=CACHE), {"type": "image", "source": SOURCE},
+                {"type": "document", "title": "t", "source": {
+                    "type": "base64", "media_type": "text/plain", "data": DATA}},
+                {"type": "document", "source": {"type": "text", "data": "x"}},
+                {"type": "search_result", "title": "T", "source": "S", "content": [text("c")]}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "r", "signature": "s"}, text("x"),
+                {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "c", "is_error": False, "content": [
+                    text("r"), {"type": "tool_reference", "tool_name": "f"},
+                    {"type": "image", "source": SOURCE}]}]},
+            {"role": "system", "content": "more"}]}}
+
+NOT_TEXT, NOT_LIST = [5, True, ["x"], {"x": 1}], [5, True, "x", {"x": 1}]
+NOT_OBJECT = [5, True, "x"]
+NOT_NUMBER, NOT_FLAG = ["5", True, [5], {"x": 5}], ["true", 1, [True], {"x": 1}]
+NOT_COUNT = NOT_NUMBER + [0, -1, 1.5]
+WRONG = [       # (face, path, wrong values)
+    ("chat", "model", NOT_TEXT), ("chat", "stream", NOT_FLAG),
+    ("chat", "stream_options", NOT_OBJECT), ("chat", "stream_options.include_usage", NOT_FLAG),
+    ("chat", "max_completion_tokens", NOT_COUNT), ("chat", "temperature", NOT_NUMBER),
+    ("chat", "top_p", NOT_NUMBER), ("chat", "n", NOT_COUNT + [2]),
+    ("chat", "stop", [5, True, {"x": 1}]), ("chat", "stop[0]", NOT_TEXT),
+    ("chat", "reasoning_effort", NOT_TEXT), ("chat", "reasoning", NOT_OBJECT),
+    ("chat", "response_format", NOT_OBJECT), ("chat", "response_format.type", NOT_TEXT + ["x"]),
+    ("chat", "response_format.json_schema", NOT_OBJECT),
+    ("chat", "response_format.json_schema.schema", NOT_OBJECT),
+    ("chat", "tools", NOT_LIST), ("chat", "tools[0]", NOT_OBJECT), ("chat", "tools[0].type",
+                                                                   NOT_TEXT),
+    ("chat", "tools[0].function", NOT_OBJECT), ("chat", "tools[0].function.name", NOT_TEXT + [""]),
+    ("chat", "tools[0].function.description", NOT_TEXT),
+    ("chat", "tool_choice", [5, True, "x", ["auto"], {"type": 5}, {"type": ["auto"]}]),
+    ("chat", "messages", NOT_LIST + [None, []]), ("chat", "messages[0]", NOT_OBJECT + [None]),
+    ("chat", "messages[0].role", NOT_TEXT + [None, "x"]),
+    ("chat", "messages[0].content", [5, True]), ("chat", "messages[0].content[0]", [5, True, None]),
+    ("chat", "messages[0].content[0].type", NOT_TEXT),
+    ("chat", "messages[0].content[0].text", NOT_TEXT),
+    ("chat", "messages[0].content[0].cache_control", NOT_OBJECT),
+    ("chat", "messages[1].content", [5, True]),
+    ("chat", "messages[1].content[1].image_url", [5, True, ["x"], "x"]),
+    ("chat", "messages[1].content[1].image_url.url", NOT_TEXT + [None]),
+    ("chat", "messages[1].content[2].file", NOT_OBJECT),
+    ("chat", "messages[1].content[2].file.file_data", NOT_TEXT),
+    ("chat", "messages[1].content[2].file.filename", NOT_TEXT),
+    ("chat", "messages[2].content", [5, True]),
+    ("chat", "messages[2].reasoning_content", NOT_TEXT),
+    ("chat", "messages[2].tool_calls", NOT_LIST), ("chat", "messages[2].tool_calls[0]",
+                                                   NOT_OBJECT + [None]),
+    ("chat", "messages[2].tool_calls[0].id", NOT_TEXT),
+    ("chat", "messages[2].tool_calls[0].function", NOT_OBJECT),
+    ("chat", "messages[2].tool_calls[0].function.name", NOT_TEXT),
+    ("chat", "messages[2].tool_calls[0].function.arguments", [5, True, ["x"]]),
+    ("chat", "messages[3].tool_call_id", NOT_TEXT), ("chat", "messages[3].content", [5, True]),
+    ("chat", "messages[3].name", NOT_TEXT), ("chat", "messages[4].function_call", NOT_OBJECT),
+    ("chat", "messages[4].function_call.name", NOT_TEXT),
+    ("messages", "model", NOT_TEXT), ("messages", "stream", NOT_FLAG),
+    ("messages", "max_tokens", NOT_COUNT), ("messages", "temperature", NOT_NUMBER),
+    ("messages", "top_p", NOT_NUMBER), ("messages", "stop_sequences", [5, True, {"x": 1}]),
+    ("messages", "stop_sequences[0]", NOT_TEXT), ("messages", "thinking", NOT_OBJECT),
+    ("messages", "thinking.type", NOT_TEXT + ["x"]),
+    ("messages", "thinking.budget_tokens", NOT_NUMBER),
+    ("messages", "output_config", NOT_OBJECT), ("messages", "output_config.effort", NOT_TEXT),
+    ("messages", "output_config.format", NOT_OBJECT),
+    ("messages", "output_config.format.type", NOT_TEXT + ["x"]),
+    ("messages", "output_config.format.schema", NOT_OBJECT),
+    ("messages", "metadata", NOT_OBJECT), ("messages", "metadata.user_id", [5, True, ["x"]]),
+    ("messages", "cache_control", NOT_OBJECT), ("messages", "system", [5, True]),
+    ("messages", "system[0]", [5, True, None]), ("messages", "system[0].type", NOT_TEXT),
+    ("messages", "system[0].text", NOT_TEXT), ("messages", "system[0].cache_control", NOT_OBJECT),
+    ("messages", "tools", NOT_LIST), ("messages", "tools[0]", NOT_OBJECT + [None]),
+    ("messages", "tools[0].name", NOT_TEXT + [None, ""]), ("messages", "tools[0].description",
+                                                           NOT_TEXT),
+    ("messages", "tools[1].type", NOT_TEXT), ("messages", "tool_choice", [5, True, "x", ["x"],
+                                                                           {"type": 5}]),
+    ("messages", "tool_choice.name", NOT_TEXT),
+    ("messages", "messages", NOT_LIST + [None, []]), ("messages", "messages[0]", NOT_OBJECT),
+    ("messages", "messages[0].role", NOT_TEXT + [None, "x"]),
+    ("messages", "messages[0].content", [5, True]),
+    ("messages", "messages[0].content[0]", [5, True, None]),
+    ("messages", "messages[0].content[0].text", NOT_TEXT),
+    ("messages", "messages[0].content[1].source", NOT_OBJECT),
+    ("messages", "messages[0].content[1].source.type", [5, True, ["x"]]),
+    ("messages", "messages[0].content[1].source.media_type", NOT_TEXT),
+    ("messages", "messages[0].content[1].source.data", NOT_TEXT),
+    ("messages", "messages[0].content[2].title", NOT_TEXT),
+    ("messages", "messages[0].content[2].source", NOT_OBJECT),
+    ("messages", "messages[0].content[2].source.type", [5, True, ["x"]]),
+    ("messages", "messages[0].content[2].source.media_type", NOT_TEXT),
+    ("messages", "messages[0].content[2].source.data", NOT_TEXT),
+    ("messages", "messages[0].content[3].source.data", NOT_TEXT),
+    ("messages", "messages[0].content[4].title", NOT_TEXT),
+    ("messages", "messages[0].content[4].source", NOT_TEXT),
+    ("messages", "messages[0].content[4].content", [5, True]),
+    ("messages", "messages[1].content[0].thinking", NOT_TEXT),
+    ("messages", "messages[1].content[2].id", NOT_TEXT),
+    ("messages", "messages[1].content[2].name", NOT_TEXT),
+    ("messages", "messages[1].content[2].input", [5, True, ["x"]]),
+    ("messages", "messages[2].content[0].tool_use_id", NOT_TEXT),
+    ("messages", "messages[2].content[0].is_error", NOT_FLAG),
+    ("messages", "messages[2].content[0].content", [5, True]),
+    ("messages", "messages[2].content[0].content[1].tool_name", NOT_TEXT),
+    ("messages", "messages[3].content", [5, True])]
+
+
+def steps_of(path):
+    return [int(step) if step.isdigit() else step
+            for step in path.replace("[", ".").replace("]", "").split(".")]
+
+
+def with_value(body, steps, value):
+    """A copy of a request with this value at a path."""
+    body = copy.deepcopy(body)
+    holder = body
+    for step in steps[:-1]:
+        holder = holder[step]
+    holder[steps[-1]] = value
+    return body
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_the_whole_requests_are_good(face):
+    check_params(params_of(face, WHOLE[face]))
+
+
+def wrong_id(row):
+    return "%s-%s" % row[:2]
+
+
+@pytest.mark.parametrize("face,path,values", WRONG, ids=map(wrong_id, WRONG))
+def test_a_wrong_type_is_a_400_that_names_the_path(face, path, values):
+    for value in values:
+        error = refusal(face, with_value(WHOLE[face], steps_of(path), value))
+        assert error is not None, "%s: %r was accepted" % (path, value)
+        assert error.kind == "invalid" and error.status == 400, (path, value)
+        # A value of a type that the field may have is read on: the path may then go deeper.
+        assert error.param and (error.param == path or error.param.startswith(
+            (path + ".", path + "["))), (path, value, error.param)
+        assert error.param in error.message
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_a_wrong_type_in_max_tokens_alone(face):
+    for value in NOT_COUNT:
+        assert refusal(face, request(face, max_tokens=value)).param == "max_tokens"
+
+
+NULLABLE = ["model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
+            "temperature", "top_p", "n", "stop", "stop_sequences", "reasoning_effort", "reasoning",
+            "response_format", "tools", "tool_choice", "thinking", "output_config", "metadata",
+            "system", "seed", "functions", "function_call", "cache_control", "thread", "logprobs"]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_null_means_absent(face):
+    plain = translate(face, request(face, max_tokens=None))
+    for name in NULLABLE:
+        assert translate(face, request(face, **{"max_tokens": None, name: None}),
+                         "vendor/unknown") == plain, name
+
+
+OTHERS = [None, True, False, 0, -1, 5, 1.5, 1e30, -1e30, "", "x", "a.b c", "\x00", [], {}, [[]],
+          [None], ["x"], [5], {"x": None}, {"type": "text"}, {"type": "text", "text": "x"},
+          {"type": 5}, {"type": "tool_use"}, {"type": "tool_result"}, {"type": "image"},
+          {"type": "document"}, {"type": "thinking"}, {"role": "user"}, {"role": "assistant"},
+          {"function": None}, {"name": "x"}, PNG, "user", "tool", "assistant", "auto", "none"]
+
+
+def all_paths(value, path=()):
+    """The paths of everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else (
+        enumerate(value) if isinstance(value, list) else ())
+    for step, child in inner:
+        yield path + (step,)
+        yield from all_paths(child, path + (step,))
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("seed", range(8))
+def test_mutations_give_a_good_request_or_a_400(face, seed):
+    """Whatever stands anywhere: ProxyError `invalid`, or a body that an upstream can take."""
+    rng = random.Random("%s %d" % (face, seed))
+    accepted = 0
+    for _ in range(250):
+        body = copy.deepcopy(WHOLE[face])
+        for _ in range(rng.randrange(1, 4)):
+            path = rng.choice(list(all_paths(body)))
+            body = with_value(body, path, rng.choice(OTHERS))
+        try:
+            params = params_of(face, body, "vendor/unknown")
+        except ccproxy.ProxyError as error:
+            assert error.kind == "invalid" and error.status == 400 and error.message, body
+            continue
+        accepted += 1
+        try:
+            check_params(params)
+        except AssertionError:
+            raise AssertionError(json.dumps(body)) from None
+    assert 10 < accepted < 240      # else the mutations are too wild, or do not reach anything
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_mutations_do_not_break_what_the_shell_asks_of_a_prompt(face):
+    rng = random.Random(face)
+    for _ in range(150):
+        path = rng.choice(list(all_paths(WHOLE[face])))
+        try:
+            prompt = read_prompt(face, with_value(WHOLE[face], path, rng.choice(OTHERS)))
+        except ccproxy.ProxyError:
+            continue
+        assert ccproxy.estimate_input(prompt) >= 1
+        assert isinstance(ccproxy.first_user_text(prompt), str)
+        assert isinstance(ccproxy.session_value({}, prompt.user_id), str)
+        ccproxy.choose_filters(prompt)
+
+
+WRONG_PLACES = [    # parts in the role that cannot have them
+    ("user", {"type": "tool_use", "id": "c", "name": "f", "input": {}}, "tool_use"),
+    ("user", {"type": "thinking", "thinking": "r"}, "thinking"),
+    ("assistant", {"type": "image", "source": SOURCE}, "image"),
+    ("assistant", {"type": "tool_result", "tool_use_id": "c", "content": "r"}, "tool_result")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("role,part,kind", WRONG_PLACES, ids=range(len(WRONG_PLACES)))
+def test_parts_in_a_wrong_role(face, role, part, kind):
+    """Refused, moved or dropped with a note; but never sent as they are, and never silently."""
+    for others in ([], [text("x")]):
+        messages = [USER, {"role": role, "content": others + [part]}, USER]
+        try:
+            body, notes = translate(face, request(face, messages=messages))
+        except ccproxy.ProxyError as error:
+            assert error.param.startswith("messages[1]")
+            continue
+        check_params(body["params"])
+        assert notes, "dropped without a word"

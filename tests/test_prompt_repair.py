@@ -1,0 +1,268 @@
+"""PROMPT REPAIR: a history in order, calls answered, ids unique, names that providers take."""
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+from harness import ccproxy
+from pure import (PNG, USER, at, check_messages, check_params, has_note, params_of, read_prompt,
+                  refusal, request, text, translate)
+
+
+def use(call_id, name="f", **given):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def result(call_id, content="r"):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content}
+
+
+def picture():
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                        "data": PNG.partition(",")[2]}}
+
+
+def said(*parts):
+    return {"role": "assistant", "content": list(parts)}
+
+
+def asked(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def shorten(messages):
+    """A history in short: `u:` texts, `a:` parts, `t:` id=value."""
+    out = []
+    for message in messages:
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "tool-call":
+                parts.append("%s(%s)" % (part["toolName"], part["toolCallId"]))
+            elif part["type"] == "tool-result":
+                parts.append("%s=%s" % (part["toolCallId"], part["output"]["value"]))
+            else:
+                parts.append({"image": "IMAGE", "reasoning": "*%s*"}.get(part["type"], "%s")
+                             .replace("%s", part.get("text", "")))
+        out.append("%s:%s" % (message["role"][0], " ".join(parts)))
+    return out
+
+
+NO_RESULT = ccproxy.NO_RESULT
+ORPHAN = "[Result of an earlier tool call] "
+SHOWN = "Pictures returned by the tool f: IMAGE"
+HISTORIES = [   # (messages, what is sent in short, words of a note)
+    # Order inside a turn.
+    ([USER, said(text("b"), use("1"), {"type": "thinking", "thinking": "a"}), asked(result("1"))],
+     ["u:hi", "a:*a* b f(1)", "t:1=r"], None),
+    ([USER, said(text("a")), said(text("b")), USER], ["u:hi", "a:a b", "u:hi"], None),
+    ([USER, USER], ["u:hi", "u:hi"], None),
+    ([said(text("a")), USER], ["a:a", "u:hi"], None),
+    ([USER, said(text("a"))], ["u:hi", "a:a"], "prefill"),
+    ([USER, said(), USER], ["u:hi", "u:hi"], None),
+    ([USER, said(text("")), asked(text("")), said(text("a")), USER], ["u:hi", "a:a", "u:hi"], None),
+    ([USER, {"role": "system", "content": "s"}, said(text("a")), USER], ["u:hi", "a:a", "u:hi"],
+     None),
+    # Results in any order, text behind them, in several messages.
+    ([USER, said(use("1"), use("2")), asked(result("2", "y"), result("1", "x"))],
+     ["u:hi", "a:f(1) f(2)", "t:1=x 2=y"], None),
+    ([USER, said(use("1"), use("2")), asked(result("2", "y")), asked(result("1", "x"))],
+     ["u:hi", "a:f(1) f(2)", "t:1=x 2=y"], None),
+    ([USER, said(use("1")), asked(text("before"), result("1"), text("after"))],
+     ["u:hi", "a:f(1)", "t:1=r", "u:before after"], None),
+    ([USER, said(use("1")), USER, asked(result("1"))], ["u:hi", "a:f(1)", "t:1=r", "u:hi"], None),
+    # Calls without result, results without call.
+    ([USER, said(use("1")), asked(text("stop"))],
+     ["u:hi", "a:f(1)", "t:1=" + NO_RESULT, "u:stop"], "without a result"),
+    ([USER, said(use("1"), use("2")), asked(result("2"))],
+     ["u:hi", "a:f(1) f(2)", "t:1=%s 2=r" % NO_RESULT], "without a result"),
+    ([USER, said(use("1"))], ["u:hi", "a:f(1)", "t:1=" + NO_RESULT], "without a result"),
+    ([USER, said(use("1")), said(text("x")), USER],
+     ["u:hi", "a:x f(1)", "t:1=" + NO_RESULT, "u:hi"], "without a result"),
+    ([asked(result("9", "lost"), text("x"))], ["u:%slost x" % ORPHAN], "unknown call"),
+    ([USER, said(use("1")), asked(result("1")), said(text("x")), asked(result("1", "late"))],
+     ["u:hi", "a:f(1)", "t:1=r", "a:x", "u:%slate" % ORPHAN], "unknown call"),
+    ([USER, said(use("1")), asked(result("1", "x"), result("1", "y"))],
+     ["u:hi", "a:f(1)", "t:1=x", "u:%sy" % ORPHAN], "unknown call"),
+    # Ids used twice or empty.
+    ([USER, said(use("1")), asked(result("1", "x")), said(use("1")), asked(result("1", "y"))],
+     ["u:hi", "a:f(1)", "t:1=x", "a:f(1_2)", "t:1_2=y"], "used twice"),
+    ([USER, said(use("1"), use("1")), asked(result("1", "x"), result("1", "y"))],
+     ["u:hi", "a:f(1) f(1_2)", "t:1=x 1_2=y"], "used twice"),
+    ([USER, said(use("1_2")), asked(result("1_2")), said(use("1"), use("1")),
+      asked(result("1", "x"), result("1", "y"))],
+     ["u:hi", "a:f(1_2)", "t:1_2=r", "a:f(1) f(1_3)", "t:1=x 1_3=y"], "used twice"),
+    ([USER, said(use("")), asked(result(""))], ["u:hi", "a:f(call)", "t:call=r"], None),
+    ([USER, said(use(""), use("")), asked(result("", "x"), result("", "y"))],
+     ["u:hi", "a:f(call) f(call_2)", "t:call=x call_2=y"], None),
+    # Pictures of tools come behind all results of the turn.
+    ([USER, said(use("1")), asked(result("1", [picture()]))], ["u:hi", "a:f(1)", "t:1=",
+                                                               "u:" + SHOWN], None),
+    ([USER, said(use("1"), use("2")), asked(result("1", [text("x"), picture()]), result("2"),
+                                            text("look"))],
+     ["u:hi", "a:f(1) f(2)", "t:1=x 2=r", "u:" + SHOWN, "u:look"], None),
+    ([asked(result("9", [text("x"), picture()]))], ["u:%sx IMAGE" % ORPHAN], "unknown call")]
+
+
+@pytest.mark.parametrize("messages,sent,note", HISTORIES, ids=range(len(HISTORIES)))
+def test_histories(messages, sent, note):
+    body, notes = translate("messages", request("messages", messages=messages))
+    check_messages(at(body, "params.messages"))
+    assert shorten(at(body, "params.messages")) == sent
+    assert has_note(notes, note) if note else notes == []
+
+
+def test_chat_histories():
+    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+             for name in "12"]
+    messages = [USER, {"role": "assistant", "content": None, "reasoning_content": "a",
+                       "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "2", "content": "y"},
+                {"role": "tool", "tool_call_id": "1", "content": [text("x"), {
+                    "type": "image_url", "image_url": {"url": PNG}}]}, USER]
+    params = params_of("chat", request("chat", messages=messages))
+    assert shorten(params["messages"]) == ["u:hi", "a:*a* f(1) f(2)", "t:1=x 2=y", "u:" + SHOWN,
+                                           "u:hi"]
+
+
+def test_nothing_left_to_answer():
+    for messages in ([asked(text(""))], [said()], [{"role": "system", "content": "s"}]):
+        assert refusal("messages", request("messages", messages=messages)).param == "messages"
+
+
+def random_history(rng):
+    ids = ["1", "2", "3", ""]
+    messages = []
+    for _ in range(rng.randrange(1, 9)):
+        if rng.random() < 0.5:
+            parts = [rng.choice([text("a"), text(""), {"type": "thinking", "thinking": "t"},
+                                 use(rng.choice(ids), rng.choice(["f", "g.h", "x" * 70]))])
+                     for _ in range(rng.randrange(4))]
+            messages.append(said(*parts))
+        else:
+            parts = [rng.choice([text("b"), text(""), picture(), result(rng.choice(ids)),
+                                 result(rng.choice(ids), [text("x"), picture()])])
+                     for _ in range(rng.randrange(4))]
+            messages.append(asked(*parts))
+    return messages
+
+
+def test_random_histories_are_made_fit():
+    rng = random.Random(1)
+    for _ in range(400):
+        messages = random_history(rng)
+        try:
+            params = params_of("messages", request("messages", messages=messages))
+        except ccproxy.ProxyError as error:
+            assert error.param == "messages"
+            continue
+        try:
+            check_params(params)
+        except AssertionError:
+            raise AssertionError(json.dumps(messages)) from None
+        sent, given = json.dumps(params["messages"]), json.dumps(messages)
+        assert sent.count('"image":') == given.count('"media_type"')
+        assert sent.count('"tool-call"') == given.count('"tool_use"')
+        assert sent.count('"text": "b"') == given.count('"text": "b"')
+
+
+def test_many_equal_ids():
+    calls = [use("1")] * 3000
+    params = params_of("messages", request("messages", messages=[USER, said(*calls)]))
+    assert len({part["toolCallId"] for part in at(params, "messages.1.content")}) == 3000
+
+
+# Names.
+
+NAMES = ["f", "a_b-C9", "x" * 64, "a.b", "a:b", "a b", "a/b", "x" * 65, "\u00e9", "\U0001f680", "-"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_mapped_and_mapped_back(name):
+    tools = [{"name": name}, {"name": "other"}]
+    messages = [USER, said(use("1", name)), asked(result("1"))]
+    prompt = read_prompt("messages", request("messages", tools=tools, messages=messages,
+                                             tool_choice={"type": "tool", "name": name}))
+    params = json.loads(ccproxy.build_alpha(prompt, "S"))["params"]
+    sent = params["tools"][0]["name"]
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", sent)
+    assert at(params, "messages.1.content.0.toolName") == sent
+    assert at(params, "messages.2.content.0.toolName") == sent
+    assert params["tool_choice"]["name"] == sent and params["tools"][1]["name"] == "other"
+    assert (sent == name) == (re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is not None)
+    if sent != name:
+        assert prompt.names[sent] == name and has_note(prompt.notes, "renamed=")
+        answered = ccproxy.Block("tool", "1", sent)
+        ccproxy.restore_names(prompt.names)(ccproxy.Open(answered))
+        assert answered.name == name
+    else:
+        assert prompt.names.get(sent, name) == name and prompt.notes == []
+
+
+def test_names_that_become_equal_stay_different():
+    names = ["a.b", "a:b", "a_b", "x" * 65, "x" * 66, "x" * 64]
+    params = params_of("messages", request("messages", tools=[{"name": name} for name in names]))
+    assert len({tool["name"] for tool in params["tools"]}) == len(names)
+    assert params["tools"][2]["name"] == "a_b"
+
+
+def test_names_are_the_same_on_every_turn():
+    """A name depends on nothing but itself, else the cache would be lost."""
+    alone = params_of("messages", request("messages", tools=[{"name": "a.b"}]))
+    among = params_of("messages", request("messages", tools=[{"name": "z.z"}, {"name": "a.b"}]))
+    assert alone["tools"][0] == among["tools"][1]
+
+
+def test_choice_of_a_tool_that_is_not_offered():
+    """A vendor's own tool was left out: the request goes on without the choice, or is refused."""
+    body = request("messages", tools=[{"type": "web_search_20250305", "name": "web_search"}],
+                   tool_choice={"type": "tool", "name": "web_search"})
+    try:
+        sent, notes = translate("messages", body)
+    except ccproxy.ProxyError as error:
+        assert error.param.startswith("tool_choice")
+        return
+    assert "tool_choice" not in sent["params"] and has_note(notes, "web_search")
+
+
+# JSON answers.
+
+FORMATS = [     # (face, members, words of the instruction, None for no instruction)
+    ("chat", {"response_format": {"type": "json_object"}}, "JSON object"),
+    ("chat", {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "schema": {"type": "object", "title": "UNIQUE"}, "strict": True}}}, "UNIQUE"),
+    ("chat", {"response_format": {"type": "text"}}, None),
+    ("chat", {"response_format": None}, None),
+    ("chat", {"response_format": {}}, None),
+    ("messages", {"output_config": {"format": {"type": "json_schema", "schema": {
+        "type": "object", "title": "UNIQUE"}}}}, "UNIQUE"),
+    ("messages", {"output_config": {}}, None), ("messages", {"output_config": {"format": None}},
+                                                None)]
+
+
+@pytest.mark.parametrize("face,members,words", FORMATS, ids=range(len(FORMATS)))
+def test_json_formats(face, members, words):
+    system = [{"role": "system", "content": "first"}, USER]
+    prompt = read_prompt(face, request(face, messages=system, **members))
+    texts = [block["text"] for block in json.loads(
+        ccproxy.build_alpha(prompt, "S"))["params"]["system"]]
+    assert texts[0].strip() == "first" and len(texts) == (2 if words else 1)
+    fenced = [one for one in ccproxy.choose_filters(prompt) if "text" in one.touches]
+    assert len(fenced) == (1 if words else 0)
+    if words:
+        assert words in texts[-1] and has_note(prompt.notes, "json_format")
+
+
+# What a conversation is known by.
+
+FIRST = [([USER], "hi"), ([{"role": "system", "content": "s"}, USER], "hi"),
+         ([said(text("x")), USER, asked(text("later"))], "hi"),
+         ([asked(text("a"), text("b"))], "a\nb"),
+         ([USER, said(use("1")), asked(result("1"), text("later"))], "hi")]
+
+
+@pytest.mark.parametrize("messages,words", FIRST, ids=range(len(FIRST)))
+def test_first_user_text(messages, words):
+    prompt = read_prompt("messages", request("messages", messages=messages))
+    assert ccproxy.first_user_text(prompt) == words

@@ -1,0 +1,199 @@
+"""A key planted in a request is found in no log line, answer, header or file."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+from fake_upstream import FakeUpstream, ndjson, raw, status, stream
+from harness import CHAT, MESSAGES, Program, Proxy, post_bytes, read_all
+
+SECRET = "5ecr3tPartOfAKey0123456789"
+KEY = "user_" + SECRET
+BEARER = {"authorization": "Bearer " + KEY}
+ECHO = "Invalid key %s for model" % KEY
+
+
+@pytest.fixture(scope="module")
+def place():
+    """One proxy for all cases, logging at debug level, and its upstream."""
+    fake = FakeUpstream()
+    proxy = Proxy(apiBase=fake.base, corsOrigin="*")
+    yield proxy, fake
+    proxy.close()
+    fake.close()
+
+
+def send(proxy, data):
+    """Everything that comes back for these bytes, heads and all."""
+    with proxy.connect() as sock:
+        sock.sendall(data)
+        return read_all(sock)
+
+
+def take_log(proxy):
+    """What was logged since the last case: each answers for itself."""
+    proxy.wait_quiet()
+    said = proxy.log.getvalue()
+    proxy.log.seek(0)
+    proxy.log.truncate(0)
+    return said
+
+
+def holds_secret(data):
+    """Whether the key, or enough of it to matter, stands there."""
+    text = data if isinstance(data, str) else data.decode("latin-1")
+    return SECRET[:16] in text or SECRET[-16:] in text
+
+
+def with_head(line, *rows):
+    return "\r\n".join((line, "host: a", "connection: close") + rows + ("", "")).encode("latin-1")
+
+
+def post(path=CHAT, fields=None, **body):
+    body.setdefault("messages", [{"role": "user", "content": "hi"}])
+    body.setdefault("max_tokens", 100)
+    return post_bytes(path, body, {"connection": "close", **BEARER, **(fields or {})}, None)
+
+
+REQUESTS = {
+    "good": post(), "good, streamed": post(MESSAGES, stream=True),
+    "x-api-key": post(fields={"authorization": "", "x-api-key": KEY}),
+    "in both": post(fields={"x-api-key": KEY}),
+    "in other headers": post(fields={name: KEY for name in (
+        "user-agent", "referer", "origin", "traceparent", "x-session-id", "x-request-id",
+        "anthropic-beta", "cookie", "x-trace-id")}),
+    "in a preflight": with_head("OPTIONS /v1/messages HTTP/1.1", "origin: " + KEY,
+                                "access-control-request-method: POST",
+                                "access-control-request-headers: x-" + KEY),
+    "another vendor's": post_bytes(CHAT, {}, {"authorization": "Bearer sk-" + SECRET,
+                                              "connection": "close"}, None),
+    "no underscore": post_bytes(CHAT, {}, {"authorization": "Bearer user-" + SECRET,
+                                           "connection": "close"}, None),
+    "upper case": post_bytes(MESSAGES, {}, {"x-api-key": "USER_" + SECRET,
+                                            "connection": "close"}, None),
+    "on a broken header line": with_head("POST /v1/messages HTTP/1.1",
+                                         "authorization : Bearer " + KEY),
+    "on a line without a colon": with_head("POST /v1/messages HTTP/1.1", "Bearer " + KEY),
+    "with a control character": with_head("POST /v1/messages HTTP/1.1",
+                                          "authorization: Bearer %s\x01" % KEY),
+    "folded": with_head("GET /v1/models HTTP/1.1", "authorization: Bearer", " " + KEY),
+    "as the request line": b"%s\r\n\r\n" % KEY.encode(),
+    "as the method": with_head("%s / HTTP/1.1" % KEY[:31]),
+    "in a bad request line": with_head("GET /%s HTTP/1.1 x" % KEY),
+    "in the path": with_head("GET /v1/%s HTTP/1.1" % KEY),
+    "in the path, encoded": with_head("GET /v1/user%%5F%s HTTP/1.1" % SECRET),
+    "in the path, wrong method": with_head("PUT /v1/models/%s HTTP/1.1" % KEY),
+    "as a model's id": with_head("GET /v1/models/%s HTTP/1.1" % KEY),
+    "as a model's id, encoded": with_head("GET /v1/models/user%%5f%s HTTP/1.1" % SECRET),
+    "in the query": with_head("GET /v1/models?key=%s HTTP/1.1" % KEY),
+    "in the address": with_head("GET http://%s@a/health HTTP/1.1" % KEY),
+    "as host": ("GET /health HTTP/1.1\r\nhost: %s/\r\n\r\n" % KEY).encode(),
+    "as content coding": post(fields={"content-encoding": KEY}),
+    "as expectation": post(fields={"expect": KEY}),
+    "as transfer coding": with_head("POST /v1/messages HTTP/1.1", "transfer-encoding: " + KEY),
+    "as a length": with_head("POST /v1/messages HTTP/1.1", "content-length: " + KEY),
+    "as a chunk size": with_head("POST /v1/messages HTTP/1.1", "authorization: Bearer " + KEY,
+                                 "transfer-encoding: chunked") + KEY.encode() + b"\r\n",
+    "in a prompt": post(messages=[{"role": "user", "content": KEY},
+                                  {"role": "assistant", "content": KEY},
+                                  {"role": "user", "content": [{"type": "text", "text": KEY}]}]),
+    "in system": post(MESSAGES, system=KEY, metadata={"user_id": KEY}),
+    "not JSON": post_bytes(CHAT, b'{"key": "%s"' % KEY.encode(), {
+        "connection": "close", **BEARER}, None),
+    "as a field": post(**{KEY: 1}),
+    "as a role": post(messages=[{"role": KEY, "content": "x"}]),
+    "as a part's type": post(messages=[{"role": "user", "content": [{"type": KEY}]}]),
+    "as an image": post(messages=[{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "https://a.example/?key=" + KEY}}]}]),
+    "as a data URL": post(messages=[{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/%s;base64,AAAA" % KEY}}]}]),
+    "as a tool's type": post(tools=[{"type": KEY}]),
+    "as a tool's name": post(tools=[{"type": "function", "function": {"name": KEY + " x"}}]),
+    "as tool_choice": post(tool_choice=KEY),
+    "as an effort": post(reasoning_effort=KEY),
+    "as a format": post(response_format={"type": KEY}),
+    "as thinking": post(MESSAGES, thinking={"type": KEY}),
+    "as temperature": post(temperature=KEY),
+    "as a decision model": post(model="typesafe/jev " + KEY),
+    "as a bad model": post(model=KEY + "\u00e9"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_answer_no_header_and_no_log_line(place, name):
+    proxy, _ = place
+    data = send(proxy, REQUESTS[name])
+    said = take_log(proxy)
+    assert data.startswith(b"HTTP/1.1 ")
+    assert not holds_secret(data) and not holds_secret(said)
+
+
+ECHOES = {
+    "a status": status(401, {"error": {"code": "BAD", "message": ECHO}}),
+    "its code": status(400, {"error": {"code": KEY, "message": "no"}}),
+    "its type": status(403, {"error": {"type": KEY}}),
+    "an object as code": status(403, {"error": {"code": {"key": KEY}, "message": {"key": KEY}}}),
+    "text": status(500, ECHO.encode()), "a string": status(402, {"error": ECHO}),
+    "a trace id": status(402, b"", "x-trace-id: %s\r\n" % KEY),
+    "Retry-After": status(429, b"", "retry-after: %s\r\n" % KEY),
+    "a long text": status(400, {"error": {"message": "x" * 1990 + " " + KEY}}),
+    "escaped": status(400, b'{"error":{"message":"user\\u005f%s"}}' % SECRET.encode()),
+    "an event": stream(ndjson({"type": "error", "error": {"message": ECHO, "statusCode": 401}})),
+    "a string event": stream(ndjson({"type": "error", "error": ECHO})),
+    "a later event": stream(ndjson({"type": "text-delta", "id": "0", "text": "Half"},
+                                   {"type": "error", "error": {"message": ECHO, "code": KEY}})),
+    "an envelope event": stream(ndjson({"type": "error", "error": "401 " + json.dumps(
+        {"error": {"message": ECHO, "code": KEY}})})),
+    "a bad status line": raw(b"HTP/1.1 %s\r\n\r\n" % KEY.encode(), close=True),
+    "a bad header line": raw(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % KEY.encode(), close=True),
+    "a bad chunk": raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%s\r\n"
+                       % KEY.encode(), close=True),
+    "a content coding": raw(b"HTTP/1.1 200 OK\r\ncontent-encoding: %s\r\n\r\n" % KEY.encode(),
+                            close=True),
+    "a redirect": status(302, b"", "location: /%s\r\n" % KEY),
+    "a good trace id": stream(ndjson({"type": "finish", "finishReason": "stop"}),
+                              fields="x-trace-id: %s\r\n" % KEY),
+    "a cost": stream(ndjson({"type": "finish", "finishReason": "stop"}, {
+        "type": "provider-metadata", "providerMetadata": {"gateway": {"cost": KEY}}})),
+    "a line that is not JSON": stream(KEY.encode() + b"\n{" + KEY.encode() + b"\n" + ndjson(
+        {"type": "finish", "finishReason": "stop"})),
+}
+
+
+@pytest.mark.parametrize("name", ECHOES)
+def test_what_the_upstream_echoes(place, name):
+    """Whatever it says about the key that it was sent, as an error or beside an answer."""
+    proxy, fake = place
+    fake.default = ECHOES[name]
+    answers = [send(proxy, post(path, stream=streamed))
+               for path in (CHAT, MESSAGES) for streamed in (True, False)]
+    said = take_log(proxy)
+    assert said and not holds_secret(said)
+    for data in answers:
+        assert data.startswith(b"HTTP/1.1 ") and not holds_secret(data)
+
+
+def test_the_whole_program(tmp_path, monkeypatch):
+    """Its screen, its log and its directory hold the key's name at most; the upstream got it."""
+    monkeypatch.chdir(tmp_path)
+    fake = FakeUpstream()
+    fake.scripts = [status(401, {"error": {"message": ECHO}}), stream("01"),
+                    stream(ndjson({"type": "error", "error": {"message": ECHO, "statusCode": 403}}))]
+    program = Program("--api-base", fake.base, "--log-level", "debug", "--log-file", "proxy.log")
+    try:
+        answers = [program.post(path, BEARER, None, stream=True) for path in (
+            CHAT, MESSAGES, CHAT, "/v1/" + KEY)]
+        code, errors = program.stop()
+    finally:
+        program.close()
+        fake.close()
+    assert [answer.status for answer in answers] == [401, 200, 403, 404] and code == 0
+    assert not any(holds_secret(repr(answer)) for answer in answers)
+    assert {request.field("authorization") for request in fake.requests} == {"Bearer " + KEY}
+    assert not any(request.field("authorization") for request in fake.side_requests)
+    assert os.listdir(tmp_path) == ["proxy.log"]
+    log = (tmp_path / "proxy.log").read_text()
+    assert not any(holds_secret(text) for text in (log, errors, program.screen))
+    assert log.count("key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]) >= 3
