@@ -46,9 +46,11 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     TOKEN COUNT (pure)
     ANSWER FILTERS (pure)
     UPSTREAM ERRORS (pure)
+    ALPHA EVENTS (pure)
     UPSTREAM FORMAT: ALPHA (pure)
     FACE: CHAT (pure)
     FACE: MESSAGES (pure)
+    FAST LANE (pure)
     ANSWER (pure)
     THE SHELL
     WIRE
@@ -994,6 +996,7 @@ class InflatedBody:
 
 
 Body = Union[ChunkedBody, PlainBody, InflatedBody]
+CODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 
 
 def open_body(framing: Framing, coding: str, fault: Fault) -> Body:
@@ -2873,11 +2876,20 @@ def choose_filters(prompt: Prompt) -> List[Filter]:
 # in them are not.  The vendor wraps errors in several ways, often one inside
 # another, and all its APIs share them.
 
-def read_retry_after(value: str) -> Optional[float]:
-    """Seconds of a Retry-After header; a date or nonsense counts as absent."""
+def read_retry_after(fields: Fields) -> Optional[float]:
+    """Seconds of a Retry-After header (RFC 9110 10.2.3); a date is held against the answer's own
+    Date; nonsense counts as absent."""
+    value = fields.get("retry-after", "")
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value):
         return min(float(value), MAX_RETRY_AFTER_SECONDS)
-    return None
+    if "," not in value or "date" not in fields:
+        return None
+    from email.utils import parsedate_to_datetime   # rarely wanted, so not at start
+    try:
+        span = parsedate_to_datetime(value) - parsedate_to_datetime(fields["date"])
+    except (ValueError, TypeError):
+        return None
+    return min(max(span.total_seconds(), 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def upstream_error(status: int, said: Json, trace_id: Optional[str],
@@ -2928,11 +2940,12 @@ def decode_error(said: Any) -> Tuple[int, Json]:
 def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
     """An answer whose status is not 200 (UPSTREAM 7.1), whatever its body looks like."""
     trace_id = printable(fields.get("x-trace-id", ""), 64) or None
-    retry_after = read_retry_after(fields.get("retry-after", ""))
+    retry_after = read_retry_after(fields)
     if status < 400:
         return ProxyError("upstream_final", "The upstream answered %d; redirects are not "
                           "followed (is apiBase right?)." % status, trace_id=trace_id)
-    text = body.decode("utf-8", "replace").strip()
+    readable = fields.get("content-encoding", "").strip().lower() in CODINGS
+    text = body.decode("utf-8", "replace").strip() if readable else ""
     said: Json = {}
     try:
         envelope = json.loads(text) if text.startswith("{") else {}
@@ -2946,107 +2959,12 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     return upstream_error(status, said, trace_id, retry_after)
 
 
-# === UPSTREAM FORMAT: ALPHA (pure) ==========================================
-# Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
-# envelope; the answer is bare NDJSON, one event a line, whatever its content
-# type says (a `data:` prefix is tolerated).  READERS is the table of events;
-# what is not in it is ignored, as the vendor's own client does.  There is no
-# terminator: `finish` is the answer's end, `provider-metadata` follows it, and
-# a stream that stops without `finish` was cut.
-
-# Fixed and neutral, so that nothing of this host leaks and every request of a conversation
-# begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
-# `system` is sent, and one that moves would break the cache at midnight.
-ENVIRONMENT: Json = {"workingDir": "/workspace", "date": "2026-01-01", "environment": "linux",
-                     "structure": [], "isGitRepo": False, "currentBranch": "", "mainBranch": "",
-                     "gitStatus": "", "recentCommits": []}
-NO_SYSTEM = " "             # without any, the server adds 7500 tokens of its own (UPSTREAM 1.4)
-
-
-def with_cache_control(part: Json, cache: Optional[Json]) -> Json:
-    return {**part, "cache_control": cache} if cache else part
-
-
-def alpha_part(part: Part) -> Json:
-    """One part of a message (UPSTREAM 4.2)."""
-    if isinstance(part, Text):
-        return with_cache_control({"type": "text", "text": part.text}, part.cache)
-    if isinstance(part, Image):
-        return with_cache_control({"type": "image", "image": part.url, "mimeType": part.mime},
-                                  part.cache)
-    if isinstance(part, Thinking):
-        return {"type": "reasoning", "text": part.text}
-    if isinstance(part, Call):
-        return with_cache_control({"type": "tool-call", "toolCallId": part.id,
-                                   "toolName": part.name, "input": part.arguments}, part.cache)
-    return with_cache_control({"type": "tool-result", "toolCallId": part.id,
-                               "toolName": part.name or "unknown",
-                               "output": {"type": "text", "value": result_text(part)}}, part.cache)
-
-
-def alpha_system(texts: List[Text]) -> Any:
-    """System blocks; all but the last end with a newline, as the vendor's client sends them."""
-    if not texts:
-        return NO_SYSTEM
-    blocks = [text.text if text.text.endswith("\n") else text.text + "\n" for text in texts[:-1]]
-    blocks.append(texts[-1].text)
-    return [with_cache_control({"type": "text", "text": text}, given.cache)
-            for text, given in zip(blocks, texts)]
-
-
-def single_type(kinds: List[str]) -> Json:
-    """What ["string", "null"] is in a dialect with one type at a time: a nullable string."""
-    real = [kind for kind in kinds if kind != "null"] or ["string"]
-    fixed: Json = {"type": real[0]} if len(real) == 1 else {
-        "anyOf": [{"type": kind} for kind in real]}
-    return {**fixed, "nullable": True} if "null" in kinds else fixed
-
-
-def single_types(schema: Any) -> Any:
-    """A schema without lists of types, which Gemini refuses (UPSTREAM 4.1)."""
-    if isinstance(schema, list):
-        return [single_types(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    fixed = {name: single_types(item) for name, item in schema.items()}
-    kinds = schema.get("type")
-    if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
-        del fixed["type"]
-        fixed.update(single_type(kinds))
-    return fixed
-
-
-def alpha_tool(tool: Tool, model: str) -> Json:
-    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
-    return with_cache_control({"name": tool.name, "description": tool.description,
-                               "input_schema": schema}, tool.cache)
-
-
-def alpha_choice(choice: Choice) -> Json:
-    return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
-
-
-def build_alpha(prompt: Prompt, session: str) -> bytes:
-    """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.
-
-    Raises ProxyError `invalid` for numbers that JSON has no words for.
-    """
-    params: Json = {
-        "model": prompt.model,
-        "messages": [{"role": turn.role, "content": [alpha_part(part) for part in turn.parts]}
-                     for turn in prompt.turns],
-        "tools": [alpha_tool(tool, prompt.model) for tool in prompt.tools],
-        "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
-    optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
-                "top_p": prompt.top_p,
-                "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None}
-    params.update((name, value) for name, value in optional.items() if value is not None)
-    try:
-        return to_json({"config": ENVIRONMENT, "memory": None, "taste": None, "skills": None,
-                        "permissionMode": "standard", "threadId": session, "params": params})
-    except ValueError:
-        raise ProxyError("invalid", "A number in the request is out of range.") from None
-
+# === ALPHA EVENTS (pure) ====================================================
+# The lines of Command Code's answer as events of the grammar.  READERS is the
+# table of events; what is not in it is ignored, as the vendor's own client
+# does.  There is no terminator: `finish` is the answer's end,
+# `provider-metadata` follows it, and a stream that stops without `finish` was
+# cut.
 
 REASON_WORDS = {"stop": STOP, "end_turn": STOP, "stop_sequence": STOP, "length": LENGTH,
                 "max_tokens": LENGTH, "max_output_tokens": LENGTH, "tool-calls": TOOL_CALLS,
@@ -3245,6 +3163,105 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
     reader = READERS.get(kind) if isinstance(kind, str) else None
     if reader is not None and (not reading.over or reader is read_provider_metadata):
         yield from reader(reading, raw)
+
+
+# === UPSTREAM FORMAT: ALPHA (pure) ==========================================
+# Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
+# envelope; the answer is bare NDJSON, one event a line, whatever its content
+# type says (a `data:` prefix is tolerated).
+
+# Fixed and neutral, so that nothing of this host leaks and every request of a conversation
+# begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
+# `system` is sent, and one that moves would break the cache at midnight.
+ENVIRONMENT: Json = {"workingDir": "/workspace", "date": "2026-01-01", "environment": "linux",
+                     "structure": [], "isGitRepo": False, "currentBranch": "", "mainBranch": "",
+                     "gitStatus": "", "recentCommits": []}
+NO_SYSTEM = " "             # without any, the server adds 7500 tokens of its own (UPSTREAM 1.4)
+
+
+def with_cache_control(part: Json, cache: Optional[Json]) -> Json:
+    return {**part, "cache_control": cache} if cache else part
+
+
+def alpha_part(part: Part) -> Json:
+    """One part of a message (UPSTREAM 4.2)."""
+    if isinstance(part, Text):
+        return with_cache_control({"type": "text", "text": part.text}, part.cache)
+    if isinstance(part, Image):
+        return with_cache_control({"type": "image", "image": part.url, "mimeType": part.mime},
+                                  part.cache)
+    if isinstance(part, Thinking):
+        return {"type": "reasoning", "text": part.text}
+    if isinstance(part, Call):
+        return with_cache_control({"type": "tool-call", "toolCallId": part.id,
+                                   "toolName": part.name, "input": part.arguments}, part.cache)
+    return with_cache_control({"type": "tool-result", "toolCallId": part.id,
+                               "toolName": part.name or "unknown",
+                               "output": {"type": "text", "value": result_text(part)}}, part.cache)
+
+
+def alpha_system(texts: List[Text]) -> Any:
+    """System blocks; all but the last end with a newline, as the vendor's client sends them."""
+    if not texts:
+        return NO_SYSTEM
+    blocks = [text.text if text.text.endswith("\n") else text.text + "\n" for text in texts[:-1]]
+    blocks.append(texts[-1].text)
+    return [with_cache_control({"type": "text", "text": text}, given.cache)
+            for text, given in zip(blocks, texts)]
+
+
+def single_type(kinds: List[str]) -> Json:
+    """What ["string", "null"] is in a dialect with one type at a time: a nullable string."""
+    real = [kind for kind in kinds if kind != "null"] or ["string"]
+    fixed: Json = {"type": real[0]} if len(real) == 1 else {
+        "anyOf": [{"type": kind} for kind in real]}
+    return {**fixed, "nullable": True} if "null" in kinds else fixed
+
+
+def single_types(schema: Any) -> Any:
+    """A schema without lists of types, which Gemini refuses (UPSTREAM 4.1)."""
+    if isinstance(schema, list):
+        return [single_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    fixed = {name: single_types(item) for name, item in schema.items()}
+    kinds = schema.get("type")
+    if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
+        del fixed["type"]
+        fixed.update(single_type(kinds))
+    return fixed
+
+
+def alpha_tool(tool: Tool, model: str) -> Json:
+    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
+    return with_cache_control({"name": tool.name, "description": tool.description,
+                               "input_schema": schema}, tool.cache)
+
+
+def alpha_choice(choice: Choice) -> Json:
+    return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
+
+
+def build_alpha(prompt: Prompt, session: str) -> bytes:
+    """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.
+
+    Raises ProxyError `invalid` for numbers that JSON has no words for.
+    """
+    params: Json = {
+        "model": prompt.model,
+        "messages": [{"role": turn.role, "content": [alpha_part(part) for part in turn.parts]}
+                     for turn in prompt.turns],
+        "tools": [alpha_tool(tool, prompt.model) for tool in prompt.tools],
+        "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
+    optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
+                "top_p": prompt.top_p,
+                "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None}
+    params.update((name, value) for name, value in optional.items() if value is not None)
+    try:
+        return to_json({"config": ENVIRONMENT, "memory": None, "taste": None, "skills": None,
+                        "permissionMode": "standard", "threadId": session, "params": params})
+    except ValueError:
+        raise ProxyError("invalid", "A number in the request is out of range.") from None
 
 
 # One JSON string without control characters and without surrogate escapes: those may be halves
@@ -3586,15 +3603,11 @@ MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, mess
                 lambda error: event_frame("error", messages_error(error)), "msg_")
 
 
-# === ANSWER (pure) ==========================================================
-# The one read loop: bytes of an upstream's body in, frames for the client out,
-# in any pieces.  It does not know who drives it.  A streaming answer shows each
-# event as it comes; a plain one collects blocks, shown once by `body()`.
-#
-# The fast lane: while a block is open that no filter touches, a line that is
-# exactly a delta of that block is copied, its JSON string still escaped, between
-# a prefix and a suffix taken from the face's own frame.  Any other line takes
-# the ordinary way, and both give the same frames.
+# === FAST LANE (pure) =======================================================
+# While a block is open that no filter touches, a line that is exactly a delta
+# of that block is copied, its JSON string still escaped, between a prefix and a
+# suffix taken from the face's own frame.  Any other line takes the ordinary
+# way, and both give the same frames; ANSWER drives it.
 
 LANE_MARK = "=lane-mark="       # stands for the text in a frame that is cut into prefix and suffix
 
@@ -3608,6 +3621,28 @@ class Lane(NamedTuple):
     prefix: bytes
     suffix: bytes
 
+
+JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+
+
+def escaped_length(strings: List[bytes]) -> int:
+    """How many characters escaped JSON strings hold."""
+    text = b"".join(strings).decode()
+    return len(JSON_ESCAPE.sub("x", text)) if "\\" in text else len(text)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# === ANSWER (pure) ==========================================================
+# The one read loop: bytes of an upstream's body in, frames for the client out,
+# in any pieces.  It does not know who drives it.  A streaming answer shows each
+# event as it comes; a plain one collects blocks, shown once by `body()`.
 
 class Answer:
     """Reads one answer, however often its upstream call is repeated, and shows it in one face.
@@ -3836,23 +3871,6 @@ class Answer:
         return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix)
 
 
-JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
-
-
-def escaped_length(strings: List[bytes]) -> int:
-    """How many characters escaped JSON strings hold."""
-    text = b"".join(strings).decode()
-    return len(JSON_ESCAPE.sub("x", text)) if "\\" in text else len(text)
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 # === THE SHELL ==============================================================
 # From here on the program talks to the world: it awaits, times, counts, logs
 # and closes.  `App` is everything that changes while it runs; it is made once,
@@ -3879,6 +3897,7 @@ class App:
     max_clients: int = 0
     bodies: int = 0                             # bytes of request bodies in memory
     draining: bool = False
+    ending: Any = None                          # future: what still runs is to end now
     started: float = 0.0                        # loop time
     models_due: float = 0.0                     # loop time at which the list is asked for again
     models_task: Optional["asyncio.Task[Any]"] = None
@@ -4132,24 +4151,35 @@ class Pool:
         self.idle = []
 
 
-def read_proxy(app: App) -> None:
-    """Find the proxy for the upstream, by urllib's own rules, once (HTTPS_PROXY, NO_PROXY, ...)."""
-    app.proxy_known = True
-    named = any(name.lower().endswith("_proxy") for name in os.environ)
-    if not named and not sys.platform.startswith(("win", "darwin")):
-        return      # nothing to find, and the module is slow to import
-    import urllib.request
-    url = urllib.request.getproxies().get(app.origin.scheme)
-    if not url or urllib.request.proxy_bypass(app.origin.host):
-        return
+def parse_proxy(url: str) -> Tuple[Origin, str]:
+    """(proxy, its Proxy-Authorization) of a proxy URL.  Raises ProxyError for one of another kind:
+    to go around it would surprise whoever set it."""
     parts = urlsplit(url if "://" in url else "http://" + url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ProxyError("upstream_final", "Only http:// proxies can be used for the upstream "
-                         "(see HTTPS_PROXY, HTTP_PROXY, NO_PROXY).")
-    app.proxy = Origin("http", parts.hostname, parts.port or 80, "")
-    if parts.username:
-        userinfo = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
-        app.proxy_authorization = "Basic " + base64.b64encode(userinfo.encode()).decode()
+    try:
+        proxy = Origin(parts.scheme, parts.hostname or "", parts.port or 80, "")
+    except ValueError:
+        proxy = Origin("", "", 0, "")
+    if proxy.scheme != "http" or not proxy.host:
+        raise ProxyError("upstream_final", "Only http://host:port proxies can be used on the way "
+                         "to the upstream (see HTTPS_PROXY, HTTP_PROXY, NO_PROXY).")
+    userinfo = "%s:%s" % (unquote(parts.username or ""), unquote(parts.password or ""))
+    basic = "Basic " + base64.b64encode(userinfo.encode()).decode() if parts.username else ""
+    return proxy, basic
+
+
+def read_proxy(app: App) -> None:
+    """Find the proxy for the upstream once, by urllib's own rules (HTTPS_PROXY, NO_PROXY, ...).
+
+    Raises ProxyError when it is none that can be used.
+    """
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if named or sys.platform.startswith(("win", "darwin")):     # else a slow import for nothing
+        import urllib.request
+        url = urllib.request.getproxies().get(app.origin.scheme)
+        where = "%s:%d" % (app.origin.host, app.origin.port)
+        if url and not urllib.request.proxy_bypass(where):
+            app.proxy, app.proxy_authorization = parse_proxy(url)
+    app.proxy_known = True
 
 
 def tls_context(app: App) -> ssl.SSLContext:
@@ -4190,8 +4220,6 @@ async def open_wire(app: App) -> Wire:
 
 async def connect_wire(app: App, wire: Wire) -> None:
     """Connect, through the proxy where there is one, and start TLS where it is wanted."""
-    if not app.proxy_known:
-        read_proxy(app)
     loop = asyncio.get_running_loop()
     origin, proxy = app.origin, app.proxy
     secure = tls_context(app) if origin.scheme == "https" else None
@@ -4245,6 +4273,8 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
 def build_call(app: App, key: str, session: str, traceparent: str, payload: bytes) -> CallSpec:
     """The request of one call: exactly these headers, nothing of the client's but its key, its
     traceparent and what the session is derived from."""
+    if not app.proxy_known:
+        read_proxy(app)
     path = app.origin.base + ALPHA.path
     fields = [
         ("host", app.origin.authority), ("authorization", "Bearer " + key),
@@ -4274,6 +4304,8 @@ async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
         raise ProxyError("late", "The upstream did not answer within %g seconds "
                          "(upstreamIdleSeconds)." % seconds) from None
     coding = head.fields.get("content-encoding", "").strip().lower()
+    if head.status != 200 and coding not in CODINGS:
+        coding = ""         # its status counts; read_upstream_failure ignores its body
     return UpstreamCall(wire, head, open_body(head.framing, coding, upstream_fault))
 
 
@@ -4333,6 +4365,7 @@ def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> A
 
     urllib's handlers for proxies and TLS, without those that follow redirects.
     """
+    import http.client
     import urllib.request
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
@@ -4340,10 +4373,13 @@ def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> A
         opener.add_handler(handler)
     request = urllib.request.Request(url, headers={"user-agent": "ccproxy/" + __version__,
                                                    "accept-encoding": "identity"})
-    with opener.open(request, timeout=seconds) as answer:
-        if answer.status != 200:
-            raise OSError("status %d" % answer.status)
-        return json.loads(answer.read(8 * MIB))
+    try:
+        with opener.open(request, timeout=seconds) as answer:
+            if answer.status != 200:
+                raise OSError("status %d" % answer.status)
+            return json.loads(answer.read(8 * MIB))
+    except http.client.HTTPException as error:
+        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -4418,6 +4454,7 @@ async def ask_npm(app: App) -> Optional[str]:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     version = output.decode("ascii", "replace").strip()
     return version if VERSION_PATTERN.fullmatch(version) else None
 
@@ -4447,6 +4484,11 @@ async def keep_version_fresh(app: App) -> None:
 # The response head goes out with the first frame, so that whatever fails
 # before it is answered with a real status; a stream that stays silent gets its
 # head with the first comment.
+
+
+def internal_error(fault: Exception) -> ProxyError:
+    return ProxyError("internal", "Internal error of the proxy (%s); its log says more."
+                      % type(fault).__name__)
 
 
 class Relay:
@@ -4496,7 +4538,7 @@ class Relay:
         except ProxyError as error:
             frames = answer.stop(error)
             call.wire.abort()
-        except Exception as fault:      # a bug: raised again where the answer is awaited
+        except Exception as fault:      # a callback has nobody to raise to
             self.crash(fault)
             return
         if answer.lines_read != self.lines:
@@ -4540,8 +4582,10 @@ class Relay:
             self.over.set_result(None)
 
     def crash(self, fault: Exception) -> None:
+        """A bug of ours ends this answer, and says so in the log and to the client."""
+        self.app.log.error("internal error while an answer was read", exc_info=fault)
         if not self.done.done():
-            self.done.set_exception(fault)
+            self.done.set_exception(internal_error(fault))
         if self.call is not None:
             self.call.wire.abort()
 
@@ -4636,6 +4680,10 @@ async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
         raise relay.answer.error
 
 
+def stopping_error() -> ProxyError:
+    return ProxyError("busy", "The proxy is shutting down.", retry_after=1)
+
+
 def may_repeat(relay: Relay, error: ProxyError) -> bool:
     """Only before text or a tool call was shown, and only what repeating can mend."""
     soon = (error.retry_after or 0.0) <= relay.app.limits.short_retry_after
@@ -4652,6 +4700,8 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
             return
         except ProxyError as error:
             relay.detach()
+            if app.ending.done():
+                raise stopping_error() from None
             if pause is None or not may_repeat(relay, error):
                 raise
             app.log.debug("attempt %d failed: %s", attempt + 1, printable(error.message, 200))
@@ -4659,7 +4709,9 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
             relay.answer.restart()
             add_note(relay.answer.reply.notes, "retried", error.kind)
         record["retries"] = attempt + 1
-        await asyncio.sleep(pause)
+        await asyncio.wait([app.ending], timeout=pause)
+        if app.ending.done():
+            raise stopping_error()
 
 
 # === EXCHANGES ==============================================================
@@ -4681,6 +4733,7 @@ class Exchange:
     keep: bool                                  # the connection may serve another request
     face: Optional[Face] = None                 # whose error shape is used
     opened: bool = False                        # a response head went out
+    body_begun: bool = False
     body_read: bool = False
     reserved: int = 0                           # bytes of App.bodies
     record: Dict[str, Any] = field(default_factory=dict)
@@ -4718,7 +4771,7 @@ async def respond(app: App, exchange: Exchange, status: int, body: bytes,
     every = list(fields)
     if status != 204:
         every.append(("content-length", str(len(body))))
-    if not exchange.body_read and not is_small_body(exchange.head):
+    if not exchange.body_read and (exchange.body_begun or not is_small_body(exchange.head)):
         exchange.keep = False       # cheaper than reading what nobody wants
     head = start_response(app, exchange, status, every)
     exchange.wire.write(head if exchange.head.method == "HEAD" else head + body)
@@ -4740,7 +4793,6 @@ async def read_body(app: App, exchange: Exchange) -> bytes:
     if head.fields.get("expect") and head.minor:
         exchange.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     pieces = [piece async for piece in body_pieces(app, exchange, most)]
-    exchange.body_read = True
     coding = head.fields.get("content-encoding", "").strip().lower()
     return inflate(b"".join(pieces), coding, most)
 
@@ -4749,6 +4801,7 @@ async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
     """The pieces of a request's body as they come, within every limit of time and size."""
     wire, limits = exchange.wire, app.limits
     reader = open_body(exchange.head.framing, "", client_fault)
+    exchange.body_begun = True
     loop = asyncio.get_running_loop()
     began, size = loop.time(), 0
     while not reader.done:
@@ -4769,6 +4822,7 @@ async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
         reserve_body(app, exchange, len(piece))
         yield piece
     wire.buffer[:0] = reader.rest
+    exchange.body_read = True
 
 
 def reserve_body(app: App, exchange: Exchange, size: int) -> None:
@@ -4822,6 +4876,11 @@ def face_of_path(head: RequestHead) -> Face:
     if "anthropic-version" in head.fields or "/messages" in head.path:
         return MESSAGES
     return CHAT
+
+
+def shown_path(head: RequestHead) -> str:
+    """A path as it may be shown: decoded first, so that no key hides in it."""
+    return printable(unquote(head.path), 100)
 
 
 def normal_path(path: str) -> str:
@@ -5017,7 +5076,7 @@ async def serve_options(app: App, exchange: Exchange) -> None:
     """A CORS preflight: answered before any key is looked at (FIELD 61)."""
     fields = [("allow", "GET, HEAD, POST, OPTIONS")]
     if any(name == "access-control-allow-origin" for name, _ in cors_fields(app, exchange.head)):
-        wanted = exchange.head.fields.get("access-control-request-headers", "*")
+        wanted = redact(exchange.head.fields.get("access-control-request-headers", "*"))
         fields += [("access-control-allow-methods", "GET, HEAD, POST, OPTIONS"),
                    ("access-control-allow-headers", wanted[:1000]),
                    ("access-control-max-age", "600")]
@@ -5044,7 +5103,7 @@ def find_route(head: RequestHead) -> Route:
     if route is None:
         raise ProxyError("not_found", "There is no %s here. Served are POST /v1/chat/completions, "
                          "POST /v1/messages, GET /v1/models, GET /health."
-                         % printable(head.path, 100))
+                         % shown_path(head))
     return route
 
 
@@ -5052,7 +5111,9 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     """Find a request's route and method and run it.  Raises ProxyError 404 or 405."""
     head = exchange.head
     exchange.face = face_of_path(head)
-    exchange.record.update(method=head.method, path=head.path)
+    exchange.record.update(method=head.method, path=unquote(head.path))
+    if head.method == "CONNECT":
+        raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
     if head.method == "OPTIONS":
         await serve_options(app, exchange)
         return
@@ -5062,7 +5123,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     if method not in route.methods:
         allowed = list(route.methods) + (["HEAD"] if "GET" in route.methods else []) + ["OPTIONS"]
         raise ProxyError("method", "%s is not for %s; use %s." % (
-            printable(head.method, 20), printable(head.path, 100), " or ".join(route.methods)),
+            printable(head.method, 20), shown_path(head), " or ".join(route.methods)),
             details={"allow": ", ".join(allowed)})
     await route.methods[method](app, exchange)
 
@@ -5143,9 +5204,8 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
             exchange.record.update(status=499, error="the client left")
         raise
     except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
-        app.log.error("internal error on %s", printable(exchange.head.path, 100), exc_info=True)
-        await show_error(app, exchange, ProxyError("internal", "Internal error of the proxy (%s); "
-                                                   "its log says more." % type(fault).__name__))
+        app.log.error("internal error on %s", shown_path(exchange.head), exc_info=True)
+        await show_error(app, exchange, internal_error(fault))
     finally:
         app.exchanges.discard(exchange)
         release_body(app, exchange)
@@ -5160,14 +5220,14 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
         exchange.keep = False
         return
     face = exchange.face or CHAT
+    if error.status in (408, 413):
+        exchange.keep = False       # the rest of that body is not worth waiting for
     fields = error_fields(error)
     notes = exchange.record.get("notes")
     if notes:
         fields.append(("x-ccproxy-notes", notes))
     if error.kind == "method" and error.details:
         fields.append(("allow", error.details["allow"]))
-    if error.status in (400, 408, 413, 501, 505) and not exchange.body_read:
-        exchange.keep = False       # where the next request begins is not known
     await respond_json(app, exchange, error.status, face.error(error), fields)
 
 
@@ -5249,8 +5309,12 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
         if wire.on_open is not None and wire not in busy:
             wire.abort()        # an idle client connection
     await wait_for_exchanges(app, app.config.drain_seconds, hurry)
+    app.ending.set_result(None)
     for relay in list(app.relays):
-        relay.give_up(ProxyError("busy", "The proxy is shutting down.", retry_after=1))
+        relay.give_up(stopping_error())
+    for wire in list(app.wires):
+        if wire.on_open is None:
+            wire.abort()        # an upstream whose answer has not begun
     if not hurry.is_set():
         await wait_for_exchanges(app, 1.0, hurry)       # so that those errors are written
     tasks = list(app.tasks)
@@ -5271,7 +5335,7 @@ async def wait_for_exchanges(app: App, seconds: float, hurry: asyncio.Event) -> 
 async def listen(app: App) -> Any:
     """Open the listening socket.  Raises OSError."""
     loop = asyncio.get_running_loop()
-    app.started = loop.time()
+    app.started, app.ending = loop.time(), loop.create_future()
     server = await loop.create_server(lambda: Wire(app, lambda wire: accept(app, wire)),
                                       app.config.host, app.config.port, backlog=1024)
     spawn(app, sweep(app))

@@ -52,7 +52,7 @@ LOST = [
     ("GET", "/v1/chat/completions", {}, 405, "POST"), ("PUT", "/v1/messages", {}, 405, "POST"),
     ("DELETE", "/v1/models", {}, 405, "GET"), ("POST", "/v1/models", ANTHROPIC, 405, "GET"),
     ("POST", "/v1/models/some", {}, 405, "GET"), ("POST", "/health", {}, 405, "GET"),
-    ("PATCH", "/", {}, 405, "GET"), ("TRACE", "/health", {}, 405, "GET"),
+    ("PATCH", "/", {}, 405, "GET"),
     ("BREW", "/v1/chat/completions", {}, 405, "POST")]
 
 

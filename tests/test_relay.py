@@ -297,7 +297,7 @@ def test_stalls_before_any_output_are_504(make_proxy, upstream, sent, path):
 def test_a_silent_stream_gets_comments(make_proxy, upstream, sent):
     """First the head and a comment, then more comments, then the error as the last event."""
     upstream.default = stall(sent)
-    proxy = impatient(make_proxy, idle=0.25, silence=0.06)
+    proxy = impatient(make_proxy, idle=0.15, silence=0.04)
     answer = proxy.post(MESSAGES, stream=True)
     assert answer.status == 200 and len(upstream.requests) == 1
     assert len(answer.comments) >= 2
@@ -316,7 +316,7 @@ def test_comments_tell_how_long(make_proxy, upstream):
 def test_a_plain_answer_goes_on_waiting(make_proxy, upstream):
     """No head and no comment goes out for it, however long it takes."""
     def slow(sock, request):
-        time.sleep(0.2)
+        time.sleep(0.12)
         stream(text_answer("late"))(sock, request)
     upstream.default = slow
     proxy = impatient(make_proxy, idle=5, silence=0.05)
@@ -327,10 +327,10 @@ def test_a_plain_answer_goes_on_waiting(make_proxy, upstream):
 
 def test_an_answer_after_comments(make_proxy, upstream):
     def slow(sock, request):
-        time.sleep(0.2)
-        stream(text_answer("late", " but", " whole"), cut=30, pause=0.02)(sock, request)
+        time.sleep(0.12)
+        stream(text_answer("late", " but", " whole"), cut=30, pause=0.005)(sock, request)
     upstream.default = slow
-    answer = impatient(make_proxy, idle=5, silence=0.1).post(CHAT, stream=True)
+    answer = impatient(make_proxy, idle=5, silence=0.05).post(CHAT, stream=True)
     assert answer.comments and fold_chat(answer.frames)[:2] == (
         {"content": "late but whole"}, "stop")
     assert answer.body.endswith(b"data: [DONE]\n\n")
@@ -338,10 +338,10 @@ def test_an_answer_after_comments(make_proxy, upstream):
 
 def test_an_error_after_comments_is_an_event(make_proxy, upstream):
     def slow(sock, request):
-        time.sleep(0.2)
+        time.sleep(0.12)
         status(402, envelope("X", "Insufficient Balance"))(sock, request)
     upstream.default = slow
-    answer = impatient(make_proxy, idle=5, silence=0.1).post(CHAT, stream=True)
+    answer = impatient(make_proxy, idle=5, silence=0.05).post(CHAT, stream=True)
     assert answer.status == 200 and answer.comments
     assert answer.frames[-1]["error"]["code"] == "insufficient_quota"
     assert b"[DONE]" not in answer.body
@@ -349,7 +349,7 @@ def test_an_error_after_comments_is_an_event(make_proxy, upstream):
 
 def test_a_stall_after_the_first_token(make_proxy, upstream):
     upstream.default = stall(CHUNKED_HEAD + chunked(SOME_TEXT))
-    proxy = impatient(make_proxy, idle=0.2, silence=0.08)
+    proxy = impatient(make_proxy, idle=0.12, silence=0.05)
     for path in (CHAT, MESSAGES):
         answer = proxy.post(path, stream=True)
         assert answer.status == 200 and b"Half" in answer.body and answer.comments

@@ -234,11 +234,12 @@ def test_a_gzipped_chunked_body(proxy, upstream):
 
 @pytest.mark.parametrize("fields, body", [
     (b"content-length: 2000", b"x" * 2000), (b"content-length: 999999999999999999", b""),
-    (b"transfer-encoding: chunked", chunks(b"x" * 600, b"y" * 600))])
+    (b"transfer-encoding: chunked", chunks(b"x" * 600, b"y" * 600))],
+    ids=["length", "endless", "chunks"])
 def test_too_large(make_proxy, upstream, fields, body):
     """A length that is declared is refused before anything is read."""
     proxy = make_proxy(maxBodyBytes=1024)
-    answer = parse_answers(proxy.raw(CHAT_HEAD + fields + b"\r\n\r\n" + body))[0]
+    answer = parse_answers(proxy.raw(CHAT_HEAD + fields + b"\r\n\r\n" + body, 1.0))[0]
     assert answer.status == 413 and "1024" in answer.json["error"]["message"]
     assert answer.fields["connection"] == "close"
     assert answer.fields["x-should-retry"] == "false"
