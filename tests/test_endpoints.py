@@ -194,7 +194,8 @@ GOOD_KEYS = [
     {"authorization": "Bearer sk-123", "x-api-key": "user_a"},
     {"authorization": "Bearer user_a", "x-api-key": "user_b"},
     {"authorization": "Bearer user_a user_b"}]
-BAD_KEYS = [{}, {"authorization": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer user_"},
+BAD_KEYS = [{}, {"authorization": ""}, {"authorization": "Bearer"},
+            {"authorization": "Bearer user_"},
             {"authorization": "Bearer sk-proj-123"}, {"x-api-key": "sk-ant-123"},
             {"authorization": "Bearer USER_a"}, {"cookie": "key=user_a"}, {"api-key": "user_a"}]
 
@@ -266,7 +267,8 @@ def listed(proxy):
 
 
 BROKEN_LISTS = [
-    ("closed", raw(b"", close=True)), ("status", raw(b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n")),
+    ("closed", raw(b"", close=True)),
+    ("status", raw(b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n")),
     ("not JSON", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{]")),
     ("deep", raw(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + b"[" * 200_000, close=True)),
     ("a list", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")),

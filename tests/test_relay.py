@@ -28,7 +28,7 @@ def envelope(code, message, number=400):
 
 
 # Errors before any output, by UPSTREAM 7: the upstream's status and body, and what a client gets:
-# status, Anthropic's error.type, OpenAI's error.code, calls made, and whether x-should-retry: false.
+# status, Anthropic's error.type, OpenAI's error.code, calls made, whether x-should-retry: false.
 
 ERRORS = [
     ("schema", 400, envelope("BAD_REQUEST", 'Invalid input: expected "auto"'),
@@ -154,7 +154,7 @@ LATER = "date: Fri, 20 Nov 2026 10:00:00 GMT\r\nretry-after: Fri, 20 Nov 2026 10
     (429, "retry-after: 999999999\r\n", 86400, 1), (429, LATER, 60, 1)],
     ids=["429", "503", "529", "429 now", "503 now", "nonsense", "absurd", "a date"])
 def test_retry_after(proxy, upstream, code, fields, shown, tries):
-    """A wait longer than two seconds is the client's decision: passed on, beside and in the body."""
+    """A wait longer than two seconds is the client's decision: passed on, in both places."""
     upstream.default = status(code, {"error": {"message": "slow down"}}, fields)
     for path in (CHAT, MESSAGES):
         del upstream.requests[:]
@@ -588,7 +588,7 @@ def test_the_head_of_a_stream(proxy):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_notes(proxy, upstream, streamed):
-    """What was dropped or changed is told in a header and in the log; nothing to tell, no header."""
+    """What was dropped or changed is told in a header and in the log; else there is none."""
     assert "x-ccproxy-notes" not in proxy.post(CHAT, stream=streamed).fields
     answer = proxy.post(CHAT, stream=streamed, seed=1, logit_bias={"1": 1}, max_tokens=999_999)
     notes = answer.fields["x-ccproxy-notes"]

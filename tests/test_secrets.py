@@ -180,7 +180,8 @@ def test_the_whole_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake = FakeUpstream()
     fake.scripts = [status(401, {"error": {"message": ECHO}}), stream("01"),
-                    stream(ndjson({"type": "error", "error": {"message": ECHO, "statusCode": 403}}))]
+                    stream(ndjson({"type": "error",
+                                   "error": {"message": ECHO, "statusCode": 403}}))]
     program = Program("--api-base", fake.base, "--log-level", "debug", "--log-file", "proxy.log")
     try:
         answers = [program.post(path, BEARER, None, stream=True) for path in (

@@ -1,4 +1,4 @@
-"""Whole requests over real sockets: framing, limits, keep-alive, and the goodbye of a connection."""
+"""Whole requests over real sockets: framing, limits, keep-alive, a connection's goodbye."""
 from __future__ import annotations
 
 import gzip
@@ -47,7 +47,8 @@ FATAL = [
     ("a bad chunk size", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\nx\r\n", 400),
     ("a signed chunk size", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n+2\r\n{}\r\n", 400),
     ("a chunk without its end", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}xx", 400),
-    ("a chunk line with a line feed", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n2\n{}\n", 400),
+    ("a chunk line with a line feed",
+     CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n2\n{}\n", 400),
     ("bad trailers", CHAT_HEAD + b"transfer-encoding: chunked\r\n\r\n"
      + chunks(BODY, trailer=b"bad\r\n"), 400),
     ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
@@ -100,7 +101,8 @@ GOING_ON = [
      b"\r\nGET /", 405),
     ("no key, with a body", b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%b"
      % (len(BODY), BODY), 401),
-    ("a GET with a body", b"GET /health HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nGET /", 200),
+    ("a GET with a body",
+     b"GET /health HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nGET /", 200),
     ("telemetry", b"POST /api/event_logging/batch HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"
      b"{}", 200),
     ("not JSON", CHAT_HEAD + b"content-length: 2\r\n\r\n{]", 400),
@@ -138,7 +140,8 @@ def test_one_byte_at_a_time(proxy):
 
 def test_pipelined_requests_are_answered_in_order(make_proxy, upstream):
     proxy = make_proxy(useProviderModels=False)
-    upstream.scripts = [stream(text_answer("slow"), cut=20, pause=0.01), stream(text_answer("fast"))]
+    upstream.scripts = [stream(text_answer("slow"), cut=20, pause=0.01),
+                        stream(text_answer("fast"))]
     sent = post_bytes(CHAT, {"messages": [{"role": "user", "content": "1"}], "stream": True})
     sent += post_bytes(MESSAGES, {"messages": [{"role": "user", "content": "2"}], "max_tokens": 9})
     answers = parse_answers(proxy.raw(sent + HEALTH + LAST_HEALTH))
