@@ -8,6 +8,8 @@
     python3 ccproxy.py                 listen on 127.0.0.1:3000
     python3 ccproxy.py --help          every option
     python3 ccproxy.py --check         the configuration in effect, and where it came from
+    python3 ccproxy.py --demo          the same without an account: answers from inside the program
+    python3 ccproxy.py selftest        every feature tried against that, one line each
 
 One file, no dependency but Python 3.9 or newer.  A client's request comes in at the top of an
 hourglass, passes its waist, and the answer goes out at the bottom in the client's own dialect:
@@ -15,7 +17,7 @@ hourglass, passes its waist, and the answer goes out at the bottom in the client
     a client's request                                      the client's answer
       OpenAI chat        \\                                  /  SSE frames or one JSON body
       Anthropic messages  > Prompt -> upstream -> Events <     written by the face that
-                         /    (one body)   (one grammar)  \\  read the request
+      OpenAI responses   /    (one body)   (one grammar)  \\  serves the client
 
 A face is one public API; it knows its own format and the waist, never the upstream.  The upstream
 format knows its own format and the waist, never a face.  Everything above the line THE SHELL is
@@ -44,22 +46,32 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     STRUCTURED OUTPUT (pure)
     PROMPT REPAIR (pure)
     TOKEN COUNT (pure)
+    JSON SCHEMA (pure)
+    STRUCTURED ANSWERS (pure)
     ANSWER FILTERS (pure)
     UPSTREAM ERRORS (pure)
     ALPHA EVENTS (pure)
     UPSTREAM FORMAT: ALPHA (pure)
     FACE: CHAT (pure)
     FACE: MESSAGES (pure)
+    RESPONSES ITEMS (pure)
+    FACE: RESPONSES (pure)
     FAST LANE (pure)
     ANSWER (pure)
+    DEMO ANSWERS (pure)
     THE SHELL
     WIRE
     UPSTREAM CALLS
     RELAY
     RETRIES
+    COMPRESSED BODIES
     EXCHANGES
+    JOBS
     ENDPOINTS
     SERVER
+    DEMO UPSTREAM
+    SELFTEST FEATURES
+    SELFTEST
     COMMAND LINE
 """
 from __future__ import annotations
@@ -113,6 +125,7 @@ MAX_ERROR_TEXT = 2000               # characters of an upstream message that are
 MAX_NOTE_BYTES = 1024               # the x-ccproxy-notes header; clients cap heads at 8-16 KiB
 MAX_LOG_VALUE = 300                 # characters of one value in a log line
 MAX_SESSION_VALUE = 512             # characters of a client's session header that count
+MAX_FAMILIES = 64                   # of models whose token counts are learned
 MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's clock
 READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
 READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
@@ -238,6 +251,8 @@ FAILURES = (
     Failure("not_implemented", (), "", 501, "invalid_request_error", "invalid_request_error",
             "not_implemented", NEVER),
     Failure("busy", (), "", 503, "overloaded_error", "server_error", "busy", CLIENT),
+    Failure("upgrade", (), "", 426, "invalid_request_error", "invalid_request_error",
+            "upgrade_refused", NEVER),
     Failure("http_version", (), "", 505, "invalid_request_error", "invalid_request_error",
             "http_version", NEVER),
     Failure("config", (), "", 500, "api_error", "server_error", "config", NEVER),
@@ -1594,10 +1609,11 @@ class Call(NamedTuple):
     name: str
     arguments: Json
     cache: Optional[Json] = None
+    namespace: str = ""
 
 
 class Result(NamedTuple):
-    """What a tool answered; `name` is only known where the client repeats it."""
+    """What a tool answered; whose tool it was is known once it is matched with its call."""
 
     id: str
     text: str
@@ -1605,6 +1621,7 @@ class Result(NamedTuple):
     is_error: bool = False
     name: str = ""
     cache: Optional[Json] = None
+    namespace: str = ""
 
 
 Part = Union[Text, Image, Thinking, Call, Result]
@@ -1618,12 +1635,22 @@ class Turn(NamedTuple):
 
 
 class Tool(NamedTuple):
-    """A function that the model may call."""
+    """A function that the model may call.  A `raw` one takes free text as its only argument."""
 
     name: str
     description: str
     schema: Json
     cache: Optional[Json] = None
+    namespace: str = ""
+    raw: bool = False
+
+
+class ToolName(NamedTuple):
+    """A tool as the client knows it, behind the name under which it is sent."""
+
+    name: str
+    namespace: str = ""
+    raw: bool = False
 
 
 class Choice(NamedTuple):
@@ -1631,6 +1658,7 @@ class Choice(NamedTuple):
 
     kind: str
     name: str = ""
+    namespace: str = ""
 
 
 @dataclass
@@ -1650,11 +1678,14 @@ class Prompt:
     json_format: Optional[Json] = None          # {} any JSON, else {"schema": ...}
     stream: bool = False
     show_thinking: bool = True
+    session: str = ""                           # id of the conversation, once derived
     include_usage: bool = False                 # Chat: a usage chunk at the end of the stream
     user_id: Any = None                         # Messages: metadata.user_id
     model: str = ""                             # wire id, once resolved
-    names: Dict[str, str] = field(default_factory=dict)     # tool name sent -> client's own
+    names: Dict[str, ToolName] = field(default_factory=dict)    # by the name that is sent
     notes: List[str] = field(default_factory=list)
+    carry_thinking: bool = False                # Responses: reasoning items carry their text
+    echo: Json = field(default_factory=dict)    # Responses: members that the answer repeats
 
 
 # === EVENTS (pure) ==========================================================
@@ -1694,6 +1725,8 @@ class Block:
     broken: bool = False        # the answer failed inside it
     half: str = ""              # first half of a surrogate pair, waiting for the second
     signature: str = ""
+    namespace: str = ""
+    raw: bool = False           # a call whose one argument is free text
     pieces: List[Union[str, bytes]] = field(default_factory=list)   # bytes: escaped JSON
 
     @property
@@ -1710,6 +1743,17 @@ class Block:
                 raw = []
             out.append(piece)
         return "".join(out)
+
+
+def call_text(block: Block) -> str:
+    """A call's arguments as its API shows them: JSON text, or the free text of a raw one."""
+    if not block.raw:
+        return block.text
+    try:
+        given = json.loads(block.text)["input"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return block.text
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 class Begin(NamedTuple):
@@ -1759,6 +1803,8 @@ class Reply:
     model: str                                  # as the client asked for it
     created: int                                # Unix seconds
     input_estimate: int = 0                     # tokens, before the upstream tells
+    raw_estimate: int = 0                       # the same before calibration
+    family: str = ""                            # what is calibrated together; "" is not
     include_usage: bool = False
     blocks: List[Block] = field(default_factory=list)
     reason: str = ""
@@ -1767,6 +1813,9 @@ class Reply:
     output_estimate: int = 0                    # tokens, where the upstream was cut off
     cost: Optional[str] = None                  # USD, as the upstream wrote it
     notes: List[str] = field(default_factory=list)
+    frames_sent: int = 0                        # of a face that numbers them
+    carry_thinking: bool = False
+    echo: Json = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> List[Block]:
         return [block for block in self.blocks if block.kind == kind]
@@ -1796,9 +1845,10 @@ class Face(NamedTuple):
     frames: Callable[[Reply, Event], bytes]
     body: Callable[[Reply], Json]
     error: Callable[[ProxyError], Json]
-    error_frame: Callable[[ProxyError], bytes]
     id_prefix: str
     keeps: bool = False         # frames need the whole block at its Close
+    numbered: bool = False      # each frame ends with its number (Reply.frames_sent)
+    raw_tools: bool = False     # tools that take free text are known to this API
 
 
 class UpstreamFormat(NamedTuple):
@@ -2261,28 +2311,67 @@ def read_schema(given: Any, name: str, path: str, notes: List[str]) -> Json:
     return schema
 
 
+def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """A function of any API: nested (Chat), flat (Responses, Cursor) or with input_schema."""
+    nested = entry.get("function")
+    tool, where = (nested, path + ".function") if nested is not None else (entry, path)
+    name = get(check(tool, "an object", where), "name", "a string", where)
+    if not name:
+        raise wrong(where + ".name", "must be a string that is not empty")
+    schema = tool.get("input_schema", tool.get("parameters"))
+    return [Tool(name, get(tool, "description", "a string", where) or "",
+                 read_schema(schema, name, where, notes), read_cache(entry, path))]
+
+
+RAW_SCHEMA: Json = {"type": "object", "properties": {"input": {
+    "type": "string", "description": "The raw input of the tool, exactly as it wants it."}},
+    "required": ["input"], "additionalProperties": False}
+
+
+def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """OpenAI's custom tool (Codex's apply_patch): a function of one string, its grammar told in
+    words.  Anthropic writes `custom` for an ordinary tool."""
+    if "input_schema" in entry:
+        return read_function(entry, path, notes)
+    nested = get(entry, "custom", "an object", path)
+    tool, where = (nested, path + ".custom") if nested is not None else (entry, path)
+    name = get(tool, "name", "a string", where)
+    if not name:
+        raise wrong(where + ".name", "must be a string that is not empty")
+    description = get(tool, "description", "a string", where) or ""
+    rules = get(tool, "format", "an object", where) or {}
+    rules = get(rules, "grammar", "an object", where) or rules
+    if isinstance(rules.get("definition"), str):
+        description += "\n\nThe input follows this %s grammar:\n%s" % (
+            rules.get("syntax") or "", rules["definition"])
+    return [Tool(name, description.strip(), RAW_SCHEMA, raw=True)]
+
+
+def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """A namespace's tools, each of which remembers it."""
+    name = get(entry, "name", "a string", path) or ""
+    tools = read_tools(entry.get("tools"), path + ".tools", notes)
+    return [tool._replace(namespace=name) for tool in tools]
+
+
+TOOL_READERS: Dict[str, Callable[[Json, str, List[str]], List[Tool]]] = {
+    "function": read_function, "custom": read_custom, "namespace": read_namespace}
+
+
 def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
-    """Tools of any shape: Chat's nested and flat functions, Anthropic's; others leave a note."""
-    tools: Dict[str, Tool] = {}
+    """Tools of any API, each once; those without a reader leave a note."""
+    tools: Dict[Tuple[str, str], Tool] = {}
     for index, entry in enumerate(check(given, "a list", path) if given is not None else []):
         here = "%s[%d]" % (path, index)
-        check(entry, "an object", here)
-        nested = entry.get("function")
-        tool, where = (nested, here + ".function") if nested is not None else (entry, here)
-        check(tool, "an object", where)
-        kind = get(entry, "type", "a string", here) or "function"
-        if kind not in ("function", "custom") or (kind == "custom" and "input_schema" not in tool):
-            add_note(notes, "left_out", "tool %s (%s)" % (tool.get("name") or kind, kind))
+        kind = get(check(entry, "an object", here), "type", "a string", here) or "function"
+        reader = TOOL_READERS.get(kind)
+        if reader is None:
+            add_note(notes, "left_out", "tool %s (%s)" % (entry.get("name") or kind, kind))
             continue
-        name = get(tool, "name", "a string", where)
-        if not name:
-            raise wrong(where + ".name", "must be a string that is not empty")
-        schema = tool.get("input_schema", tool.get("parameters"))
-        if name in tools:
-            add_note(notes, "left_out", "second tool named %s" % name)
-            continue
-        tools[name] = Tool(name, get(tool, "description", "a string", where) or "",
-                           read_schema(schema, name, where, notes), read_cache(entry, here))
+        for tool in reader(entry, here, notes):
+            if (tool.namespace, tool.name) in tools:
+                add_note(notes, "left_out", "second tool named %s" % tool.name)
+            tools.setdefault((tool.namespace, tool.name), tool)
     return list(tools.values())
 
 
@@ -2302,7 +2391,7 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
         named = given.get(kind) if isinstance(given.get(kind), dict) else given
         name = get(named, "name", "a string", "tool_choice")
         if name:
-            return Choice("tool", name)
+            return Choice("tool", name, get(named, "namespace", "a string", "tool_choice") or "")
         raise wrong("tool_choice.name", "must name a tool")
     if kind == "allowed_tools":
         add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
@@ -2544,7 +2633,7 @@ def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
         if found is None:
             add_note(notes, "repaired", "call of %s without a result" % call.name)
             found = Result(call.id, NO_RESULT)
-        answers.append(found._replace(id=call.id, name=call.name))
+        answers.append(found._replace(id=call.id, name=call.name, namespace=call.namespace))
     return answers, [result for left in by_id.values() for result in left]
 
 
@@ -2620,41 +2709,47 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
     return repaired + settle_users(users, calls, notes)
 
 
-def safe_tool_name(name: str, taken: Mapping[str, str]) -> str:
+def safe_tool_name(own: ToolName, taken: Mapping[str, Any]) -> str:
     """A name that every provider takes, different from those in `taken`."""
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_TOOL_NAME] or "_"
-    if safe != name or taken.get(safe, name) != name:
-        digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    wanted = "%s__%s" % (own.namespace, own.name) if own.namespace else own.name
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", wanted)[:MAX_TOOL_NAME] or "_"
+    if safe != wanted or safe in taken:
+        identity = "%s\n%s" % (own.namespace, own.name)
+        digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:8]
         safe = "%s_%s" % (safe[:MAX_TOOL_NAME - 9], digest)
     return safe
 
 
-def map_tool_names(prompt: Prompt) -> None:
-    """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
-    used = dict.fromkeys(used_names(prompt))
-    if all(SAFE_TOOL_NAME.fullmatch(name) for name in used):
-        return
-    sent: Dict[str, str] = {}
-    for name in used:
-        sent[name] = safe_tool_name(name, prompt.names)
-        prompt.names[sent[name]] = name
-        if sent[name] != name:
-            add_note(prompt.notes, "renamed", "tool %s -> %s" % (name, sent[name]))
-    prompt.tools = [tool._replace(name=sent[tool.name]) for tool in prompt.tools]
-    prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.name])
-                                     if isinstance(part, (Call, Result)) else part
-                                     for part in turn.parts]) for turn in prompt.turns]
-    if prompt.choice and prompt.choice.name in sent:
-        prompt.choice = Choice("tool", sent[prompt.choice.name])
-
-
-def used_names(prompt: Prompt) -> Iterator[str]:
-    for tool in prompt.tools:
-        yield tool.name
+def used_names(prompt: Prompt) -> Dict[Tuple[str, str], ToolName]:
+    """Every tool that is offered or was called, by namespace and name."""
+    used = {(tool.namespace, tool.name): ToolName(tool.name, tool.namespace, tool.raw)
+            for tool in prompt.tools}
     for turn in prompt.turns:
         for part in turn.parts:
             if isinstance(part, Call):
-                yield part.name
+                used.setdefault((part.namespace, part.name), ToolName(part.name, part.namespace))
+    return used
+
+
+def map_tool_names(prompt: Prompt) -> None:
+    """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
+    used = used_names(prompt)
+    if all(SAFE_TOOL_NAME.fullmatch(own.name) and not own.namespace and not own.raw
+           for own in used.values()):
+        return
+    sent: Dict[Tuple[str, str], str] = {}
+    for identity, own in used.items():
+        sent[identity] = safe_tool_name(own, prompt.names)
+        prompt.names[sent[identity]] = own
+        if sent[identity] != own.name:
+            add_note(prompt.notes, "renamed", "tool %s -> %s" % (own.name, sent[identity]))
+    prompt.tools = [tool._replace(name=sent[tool.namespace, tool.name]) for tool in prompt.tools]
+    prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.namespace, part.name])
+                                     if isinstance(part, (Call, Result)) else part
+                                     for part in turn.parts]) for turn in prompt.turns]
+    choice = prompt.choice
+    if choice and (choice.namespace, choice.name) in sent:
+        prompt.choice = Choice("tool", sent[choice.namespace, choice.name])
 
 
 def settle_choice(prompt: Prompt) -> None:
@@ -2741,9 +2836,289 @@ def estimate_input(prompt: Prompt) -> int:
     return max(1, round(texts_tokens(texts) + PART_TOKENS * pieces + IMAGE_TOKENS * images))
 
 
+class Calibration(NamedTuple):
+    """What the true counts of a family of models taught: fading sums over answers of the raw
+    estimate x and the true count y, and the fading mean of the relative error."""
+
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+    error: float = 0.0
+
+
+FADING = 0.95               # an answer counts half after fourteen more
+SLOPES = (0.5, 2.0)         # a wider ratio than this is an overhead, not a ratio
+
+
+def calibrated(estimate: float, known: Calibration) -> int:
+    """A raw estimate corrected by what is known: a line through the true counts."""
+    if not known.weight:
+        return max(1, round(estimate))
+    mean_x, mean_y = known.x / known.weight, known.y / known.weight
+    variance = known.xx / known.weight - mean_x * mean_x
+    if variance > (0.05 * mean_x) ** 2:
+        slope = (known.xy / known.weight - mean_x * mean_y) / variance
+    else:
+        slope = mean_y / max(mean_x, 1.0)
+    slope = min(max(slope, SLOPES[0]), SLOPES[1])
+    return max(1, round(mean_y + slope * (estimate - mean_x)))
+
+
+def learn_count(known: Calibration, estimate: float, true: int) -> Calibration:
+    """What is known after one more answer."""
+    error = abs(calibrated(estimate, known) - true) / max(true, 1)
+    kept = FADING if known.weight else 0.0
+    return Calibration(known.weight * FADING + 1, known.x * FADING + estimate,
+                       known.y * FADING + true, known.xx * FADING + estimate * estimate,
+                       known.xy * FADING + estimate * true,
+                       min(error, 10.0) if not kept else known.error * 0.8 + min(error, 10.0) * 0.2)
+
+
+def model_family(model: str, tools: bool) -> str:
+    """What is calibrated together: a maker's models, with tools (which have a preamble) apart."""
+    found = re.match(r"[a-z]+", model.lower().rpartition("/")[2])
+    return "%s%s" % (found[0] if found else "other", "+tools" if tools else "")
+
+
 def estimate_output(characters: int) -> int:
     """Estimated tokens of an answer of so many characters."""
     return max(1, round(characters / 4))
+
+
+# === JSON SCHEMA (pure) =====================================================
+# Whether a value is valid under a schema, for structured output: the subset of
+# JSON Schema that APIs' structured outputs use.  `check_value` gives the first
+# violation in words that a model can act on.  Unknown keywords hold; `pattern`
+# and `format` are left out, for a hostile pattern could run for ever.
+
+SCHEMA_TYPES: Dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool,
+                                "number": (int, float), "integer": (int, float)}
+MAX_SCHEMA_STEPS = 20_000       # a schema that refers to itself must end somewhere
+
+
+class Schema(NamedTuple):
+    """A schema at work: `root` resolves references, `steps` counts down what may be checked."""
+
+    root: Any
+    steps: List[int]
+
+
+def has_type(value: Any, name: Any) -> bool:
+    """Whether a value is of a JSON Schema type; a whole float is an integer there."""
+    if name == "null":
+        return value is None
+    kind = SCHEMA_TYPES.get(name)
+    if kind is None:
+        return True
+    if isinstance(value, bool):
+        return name == "boolean"
+    return isinstance(value, kind) and (name != "integer" or value == int(value))
+
+
+def resolve_reference(reference: Any, root: Any) -> Any:
+    """The schema that a local $ref (#/$defs/...) points to; True when there is none."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return True
+    found = root
+    for step in reference[1:].split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and step.isdigit() and int(step) < len(found):
+            found = found[int(step)]
+        elif isinstance(found, dict) and step in found:
+            found = found[step]
+        else:
+            return True
+    return found
+
+
+def check_type(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or any(has_type(value, kind) for kind in kinds):
+        return None
+    return "%s must be of type %s" % (path, " or ".join(map(str, kinds)))
+
+
+def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    allowed = schema.get("enum")
+    if isinstance(allowed, list) and not any(same_value(value, one) for one in allowed):
+        return "%s must be one of %s" % (path, json.dumps(allowed)[:300])
+    if "const" in schema and not same_value(value, schema["const"]):
+        return "%s must be %s" % (path, json.dumps(schema["const"])[:300])
+    return None
+
+
+def same_value(one: Any, other: Any) -> bool:
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+BOUNDS: Tuple[Tuple[str, Any, Callable[[Any], Any], Callable[[Any, Any], bool], str], ...] = (
+    # keyword, type it is for, what is measured, whether it fits, words
+    ("minimum", (int, float), lambda value: value, lambda size, bound: size >= bound, "at least"),
+    ("maximum", (int, float), lambda value: value, lambda size, bound: size <= bound, "at most"),
+    ("exclusiveMinimum", (int, float), lambda value: value, lambda size, bound: size > bound,
+     "above"),
+    ("exclusiveMaximum", (int, float), lambda value: value, lambda size, bound: size < bound,
+     "below"),
+    ("minLength", str, len, lambda size, bound: size >= bound, "of length at least"),
+    ("maxLength", str, len, lambda size, bound: size <= bound, "of length at most"),
+    ("minItems", list, len, lambda size, bound: size >= bound, "of length at least"),
+    ("maxItems", list, len, lambda size, bound: size <= bound, "of length at most"),
+    ("minProperties", dict, len, lambda size, bound: size >= bound, "of size at least"),
+    ("maxProperties", dict, len, lambda size, bound: size <= bound, "of size at most"))
+
+
+def check_bounds(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    """Numbers within their range, strings, lists and objects within their size."""
+    if isinstance(value, bool):
+        return None
+    for keyword, kind, measure, fits, words in BOUNDS:
+        bound = schema.get(keyword)
+        numeric = isinstance(bound, (int, float)) and not isinstance(bound, bool)
+        if numeric and isinstance(value, kind) and not fits(measure(value), bound):
+            return "%s must be %s %s" % (path, words, bound)
+    return None
+
+
+def check_object(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    """Required, known and additional members."""
+    if not isinstance(value, dict):
+        return None
+    for name in schema.get("required") or []:
+        if name not in value:
+            return "%s lacks the member %s" % (path, json.dumps(name))
+    known = schema.get("properties")
+    known = known if isinstance(known, dict) else {}
+    rest = schema.get("additionalProperties", True)
+    for name, item in value.items():
+        here = "%s.%s" % (path, name)
+        if name not in known and rest is False:
+            return "%s must not be there" % here
+        problem = check_value(item, known.get(name, rest), here, work)
+        if problem:
+            return problem
+    return None
+
+
+def check_array(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    """Each item under its schema."""
+    if not isinstance(value, list):
+        return None
+    first = schema.get("prefixItems")
+    first = first if isinstance(first, list) else []
+    for index, item in enumerate(value):
+        under = first[index] if index < len(first) else schema.get("items", True)
+        problem = check_value(item, under, "%s[%d]" % (path, index), work)
+        if problem:
+            return problem
+    return None
+
+
+def check_combined(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+    """allOf, anyOf, oneOf, not and $ref."""
+    if "$ref" in schema:
+        problem = check_value(value, resolve_reference(schema["$ref"], work.root), path, work)
+        if problem:
+            return problem
+    for under in schema.get("allOf") or []:
+        problem = check_value(value, under, path, work)
+        if problem:
+            return problem
+    for keyword in ("anyOf", "oneOf"):
+        problems = [check_value(value, under, path, work) for under in schema.get(keyword) or []]
+        good = problems.count(None)
+        if problems and not good:
+            return "%s fits none of %s: %s" % (path, keyword, problems[0])
+        if keyword == "oneOf" and good > 1:
+            return "%s fits more than one of oneOf" % path
+    if "not" in schema and check_value(value, schema["not"], path, work) is None:
+        return "%s must not be what `not` describes" % path
+    return None
+
+
+CHECKS = (check_type, check_choices, check_bounds, check_object, check_array, check_combined)
+
+
+def check_value(value: Any, schema: Any, path: str, work: Schema) -> Optional[str]:
+    """The first violation of a schema, None when there is none."""
+    work.steps[0] -= 1
+    if work.steps[0] < 0 or schema is True or not isinstance(schema, (dict, bool)):
+        return None
+    if schema is False:
+        return "%s must not be there" % path
+    return next(filter(None, (one(value, schema, path, work) for one in CHECKS)), None)
+
+
+# === STRUCTURED ANSWERS (pure) ==============================================
+# Whether a finished answer has the JSON form that was asked for, and what is
+# said to the model when it has not: its answer, and what is wrong with it.
+
+def find_violation(text: str, schema: Any) -> Optional[str]:
+    """What is wrong with a JSON text under a schema (None: any JSON), None when nothing is."""
+    try:
+        value = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return "the answer is not JSON: %s" % printable(str(error), 200)
+    if schema is None:
+        return None
+    try:
+        return check_value(value, schema, "$", Schema(schema, [MAX_SCHEMA_STEPS]))
+    except (RecursionError, TypeError, ValueError, OverflowError):
+        return None         # a schema that cannot be checked is not the answer's fault
+
+
+def has_checked_format(prompt: Prompt) -> bool:
+    """Whether the answer must be valid under a schema, and can still be asked for again."""
+    return not prompt.stream and (prompt.json_format is not None or forced_json(prompt) is not None)
+
+
+def forced_json(prompt: Prompt) -> Optional[Tool]:
+    """The AI SDK's way to structured output: one tool `json` that must be called (R13)."""
+    if prompt.choice and prompt.choice.kind in ("any", "tool") and len(prompt.tools) == 1 \
+            and prompt.tools[0].name == "json":
+        return prompt.tools[0]
+    return None
+
+
+def format_violation(prompt: Prompt, reply: Reply) -> Optional[str]:
+    """What is wrong with a finished answer under the schema that was asked for."""
+    tool = forced_json(prompt)
+    if tool is not None:
+        calls = [block.text for block in reply.of_kind(TOOL) if block.whole]
+        return find_violation(calls[0], tool.schema) if calls else "the tool was not called"
+    if reply.reason != STOP or prompt.json_format is None:
+        return None
+    text = "".join(block.text for block in reply.of_kind(TEXT))
+    return find_violation(text, prompt.json_format.get("schema"))
+
+
+REPAIR_WORDS = ("That answer is not valid: %s. Give the whole answer once more, corrected, and "
+                "nothing else.")
+
+
+def add_repair_turns(prompt: Prompt, reply: Reply, violation: str) -> None:
+    """What the model said, and what is wrong with it."""
+    words = REPAIR_WORDS % violation
+    calls = [block for block in reply.of_kind(TOOL) if block.whole]
+    text = "".join(block.text for block in reply.of_kind(TEXT))
+    said: List[Part] = [Text(text)] if text else []
+    said += [Call(block.call_id, block.name, read_arguments(block.text, "", [])) for block in calls]
+    prompt.turns.append(Turn("assistant", said or [Text("(nothing)")]))
+    if calls:
+        prompt.turns.append(Turn("tool", [Result(block.call_id, words, is_error=True,
+                                                 name=block.name) for block in calls]))
+    else:
+        prompt.turns.append(Turn("user", [Text(words)]))
+
+
+def add_usage(one: Optional[Usage], other: Optional[Usage]) -> Optional[Usage]:
+    """The tokens of two calls together; a count that neither told stays untold."""
+    if one is None or other is None:
+        return one or other
+    pairs = zip(one, other)
+    return Usage(*[None if a is None and b is None else (a or 0) + (b or 0) for a, b in pairs])
 
 
 # === ANSWER FILTERS (pure) ==================================================
@@ -2765,12 +3140,65 @@ def hide_thinking(event: Event) -> List[Event]:
     return [] if block is not None and block.kind == THINKING else [event]
 
 
-def restore_names(names: Mapping[str, str]) -> Callable[[Event], List[Event]]:
-    """Tool names as the client knows them."""
+def restore_names(names: Mapping[str, ToolName],
+                  raw_tools: bool = False) -> Callable[[Event], List[Event]]:
+    """Tools as the client knows them: name, namespace, and whether their input is free text."""
     def run(event: Event) -> List[Event]:
         if isinstance(event, Open) and event.block.kind == TOOL:
-            event.block.name = names.get(event.block.name, event.block.name)
+            block = event.block
+            own = names.get(block.name, ToolName(block.name))
+            block.name, block.namespace = own.name, own.namespace
+            block.raw = own.raw and raw_tools
         return [event]
+    return run
+
+
+RAW_START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+RAW_TEXT = re.compile(r'(?:[^"\\]|\\[^u]|\\u[0-9a-fA-F]{4})*')
+HALF_AT_END = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+
+
+class RawInput:
+    """Takes free text out of the JSON text {"input": "..."} as its pieces come."""
+
+    def __init__(self) -> None:
+        self.held = ""
+        self.inside = self.done = False
+
+    def feed(self, piece: str) -> str:
+        """The free text that is complete so far."""
+        self.held += piece
+        if not self.inside:
+            start = RAW_START.match(self.held)
+            if not start:
+                return ""
+            self.inside, self.held = True, self.held[start.end():]
+        if self.done:
+            return ""
+        found = RAW_TEXT.match(self.held)
+        text = found[0] if found else ""
+        half = HALF_AT_END.search(text)
+        if half and len(text) == len(self.held):
+            text = text[:half.start()]
+        self.held = self.held[len(text):]
+        self.done = self.held.startswith('"')
+        return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
+
+
+def unwrap_raw() -> Callable[[Event], List[Event]]:
+    """The arguments of a raw tool as the free text that they hold."""
+    reader = RawInput()
+
+    def run(event: Event) -> List[Event]:
+        nonlocal reader
+        block = getattr(event, "block", None)
+        if block is None or not block.raw or isinstance(event, Close):
+            return [event]
+        if isinstance(event, Open):
+            reader = RawInput()
+            return [event]
+        text = reader.feed(event.text)      # type: ignore[union-attr]
+        return [Delta(block, text)] if text else []
     return run
 
 
@@ -2856,13 +3284,15 @@ def strip_fence() -> Callable[[Event], List[Event]]:
     return run
 
 
-def choose_filters(prompt: Prompt) -> List[Filter]:
+def choose_filters(prompt: Prompt, raw_tools: bool = False) -> List[Filter]:
     """The filters that this prompt's answer passes through, in order."""
     filters = []
     if not prompt.show_thinking:
         filters.append(Filter(frozenset([THINKING]), hide_thinking))
     if prompt.names:
-        filters.append(Filter(frozenset(), restore_names(prompt.names)))
+        filters.append(Filter(frozenset(), restore_names(prompt.names, raw_tools)))
+    if raw_tools and any(own.raw for own in prompt.names.values()):
+        filters.append(Filter(frozenset([TOOL]), unwrap_raw()))
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
@@ -3344,10 +3774,23 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     return prompt
 
 
+def chat_error(error: ProxyError) -> Json:
+    """An error in OpenAI's shape (their API reference, error object)."""
+    row = KINDS[error.kind]
+    return {"error": {"message": error.message, "type": row.openai, "param": error.param,
+                      "code": row.code, **error_extras(error)}}
+
+
 def chat_chunk(reply: Reply, delta: Json, reason: Optional[str] = None) -> bytes:
     return data_frame({"id": reply.id, "object": "chat.completion.chunk",
                        "created": reply.created, "model": reply.model,
                        "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+
+
+def chat_call(block: Block, text: str) -> Json:
+    """A tool call with so much of its arguments (of its input, where that is free text)."""
+    kind, member = ("custom", "input") if block.raw else ("function", "arguments")
+    return {"id": block.call_id, "type": kind, kind: {"name": block.name, member: text}}
 
 
 def chat_open(reply: Reply, event: Any) -> bytes:
@@ -3355,16 +3798,15 @@ def chat_open(reply: Reply, event: Any) -> bytes:
     block = event.block
     if block.kind != TOOL:
         return b""
-    return chat_chunk(reply, {"tool_calls": [
-        {"index": block.number, "id": block.call_id, "type": "function",
-         "function": {"name": block.name, "arguments": ""}}]})
+    return chat_chunk(reply, {"tool_calls": [{"index": block.number, **chat_call(block, "")}]})
 
 
 def chat_delta(reply: Reply, event: Any) -> bytes:
     block = event.block
     if block.kind == TOOL:
-        return chat_chunk(reply, {"tool_calls": [
-            {"index": block.number, "function": {"arguments": event.text}}]})
+        said = {"custom": {"input": event.text}} if block.raw else \
+            {"function": {"arguments": event.text}}
+        return chat_chunk(reply, {"tool_calls": [{"index": block.number, **said}]})
     return chat_chunk(reply, {"content" if block.kind == TEXT else "reasoning_content":
                               event.text})
 
@@ -3392,7 +3834,8 @@ def chat_end(reply: Reply, event: Any) -> bytes:
 
 CHAT_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
     Begin: lambda reply, event: chat_chunk(reply, {"role": "assistant", "content": ""}),
-    Open: chat_open, Delta: chat_delta, Close: lambda reply, event: b"", End: chat_end}
+    Open: chat_open, Delta: chat_delta, Close: lambda reply, event: b"", End: chat_end,
+    Fail: lambda reply, event: data_frame(chat_error(event.error))}
 
 
 def chat_frames(reply: Reply, event: Event) -> bytes:
@@ -3409,9 +3852,7 @@ def chat_body(reply: Reply) -> Json:
     if thinking:
         message["reasoning_content"] = thinking
     if calls:
-        message["tool_calls"] = [
-            {"id": block.call_id, "type": "function",
-             "function": {"name": block.name, "arguments": block.text}} for block in calls]
+        message["tool_calls"] = [chat_call(block, call_text(block)) for block in calls]
     body: Json = {"id": reply.id, "object": "chat.completion", "created": reply.created,
                   "model": reply.model,
                   "choices": [{"index": 0, "message": message, "logprobs": None,
@@ -3421,15 +3862,7 @@ def chat_body(reply: Reply) -> Json:
     return body
 
 
-def chat_error(error: ProxyError) -> Json:
-    """An error in OpenAI's shape (their API reference, error object)."""
-    row = KINDS[error.kind]
-    return {"error": {"message": error.message, "type": row.openai, "param": error.param,
-                      "code": row.code, **error_extras(error)}}
-
-
-CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error,
-            lambda error: data_frame(chat_error(error)), "chatcmpl-")
+CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-", raw_tools=True)
 
 
 # === FACE: MESSAGES (pure) ==================================================
@@ -3575,9 +4008,16 @@ def messages_end(reply: Reply, event: Any) -> bytes:
             + messages_frame("message_stop"))
 
 
+def messages_error(error: ProxyError) -> Json:
+    """An error in Anthropic's shape (their API reference, errors)."""
+    return {"type": "error", "error": {"type": KINDS[error.kind].anthropic,
+                                       "message": error.message, **error_extras(error)}}
+
+
 MESSAGES_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
     Begin: messages_begin, Open: messages_open, Delta: messages_delta, Close: messages_close,
-    End: messages_end}
+    End: messages_end,
+    Fail: lambda reply, event: event_frame("error", messages_error(event.error))}
 
 
 def messages_frames(reply: Reply, event: Event) -> bytes:
@@ -3593,14 +4033,312 @@ def messages_body(reply: Reply) -> Json:
             "usage": messages_usage(reply)}
 
 
-def messages_error(error: ProxyError) -> Json:
-    """An error in Anthropic's shape (their API reference, errors)."""
-    return {"type": "error", "error": {"type": KINDS[error.kind].anthropic,
-                                       "message": error.message, **error_extras(error)}}
+MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, messages_error, "msg_")
 
 
-MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, messages_error,
-                lambda error: event_frame("error", messages_error(error)), "msg_")
+# === RESPONSES ITEMS (pure) =================================================
+# The input items of OpenAI's Responses API (R42) as system texts and turns.
+# Items of one turn come one by one; putting them together again is PROMPT
+# REPAIR's work.  What can only be looked up in a store is refused, because
+# nothing is stored; what only the vendor's own tools produce leaves a note.
+
+CARRIED = "ccproxy1."       # begins the encrypted_content of reasoning that carries its own text
+
+
+def carry_thinking(text: str) -> str:
+    """Thinking as an encrypted_content: not secret, but it survives the next turn (no store)."""
+    return CARRIED + base64.b64encode(text.encode("utf-8", "replace")).decode()
+
+
+def carried_thinking(given: Any) -> str:
+    """The thinking that `carry_thinking` put into an encrypted_content; "" for another's."""
+    if not isinstance(given, str) or not given.startswith(CARRIED):
+        return ""
+    try:
+        return base64.b64decode(given[len(CARRIED):], validate=True).decode()
+    except ValueError:
+        return ""
+
+
+def read_reasoning_item(item: Json, path: str, prompt: Prompt) -> None:
+    """Thinking of an earlier turn: carried in full, else what its content or summary tells."""
+    texts = [carried_thinking(item.get("encrypted_content"))]
+    for name in ("content", "summary"):
+        for part in get(item, name, "a list", path) or []:
+            if not any(texts) and isinstance(part, dict) and isinstance(part.get("text"), str):
+                texts.append(part["text"])
+    text = "\n".join(filter(None, texts))
+    if text:
+        prompt.turns.append(Turn("assistant", [Thinking(text)]))
+    else:
+        add_note(prompt.notes, "dropped", "reasoning at %s" % path)
+
+
+def read_call_item(item: Json, path: str, prompt: Prompt) -> None:
+    """function_call, and custom_tool_call whose raw input becomes the one argument."""
+    name = get(item, "name", "a string", path) or UNNAMED
+    given = item.get("arguments")
+    if item.get("type") == "custom_tool_call":
+        given = {"input": get(item, "input", "a string", path) or ""}
+    call = Call(get(item, "call_id", "a string", path) or "", name,
+                read_arguments(given, path + ".arguments", prompt.notes),
+                namespace=get(item, "namespace", "a string", path) or "")
+    prompt.turns.append(Turn("assistant", [call]))
+
+
+def read_output_item(item: Json, path: str, prompt: Prompt) -> None:
+    """The output of a tool: a string, or a list of parts (Codex's view_image)."""
+    parts = read_content(item.get("output"), path + ".output", prompt.notes)
+    prompt.turns.append(Turn("user", [
+        make_result(get(item, "call_id", "a string", path) or "", parts, False, None)]))
+
+
+def refuse_reference(item: Json, path: str, prompt: Prompt) -> None:
+    raise wrong(path, "refers to a stored item, but nothing is stored here: send the item itself "
+                "(in most SDKs: store false)")
+
+
+def read_message_item(item: Json, path: str, prompt: Prompt) -> None:
+    role = get(item, "role", "a string", path)
+    if role not in ROLE_READERS:
+        raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
+    ROLE_READERS[role](item, path, prompt)
+
+
+ITEM_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
+    "message": read_message_item, "reasoning": read_reasoning_item,
+    "function_call": read_call_item, "custom_tool_call": read_call_item,
+    "function_call_output": read_output_item, "custom_tool_call_output": read_output_item,
+    "item_reference": refuse_reference}
+
+
+def read_input(body: Json, prompt: Prompt) -> None:
+    """All of `input`, a string or a list of items.  Raises ProxyError `invalid` with the path."""
+    given = body.get("input")
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise wrong("input", "must be a string or a list of at least one item")
+    for index, item in enumerate(given):
+        path = "input[%d]" % index
+        check(item, "an object", path)
+        kind = get(item, "type", "a string", path) or "message"
+        reader = ITEM_READERS.get(kind)
+        if reader is None:
+            add_note(prompt.notes, "dropped", "%s at %s" % (kind, path))
+        else:
+            reader(item, path, prompt)
+
+
+# === FACE: RESPONSES (pure) =================================================
+# OpenAI's Responses, the only API that Codex speaks: request to Prompt, events
+# to its numbered SSE events (R43), a finished reply to one response object.
+# Each block is one output item; an item is told complete in output_item.done,
+# for clients act on that.  Stateless: `store` is answered false.
+
+RESPONSES_IGNORED = {"parallel_tool_calls": True, "top_logprobs": 0, "truncation": "disabled",
+                     "service_tier": "auto", "max_tool_calls": None, "prompt": None}
+STATEFUL = {"previous_response_id": None, "conversation": None, "background": False}
+TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
+DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
+                THINKING: "response.reasoning_summary_text.delta"}
+
+
+def refuse_state(body: Json) -> None:
+    """What needs a store is refused plainly rather than answered without its history."""
+    for name, harmless in STATEFUL.items():
+        if body.get(name) not in (None, harmless):
+            raise wrong(name, "cannot be honoured: nothing is stored here, so send the whole "
+                        "history in `input`")
+
+
+def echo_request(body: Json) -> Json:
+    """What a response object repeats of its request (without its bulk: tools, instructions)."""
+    reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
+    text = body.get("text") if isinstance(body.get("text"), dict) else {}
+    return {"max_output_tokens": body.get("max_output_tokens"),
+            "metadata": body.get("metadata") or {}, "parallel_tool_calls": True,
+            "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+            "temperature": body.get("temperature"), "top_p": body.get("top_p"),
+            "text": {"format": text.get("format") or {"type": "text"}},
+            "tool_choice": body.get("tool_choice") or "auto"}
+
+
+def parse_responses(body: Json, notes: List[str]) -> Prompt:
+    """A Responses request as a Prompt.  Raises ProxyError `invalid` naming the field."""
+    refuse_state(body)
+    note_ignored(body, RESPONSES_IGNORED, notes)
+    reasoning = get(body, "reasoning", "an object") or {}
+    text = get(body, "text", "an object") or {}
+    include = get(body, "include", "a list") or []
+    prompt = Prompt(
+        asked=read_model_name(body), turns=[], notes=notes,
+        system=read_system(body.get("instructions"), "instructions", notes),
+        tools=read_tools(body.get("tools"), "tools", notes),
+        choice=read_choice_of_tool(body.get("tool_choice"), notes),
+        max_tokens=read_positive(body, ("max_output_tokens",)),
+        temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
+        effort=get(reasoning, "effort", "a string", "reasoning"),
+        json_format=read_json_format(text.get("format"), "text.format"),
+        stream=bool(get(body, "stream", "a boolean")),
+        carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body))
+    verbosity = get(text, "verbosity", "a string", "text")
+    if verbosity not in (None, "medium"):
+        add_note(notes, "ignored", "text.verbosity")
+    read_input(body, prompt)
+    return prompt
+
+
+def responses_usage(usage: Usage) -> Json:
+    return {"input_tokens": usage.input,
+            "input_tokens_details": {"cached_tokens": usage.cache_read or 0},
+            "output_tokens": usage.output,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
+            "total_tokens": usage.input + usage.output}
+
+
+def item_id(reply: Reply, block: Block) -> str:
+    prefix = {TEXT: "msg", THINKING: "rs", TOOL: "ctc" if block.raw else "fc"}[block.kind]
+    return "%s_%s%02d" % (prefix, reply.id.partition("_")[2], block.index)
+
+
+def output_item(reply: Reply, block: Block, status: str) -> Json:
+    """A block as an output item: empty while in_progress, whole when completed."""
+    done = status == "completed"
+    item: Json = {"id": item_id(reply, block), "type": "message", "status": status}
+    if block.kind == TEXT:
+        content = [output_text(block.text)] if done else []
+        return {**item, "role": "assistant", "content": content}
+    if block.kind == THINKING:
+        summary = [{"type": "summary_text", "text": block.text}] if done else []
+        item = {"id": item["id"], "type": "reasoning", "summary": summary}
+        if reply.carry_thinking:
+            item["encrypted_content"] = carry_thinking(block.text) if done else ""
+        return item
+    item.update(type="custom_tool_call" if block.raw else "function_call",
+                call_id=block.call_id, name=block.name)
+    item["input" if block.raw else "arguments"] = call_text(block) if done else ""
+    if block.namespace:
+        item["namespace"] = block.namespace
+    return item
+
+
+def output_text(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def response_object(reply: Reply, status: str, **members: Any) -> Json:
+    """The response as it stands; `output` holds the items that are complete."""
+    return {"id": reply.id, "object": "response", "created_at": reply.created, "status": status,
+            "background": False, "error": None, "incomplete_details": None, "instructions": None,
+            "model": reply.model, "output": [], "previous_response_id": None, "store": False,
+            "tools": [], "truncation": "disabled", "usage": None, **reply.echo, **members}
+
+
+def numbered_frame(reply: Reply, kind: str, **members: Any) -> bytes:
+    """One event; its number comes last, where the fast lane can put it in."""
+    number = reply.frames_sent
+    reply.frames_sent += 1
+    return event_frame(kind, {"type": kind, **members, "sequence_number": number})
+
+
+def responses_begin(reply: Reply, event: Any) -> bytes:
+    shell = response_object(reply, "in_progress")
+    return (numbered_frame(reply, "response.created", response=shell)
+            + numbered_frame(reply, "response.in_progress", response=shell))
+
+
+def part_frame(reply: Reply, block: Block, step: str, text: str) -> bytes:
+    """content_part.* or reasoning_summary_part.* of an item; a call has no parts."""
+    where = {"item_id": item_id(reply, block), "output_index": block.index}
+    if block.kind == TEXT:
+        return numbered_frame(reply, "response.content_part." + step, **where, content_index=0,
+                              part=output_text(text))
+    return numbered_frame(reply, "response.reasoning_summary_part." + step, **where,
+                          summary_index=0, part={"type": "summary_text", "text": text})
+
+
+def responses_open(reply: Reply, event: Any) -> bytes:
+    """An item begins, and its only part."""
+    block = event.block
+    frames = numbered_frame(reply, "response.output_item.added", output_index=block.index,
+                            item=output_item(reply, block, "in_progress"))
+    return frames + (part_frame(reply, block, "added", "") if block.kind != TOOL else b"")
+
+
+def delta_place(reply: Reply, block: Block) -> Json:
+    place: Json = {"item_id": item_id(reply, block), "output_index": block.index}
+    if block.kind == TEXT:
+        return {**place, "content_index": 0}
+    return {**place, "summary_index": 0} if block.kind == THINKING else place
+
+
+def delta_kind(block: Block) -> str:
+    return "response.custom_tool_call_input.delta" if block.raw else DELTA_EVENTS[block.kind]
+
+
+def responses_delta(reply: Reply, event: Any) -> bytes:
+    block = event.block
+    return numbered_frame(reply, delta_kind(block), **delta_place(reply, block), delta=event.text)
+
+
+def responses_close(reply: Reply, event: Any) -> bytes:
+    """An item is complete; of a call that was cut nothing more is told, so that nobody runs it."""
+    block = event.block
+    if block.kind == TOOL and not block.whole:
+        return b""
+    text = call_text(block)
+    member = "text" if block.kind != TOOL else "input" if block.raw else "arguments"
+    frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
+                            **delta_place(reply, block), **{member: text})
+    if block.kind != TOOL:
+        frames += part_frame(reply, block, "done", text)
+    return frames + numbered_frame(reply, "response.output_item.done", output_index=block.index,
+                                   item=output_item(reply, block, "completed"))
+
+
+def responses_body(reply: Reply) -> Json:
+    """The whole answer as one response object; a call that was cut off is left out."""
+    status, why = TERMINAL.get(reply.reason, ("completed", None))
+    output = [output_item(reply, block, "completed") for block in reply.blocks
+              if block.kind != TOOL or block.whole]
+    return response_object(reply, status, output=output,
+                           incomplete_details={"reason": why} if why else None,
+                           usage=responses_usage(reply.usage) if reply.usage else None)
+
+
+def responses_end(reply: Reply, event: Any) -> bytes:
+    body = responses_body(reply)
+    return numbered_frame(reply, "response." + body["status"], response=body)
+
+
+def failure_code(error: ProxyError) -> str:
+    """error.code of a failed response: a word of OpenAI's list where one fits."""
+    codes = {"rate_limit": "rate_limit_exceeded", "billing": "insufficient_quota",
+             "too_long": "context_length_exceeded"}
+    permanent = KINDS[error.kind].again == NEVER and error.status < 500
+    return codes.get(error.kind, "invalid_prompt" if permanent else "server_error")
+
+
+def responses_fail(reply: Reply, event: Any) -> bytes:
+    """The terminal event of an answer that broke."""
+    error = event.error
+    return numbered_frame(reply, "response.failed", response=response_object(
+        reply, "failed", error={"code": failure_code(error), "message": error.message}))
+
+
+RESPONSES_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
+    Begin: responses_begin, Open: responses_open, Delta: responses_delta,
+    Close: responses_close, End: responses_end, Fail: responses_fail}
+
+
+def responses_frames(reply: Reply, event: Event) -> bytes:
+    """The SSE events that show one event of ours to a Responses client."""
+    return RESPONSES_FRAMES[type(event)](reply, event)
+
+
+RESPONSES = Face("responses", parse_responses, responses_frames, responses_body, chat_error,
+                 "resp_", keeps=True, numbered=True, raw_tools=True)
 
 
 # === FAST LANE (pure) =======================================================
@@ -3619,7 +4357,8 @@ class Lane(NamedTuple):
     block: Block
     call_id: bytes
     prefix: bytes
-    suffix: bytes
+    suffix: bytes               # up to the frame's number, where frames are numbered
+    end: bytes = b""            # behind that number
 
 
 JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
@@ -3656,7 +4395,7 @@ class Answer:
                  allow_empty: bool) -> None:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
-        self.new_filters = lambda: choose_filters(prompt)
+        self.new_filters = lambda: choose_filters(prompt, face.raw_tools)
         self.filters = self.new_filters()
         self.touched = frozenset().union(*(one.touches for one in self.filters))
         self.lines = LineBuffer(upstream.skip)
@@ -3736,7 +4475,7 @@ class Answer:
                 if isinstance(event, Delta):
                     self.show(event, frames)
             self.over = True
-        return b"".join(frames) + self.late_notes() + self.face.error_frame(error)
+        return b"".join(frames) + self.late_notes() + self.face.frames(self.reply, Fail(error))
 
     def body(self) -> Json:
         """The whole answer, for a plain request."""
@@ -3759,9 +4498,17 @@ class Answer:
             if not self.stream or self.face.keeps or lane.block.kind == TOOL:
                 lane.block.pieces += strings
             if self.stream:
-                between = lane.suffix + lane.prefix
-                frames.append(lane.prefix + between.join(strings) + lane.suffix)
+                frames.append(self.copied_frames(lane, strings))
         return at
+
+    def copied_frames(self, lane: Lane, strings: List[bytes]) -> bytes:
+        """A frame for each string, between the lane's prefix and suffix."""
+        if not self.face.numbered:
+            return lane.prefix + (lane.suffix + lane.prefix).join(strings) + lane.suffix
+        first = self.reply.frames_sent
+        self.reply.frames_sent += len(strings)
+        return b"".join([b"%b%b%b%d%b" % (lane.prefix, string, lane.suffix, number, lane.end)
+                         for number, string in enumerate(strings, first)])
 
     def read_line(self, line: bytes, frames: List[bytes]) -> None:
         """The ordinary way of one line: events, filters, frames."""
@@ -3863,12 +4610,171 @@ class Answer:
             return None
         if self.lane is not None and self.lane.block is block:
             return self.lane
-        prefix = suffix = b""
-        if self.stream:
-            frame = self.face.frames(self.reply, Delta(block, LANE_MARK))
-            prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
         name = block.call_id.encode("utf-8", "replace") if block.kind == TOOL else b""
-        return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix)
+        prefix, suffix, end = self.cut_frame(block) if self.stream else (b"", b"", b"")
+        return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix, end)
+
+    def cut_frame(self, block: Block) -> Tuple[bytes, bytes, bytes]:
+        """What stands before and behind the text, and behind the number, in a delta's frame."""
+        number = self.reply.frames_sent
+        frame = self.face.frames(self.reply, Delta(block, LANE_MARK))
+        self.reply.frames_sent = number
+        prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
+        if not self.face.numbered:
+            return prefix, suffix, b""
+        start, _, end = suffix.rpartition(b"%d" % number)
+        return prefix, start, end
+
+
+# === DEMO ANSWERS (pure) ====================================================
+# What the upstream inside the program (--demo) says, in Command Code's own
+# format: a person can connect any client without a key, and a client's author
+# can try every error.  Markers in the last user message choose: [demo:402],
+# [demo:429], [demo:503], [demo:length], [demo:error], [demo:cut], [demo:slow].
+
+DEMO_KEY = "user_demo"
+DEMO_MARKER = re.compile(r"\[demo:([a-z0-9]+)\]")
+DEMO_ERRORS = {
+    "400": (400, "BAD_REQUEST", "Invalid request error (asked for by [demo:400])."),
+    "402": (402, "INSUFFICIENT_CREDITS", "Insufficient credits (asked for by [demo:402])."),
+    "403": (403, "MODEL_NOT_IN_PLAN", "This model needs a higher plan ([demo:403])."),
+    "429": (429, "RATE_LIMITED", "Too many requests (asked for by [demo:429])."),
+    "500": (500, "INTERNAL", "Something broke (asked for by [demo:500])."),
+    "503": (503, "UNAVAILABLE", "No capacity (asked for by [demo:503]).")}
+DANGEROUS_TOOL = re.compile(r"bash|shell|exec|command|write|edit|patch|delete|remove|task|agent"
+                            r"|kill", re.I)     # a demo must not make an agent change anything
+
+
+class DemoAnswer(NamedTuple):
+    """A status with a JSON body, or the lines of a stream with a pause in seconds before each."""
+
+    status: int
+    body: Json
+    lines: List[Tuple[float, Json]]
+    cut: bool = False           # the connection ends in mid-stream
+
+
+EXAMPLES: Dict[str, Any] = {"string": "example", "integer": 1, "number": 1.5, "boolean": True,
+                            "null": None}
+
+
+def example_choice(schema: Json) -> Any:
+    """The first value or schema that a schema names outright; None when it names none."""
+    for keyword in ("enum", "anyOf", "oneOf"):
+        if isinstance(schema.get(keyword), list) and schema[keyword]:
+            return schema[keyword][0]
+    return schema.get("const")
+
+
+def example_value(schema: Any, depth: int = 0) -> Any:
+    """A value that is valid under a plain schema: what the demo's tool calls and JSON hold."""
+    if not isinstance(schema, dict) or depth > 8:
+        return "example"
+    chosen = example_choice(schema)
+    if chosen is not None:
+        return chosen if "enum" in schema or "const" in schema else example_value(chosen, depth + 1)
+    kind = schema.get("type")
+    kind = str(kind[0] if isinstance(kind, list) and kind else kind)
+    if kind == "object" or "properties" in schema:
+        members = schema.get("properties") or {}
+        return {name: example_value(members.get(name), depth + 1)
+                for name in schema.get("required") or list(members)}
+    if kind == "array":
+        return [example_value(schema.get("items"), depth + 1)] * max(1, schema.get("minItems") or 1)
+    return EXAMPLES.get(kind, "example")
+
+
+def last_user_text(messages: List[Json]) -> str:
+    for message in reversed(messages):
+        if message["role"] == "user":
+            return "\n".join(part.get("text", "") for part in message["content"])
+    return ""
+
+
+def demo_tools(params: Json, asked: str) -> List[Json]:
+    """The tools that the demo calls: the one that is named or demanded, else a harmless one."""
+    if params["messages"][-1]["role"] == "tool":
+        return []
+    tools = params["tools"]
+    choice = params.get("tool_choice") or {}
+    named = [tool for tool in tools if tool["name"] == choice.get("name") or tool["name"] in asked]
+    if not named and choice.get("type") == "any":
+        named = tools
+    named = named or [tool for tool in tools if not DANGEROUS_TOOL.search(tool["name"])]
+    return named[:2] if "[demo:parallel]" in asked else named[:1]
+
+
+def demo_words(params: Json, asked: str) -> List[str]:
+    """The text of an answer, a word or so at a time."""
+    system = params["system"] if isinstance(params["system"], str) else "".join(
+        block["text"] for block in params["system"])
+    schema = re.search(r"JSON Schema and nothing else.*?\n(\{.*)", system, re.S)
+    if schema:
+        return [json.dumps(example_value(json.loads(schema[1])), ensure_ascii=False)]
+    if JSON_ANY in system:
+        return ['{"demo": true}']
+    images = sum(part["type"] == "image" for message in params["messages"]
+                 for part in message["content"])
+    results = [part["output"]["value"] for message in params["messages"][-1:]
+               if message["role"] == "tool" for part in message["content"]]
+    words = "This is the demo upstream, not a model. "
+    if images:
+        words += "I see %d picture%s. " % (images, "" if images == 1 else "s")
+    words += "The tool said: %s" % "; ".join(results)[:500] if results else \
+        "You said: %s" % (asked.strip()[:500] or "nothing")
+    return re.findall(r"\S+\s*", words + " Grüße, 世界 🚀.")
+
+
+def demo_stream(params: Json, asked: str) -> List[Tuple[float, Json]]:
+    """All events of an ordinary answer up to its finish."""
+    marker = DEMO_MARKER.findall(asked)
+    pause = 0.5 if "slow" in marker else 0.01
+    lines: List[Tuple[float, Json]] = [(0.0, {"type": "start"})]
+    for word in ("The demo ", "thinks ", "a little."):
+        lines.append((pause, {"type": "reasoning-delta", "id": "r0", "text": word}))
+    lines.append((0.0, {"type": "reasoning-end", "id": "r0"}))
+    if "length" in marker:
+        return lines
+    calls = demo_tools(params, asked)
+    for number, tool in enumerate(calls):
+        name = "call_demo_%d_%d" % (len(params["messages"]), number)
+        given = example_value(tool["input_schema"])
+        text = json.dumps(given, ensure_ascii=False)
+        lines.append((pause, {"type": "tool-input-start", "id": name, "toolName": tool["name"]}))
+        lines += [(pause, {"type": "tool-input-delta", "id": name, "delta": text[at:at + 8]})
+                  for at in range(0, len(text), 8)]
+        lines.append((0.0, {"type": "tool-call", "toolCallId": name, "toolName": tool["name"],
+                            "input": given}))
+    if not calls:
+        lines += [(pause, {"type": "text-delta", "id": "t0", "text": word})
+                  for word in demo_words(params, asked)]
+    return lines
+
+
+def demo_answer(body: Json) -> DemoAnswer:
+    """The demo's answer to one /alpha/generate request; its figures are estimates and say so
+    nowhere else than here, for there is no model behind it."""
+    params = body["params"]
+    asked = last_user_text(params["messages"])
+    markers = DEMO_MARKER.findall(asked)
+    if markers and markers[0] in DEMO_ERRORS and params["messages"][-1]["role"] == "user":
+        status, code, message = DEMO_ERRORS[markers[0]]
+        return DemoAnswer(status, {"success": False, "error": {
+            "code": code, "status": status, "message": message}}, [])
+    lines = demo_stream(params, asked)
+    if "error" in markers:
+        return DemoAnswer(200, {}, lines[:-2] + [(0.0, {"type": "error", "error": {
+            "message": "Broken off (asked for by [demo:error]).", "statusCode": 503,
+            "isRetryable": False}})])
+    if "cut" in markers:
+        return DemoAnswer(200, {}, lines[:-2], cut=True)
+    called = any(line["type"] == "tool-call" for _, line in lines)
+    reason = "length" if "length" in markers else "tool-calls" if called else "stop"
+    usage = {"inputTokens": len(to_json(params)) // 4, "outputTokens": len(lines),
+             "inputTokenDetails": {"cacheReadTokens": 0}, "outputTokenDetails":
+             {"reasoningTokens": 3}}
+    return DemoAnswer(200, {}, lines + [(0.0, {"type": "finish", "finishReason": reason,
+                                               "totalUsage": usage})])
 
 
 # === THE SHELL ==============================================================
@@ -3906,6 +4812,8 @@ class App:
     proxy_authorization: str = ""
     proxy_known: bool = False
     tls: Optional[ssl.SSLContext] = None
+    demo: bool = False                          # the upstream is the one inside the program
+    calibrations: Dict[str, Calibration] = field(default_factory=dict)
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
@@ -4714,6 +5622,81 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
             raise stopping_error()
 
 
+# === COMPRESSED BODIES ======================================================
+# Request bodies in gzip, deflate or zstd.  The first two are Python's own on
+# every version; zstd is Python's from 3.14 on, before that the system's libzstd
+# is asked through ctypes, and where neither is there it is a 415 that says so.
+
+def decode_body(data: bytes, coding: str, most: int) -> bytes:
+    """A body without its compression, known by its header or, where that lies, by its magic."""
+    if coding == "zstd" or data[:4] == b"\x28\xb5\x2f\xfd":
+        return inflate_zstd(data, most)
+    if coding in ("", "identity") and data[:2] == b"\x1f\x8b":
+        coding = "gzip"
+    return inflate(data, coding, most)
+
+
+def inflate_zstd(data: bytes, most: int) -> bytes:
+    """A zstd body decompressed: by Python (3.14) or by the system's libzstd, else 415."""
+    try:
+        from compression import zstd        # type: ignore[import-not-found]
+    except ImportError:
+        return inflate_libzstd(data, most)
+    reader = zstd.ZstdDecompressor()
+    try:
+        content = reader.decompress(data, max_length=most + 1)
+    except zstd.ZstdError:
+        raise client_fault("the body is not the zstd it says to be") from None
+    if len(content) > most:
+        raise too_large(most)
+    if not reader.eof or reader.unused_data:
+        raise client_fault("the compressed body is cut off, or not one frame")
+    return content
+
+
+def load_libzstd() -> Any:
+    """The system's libzstd.  Raises ProxyError `encoding` when there is none."""
+    import ctypes
+    for name in ("libzstd.so.1", "libzstd.1.dylib", "libzstd.dll", "zstd.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.ZSTD_createDStream.restype = ctypes.c_void_p
+        library.ZSTD_freeDStream.argtypes = [ctypes.c_void_p]
+        library.ZSTD_decompressStream.restype = ctypes.c_size_t
+        library.ZSTD_decompressStream.argtypes = [ctypes.c_void_p] * 3
+        library.ZSTD_isError.argtypes = [ctypes.c_size_t]
+        return library
+    raise ProxyError("encoding", "Content-Encoding zstd needs Python 3.14 or libzstd on the "
+                     "proxy's machine: send gzip or no compression.", param="content-encoding")
+
+
+def inflate_libzstd(data: bytes, most: int) -> bytes:
+    """The same through ctypes: its buffers are (address, size, position)."""
+    import ctypes
+    library = load_libzstd()
+    room = ctypes.create_string_buffer(128 * KIB)
+    source = ctypes.create_string_buffer(data, len(data))
+    given = (ctypes.c_size_t * 3)(ctypes.addressof(source), len(data), 0)
+    content, left = bytearray(), 1
+    stream = library.ZSTD_createDStream()
+    try:
+        while left:         # 0: the frame is complete
+            taken = (ctypes.c_size_t * 3)(ctypes.addressof(room), len(room), 0)
+            left = library.ZSTD_decompressStream(stream, taken, given)
+            content += room.raw[:taken[2]]
+            if library.ZSTD_isError(left) or (left and given[2] == len(data) and not taken[2]):
+                raise client_fault("the body is not the zstd it says to be, or is cut off")
+            if len(content) > most:
+                raise too_large(most)
+    finally:
+        library.ZSTD_freeDStream(stream)
+    if given[2] < len(data):
+        raise client_fault("the compressed body is not one frame")
+    return bytes(content)
+
+
 # === EXCHANGES ==============================================================
 # One request and its answer on a client's connection: whole responses, CORS,
 # and request bodies, read within every limit of time and size.  A body that
@@ -4732,6 +5715,7 @@ class Exchange:
     started: float                              # loop time
     keep: bool                                  # the connection may serve another request
     face: Optional[Face] = None                 # whose error shape is used
+    dry_run: bool = False                       # explain the call instead of making it
     opened: bool = False                        # a response head went out
     body_begun: bool = False
     body_read: bool = False
@@ -4794,7 +5778,7 @@ async def read_body(app: App, exchange: Exchange) -> bytes:
         exchange.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     pieces = [piece async for piece in body_pieces(app, exchange, most)]
     coding = head.fields.get("content-encoding", "").strip().lower()
-    return inflate(b"".join(pieces), coding, most)
+    return decode_body(b"".join(pieces), coding, most)
 
 
 async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
@@ -4858,6 +5842,145 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
     return True
 
 
+# === JOBS ===================================================================
+# A request's body made ready to be sent: whichever shape it has, it becomes one
+# Prompt, fitted to its model, and one upstream call.  A plain answer whose form
+# was asked for is checked here, and asked for once more when it does not hold.
+
+class Job(NamedTuple):
+    """A request made ready: what is sent, and how the answer will be read.  `prompt` is kept
+    only where the answer may have to be asked for again."""
+
+    spec: CallSpec
+    answer: Answer
+    notes: List[str]
+    prompt: Optional[Prompt] = None
+
+
+def choose_reader(face: Face, body: Json) -> Face:
+    """Whose parser reads a body: its shape tells, for clients post any shape at any door."""
+    if "input" in body and "messages" not in body:
+        return RESPONSES
+    return CHAT if face is RESPONSES and "messages" in body and "input" not in body else face
+
+
+def read_prompt(app: App, face: Face, data: bytes, notes: List[str]) -> Prompt:
+    """A request's body as a Prompt that is fit to be sent.  Raises ProxyError."""
+    body = parse_object(data, notes)
+    reader = choose_reader(face, body)
+    prompt = reader.parse(body, notes)
+    if face is CHAT:
+        prompt.show_thinking = prompt.show_thinking and app.config.include_reasoning
+    elif face is MESSAGES and reader is not MESSAGES:
+        prompt.show_thinking = bool(prompt.effort)
+    elif face is RESPONSES and reader is not RESPONSES:
+        prompt.echo = echo_request(body)
+    model = resolve_model(prompt.asked, app.models, app.config, notes)
+    prompt.model = model.id
+    prompt.effort = fit_effort(prompt.effort, model, notes)
+    prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
+    repair_prompt(prompt)
+    return prompt
+
+
+def count_input(app: App, prompt: Prompt) -> Tuple[int, int, str]:
+    """(calibrated estimate, raw estimate, family) of a prompt's input tokens."""
+    raw = estimate_input(prompt)
+    family = model_family(prompt.model, bool(prompt.tools))
+    return calibrated(raw, app.calibrations.get(family, Calibration())), raw, family
+
+
+def refuse_notes(exchange: Exchange, notes: List[str]) -> None:
+    """x-ccproxy-strict: what would be a note is a 400."""
+    if notes and exchange.head.fields.get("x-ccproxy-strict") == "1":
+        unique = list(dict.fromkeys(notes))
+        raise ProxyError("invalid", "Refused because of x-ccproxy-strict: " + format_notes(unique),
+                         details={"notes": unique[:100]})
+
+
+def new_answer(app: App, face: Face, prompt: Prompt) -> Answer:
+    """An empty answer to a prompt."""
+    reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model),
+                  int(time.time()), include_usage=prompt.include_usage,
+                  carry_thinking=prompt.carry_thinking, echo=prompt.echo)
+    reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
+    return Answer(face, ALPHA, reply, prompt, app.config.empty_response_policy == "allow")
+
+
+def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> Job:
+    """A request's body translated into its upstream call.  Raises ProxyError."""
+    notes: List[str] = []
+    fields = exchange.head.fields
+    try:
+        prompt = read_prompt(app, face, data, notes)
+        prompt.session = derive_session(key, session_value(fields, prompt.user_id),
+                                        first_user_text(prompt))
+        payload = ALPHA.build(prompt, prompt.session)
+        answer = new_answer(app, face, prompt)
+    except RecursionError:
+        raise ProxyError("invalid", "The body is nested too deeply.") from None
+    exchange.record.update(model=prompt.model, stream=prompt.stream)
+    refuse_notes(exchange, notes)
+    traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
+    spec = build_call(app, key, prompt.session, traceparent, payload)
+    return Job(spec, answer, notes, prompt if has_checked_format(prompt) else None)
+
+
+def answer_fields(job: Job) -> List[Tuple[str, str]]:
+    """The headers that every answer carries: its id, and what was changed on the way."""
+    reply = job.answer.reply
+    fields = [("x-request-id", reply.id), ("request-id", reply.id)]
+    notes = format_notes(job.notes + reply.notes)
+    job.answer.noted = len(reply.notes)
+    return fields + ([("x-ccproxy-notes", notes)] if notes else [])
+
+
+def explain_call(app: App, job: Job) -> Json:
+    """The upstream request exactly as it would be sent, its key hidden, and the notes."""
+    line, *rows = job.spec.head.decode("ascii").rstrip("\r\n").split("\r\n")
+    method, target, _ = line.split(" ")
+    fields = dict(row.split(": ", 1) for row in rows)
+    fields["authorization"] = "Bearer " + key_name(fields["authorization"][len("Bearer "):])
+    fields.pop("proxy-authorization", None)
+    base = "%s://%s" % (app.origin.scheme, app.origin.authority)
+    return {"method": method, "url": target if "://" in target else base + target,
+            "headers": fields, "body": json.loads(job.spec.payload),
+            "notes": list(dict.fromkeys(job.notes))}
+
+
+async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
+    """The answer, or a second one where the first is not valid under its schema; a note tells.
+
+    Raises nothing: where the second call fails, the first answer is what there is.
+    """
+    answer, prompt = job.answer, job.prompt
+    violation = format_violation(prompt, answer.reply) if prompt else None
+    if prompt is None or violation is None:
+        return answer
+    add_repair_turns(prompt, answer.reply, violation)
+    payload = ALPHA.build(prompt, prompt.session)
+    length = b"content-length: %d\r\n" % len(payload)
+    head = re.sub(rb"content-length: [0-9]+\r\n", length, job.spec.head)
+    second = new_answer(app, answer.face, prompt)
+    relay = Relay(app, exchange.wire, second, CallSpec(head, payload), lambda: b"")
+    try:
+        await run_calls(relay, exchange.record)
+        await finish_reading(relay)
+    except ProxyError as error:
+        app.log.debug("repair of a structured answer failed: %s", printable(error.message, 200))
+        add_note(answer.reply.notes, "json_invalid", violation)
+        return answer
+    finally:
+        relay.close()
+    left = format_violation(prompt, second.reply)
+    code = "json_repaired" if left is None else "json_invalid"
+    add_note(second.reply.notes, code, left or violation)
+    second.reply.notes[:0] = answer.reply.notes
+    second.reply.id, second.reply.family = answer.reply.id, ""
+    second.reply.usage = add_usage(answer.reply.usage, second.reply.usage)
+    return second
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  `serve_answer` is the way of
 # every generating request, whichever the face: key, body, prompt, call, relay.
@@ -4884,58 +6007,11 @@ def shown_path(head: RequestHead) -> str:
 
 
 def normal_path(path: str) -> str:
-    """A path without what clients add to it: /anthropic, /v1 once or twice, slashes behind it."""
+    """A path without what may stand before it (/explain, /anthropic, /v1 once or twice) and
+    without slashes behind it."""
     path = re.sub(r"/{2,}", "/", path)
-    path = re.sub(r"^/anthropic(?=/|$)", "", path)
+    path = re.sub(r"^(/explain)?(/anthropic)?(?=/|$)", "", path)
     return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
-
-
-class Job(NamedTuple):
-    """A request made ready: what is sent, and how the answer will be read."""
-
-    spec: CallSpec
-    answer: Answer
-    notes: List[str]
-
-
-def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> Job:
-    """A request's body translated into its upstream call.  Raises ProxyError."""
-    notes: List[str] = []
-    fields = exchange.head.fields
-    try:
-        prompt = face.parse(parse_object(data, notes), notes)
-        exchange.record.update(model=prompt.asked, stream=prompt.stream)
-        model = resolve_model(prompt.asked, app.models, app.config, notes)
-        prompt.model = model.id
-        prompt.effort = fit_effort(prompt.effort, model, notes)
-        prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
-        prompt.show_thinking = prompt.show_thinking and (
-            face is not CHAT or app.config.include_reasoning)
-        repair_prompt(prompt)
-        session = derive_session(key, session_value(fields, prompt.user_id),
-                                 first_user_text(prompt))
-        payload = ALPHA.build(prompt, session)
-    except RecursionError:
-        raise ProxyError("invalid", "The body is nested too deeply.") from None
-    exchange.record.update(model=prompt.model, stream=prompt.stream)
-    reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or model.id),
-                  int(time.time()),
-                  include_usage=prompt.include_usage)
-    if face is MESSAGES:
-        reply.input_estimate = estimate_input(prompt)
-    traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
-    spec = build_call(app, key, session, traceparent, payload)
-    answer = Answer(face, ALPHA, reply, prompt, app.config.empty_response_policy == "allow")
-    return Job(spec, answer, notes)
-
-
-def answer_fields(job: Job) -> List[Tuple[str, str]]:
-    """The headers that every answer carries: its id, and what was changed on the way."""
-    reply = job.answer.reply
-    fields = [("x-request-id", reply.id), ("request-id", reply.id)]
-    notes = format_notes(job.notes + reply.notes)
-    job.answer.noted = len(reply.notes)
-    return fields + ([("x-ccproxy-notes", notes)] if notes else [])
 
 
 STREAM_FIELDS = [("content-type", "text/event-stream; charset=utf-8"),
@@ -4952,17 +6028,30 @@ def open_stream(app: App, exchange: Exchange, job: Job) -> bytes:
     return start_response(app, exchange, 200, fields)
 
 
+def caller_key(app: App, exchange: Exchange) -> str:
+    """The caller's key; the demo takes any or none.  Raises ProxyError 401."""
+    try:
+        return find_key(exchange.head.fields)
+    except ProxyError:
+        if app.demo:
+            return DEMO_KEY
+        raise
+
+
 async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     """A generating request, from its key to the last byte of its answer.  Raises ProxyError as
     long as no response head went out; later errors become the stream's last event."""
     exchange.face = face
     record = exchange.record
     record["api"] = face.name
-    key = find_key(exchange.head.fields)
+    key = caller_key(app, exchange)
     record["key"] = key_name(key)
     keep_models_fresh(app)
     job = prepare(app, exchange, face, key, await read_body(app, exchange))
     release_body(app, exchange)
+    if exchange.dry_run:
+        await respond_json(app, exchange, 200, explain_call(app, job), answer_fields(job))
+        return
     if exchange.wire.ended:
         raise ConnectionResetError("the client left before its request was sent on")
     task = asyncio.current_task()
@@ -4977,6 +6066,7 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
         await run_calls(relay, record)
         if not job.answer.stream:
             await finish_reading(relay)
+            job = job._replace(answer=await hold_format(app, exchange, job))
             await respond_json(app, exchange, 200, job.answer.body(), answer_fields(job))
         elif not relay.over.done():
             finishing = True
@@ -4991,7 +6081,7 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     finally:
         if not finishing:
             relay.close()
-        record_answer(exchange, relay, job)
+        record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
     await exchange.wire.drain()
 
@@ -5000,8 +6090,19 @@ def record_notes(exchange: Exchange, job: Job) -> None:
     exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
 
 
-def record_answer(exchange: Exchange, relay: Relay, job: Job) -> None:
+def learn_usage(app: App, reply: Reply) -> None:
+    """Calibrate the estimator by a true count (of at most MAX_FAMILIES families)."""
+    known = app.calibrations
+    if reply.usage is None or not reply.usage.input or not reply.family:
+        return
+    if reply.family in known or len(known) < MAX_FAMILIES:
+        known[reply.family] = learn_count(known.get(reply.family, Calibration()),
+                                          reply.raw_estimate, reply.usage.input)
+
+
+def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
     """What the log line tells of an answer."""
+    learn_usage(app, job.answer.reply)
     record, reply = exchange.record, job.answer.reply
     record_notes(exchange, job)
     if relay.first:
@@ -5018,6 +6119,44 @@ async def serve_chat(app: App, exchange: Exchange) -> None:
 
 async def serve_messages(app: App, exchange: Exchange) -> None:
     await serve_answer(app, exchange, MESSAGES)
+
+
+async def serve_responses(app: App, exchange: Exchange) -> None:
+    await serve_answer(app, exchange, RESPONSES)
+
+
+async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
+    """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
+    exchange.face = face
+    exchange.record["api"] = face.name
+    data = await read_body(app, exchange)
+    try:
+        return count_input(app, read_prompt(app, face, data, []))[0]
+    except RecursionError:
+        raise ProxyError("invalid", "The body is nested too deeply.") from None
+
+
+async def serve_messages_count(app: App, exchange: Exchange) -> None:
+    tokens = await count_tokens(app, exchange, MESSAGES)
+    await respond_json(app, exchange, 200, {"input_tokens": tokens})
+
+
+async def serve_responses_count(app: App, exchange: Exchange) -> None:
+    tokens = await count_tokens(app, exchange, RESPONSES)
+    await respond_json(app, exchange, 200, {"object": "response.input_tokens",
+                                            "input_tokens": tokens})
+
+
+async def refuse_websocket(app: App, exchange: Exchange) -> None:
+    """Codex tries a WebSocket first: answered at once, it goes on over HTTP (FIELD 33)."""
+    if "upgrade" not in exchange.head.fields:
+        raise ProxyError("not_found", "Responses are not stored here: there is nothing to get.")
+    raise ProxyError("upgrade", "WebSocket is not spoken here: use POST.")
+
+
+async def refuse_stored(app: App, exchange: Exchange) -> None:
+    raise ProxyError("not_found", "Responses are not stored here: there is no %s."
+                     % printable(exchange.head.path, 100))
 
 
 # Everything else.
@@ -5055,14 +6194,19 @@ async def serve_health(app: App, exchange: Exchange) -> None:
     now = asyncio.get_running_loop().time()
     await respond_json(app, exchange, 200, {
         "status": "draining" if app.draining else "ok", "version": __version__,
-        "upstream": app.config.api_base + ALPHA.path,
-        "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays)})
+        "upstream": "demo" if app.demo else app.config.api_base + ALPHA.path,
+        "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
+        "token_estimate": {family: {"answers": round(known.weight, 1),
+                                    "mean_error": round(known.error, 3)}
+                           for family, known in sorted(app.calibrations.items())}})
 
 
 async def serve_root(app: App, exchange: Exchange) -> None:
     """What a person sees who opens the address in a browser."""
     text = ("ccproxy %s\n\nPOST /v1/chat/completions   OpenAI Chat Completions\n"
-            "POST /v1/messages           Anthropic Messages\nGET  /v1/models\nGET  /health\n\n"
+            "POST /v1/messages           Anthropic Messages\n"
+            "POST /v1/responses          OpenAI Responses\n"
+            "POST /v1/messages/count_tokens\nGET  /v1/models\nGET  /health\n\n"
             "Send your own Command Code key as `Authorization: Bearer user_...`.\n" % __version__)
     await respond(app, exchange, 200, text.encode(), [("content-type", "text/plain")])
 
@@ -5088,21 +6232,25 @@ ROUTES = {
     "/health": Route({"GET": serve_health}, quiet=True),
     "/chat/completions": Route({"POST": serve_chat}),
     "/messages": Route({"POST": serve_messages}),
+    "/messages/count_tokens": Route({"POST": serve_messages_count}, quiet=True),
+    "/responses": Route({"POST": serve_responses, "GET": refuse_websocket}),
+    "/responses/input_tokens": Route({"POST": serve_responses_count}, quiet=True),
     "/models": Route({"GET": serve_models}),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
+ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
 
 
 def find_route(head: RequestHead) -> Route:
     """The route of a path.  Raises ProxyError 404."""
     path = normal_path(head.path)
     route = ROUTES.get(path)
-    if route is None and path.startswith("/models/"):
-        route = ONE_MODEL
+    if route is None and path.startswith(("/models/", "/responses/")):
+        route = ONE_MODEL if path.startswith("/models/") else ONE_RESPONSE
     if route is None:
         raise ProxyError("not_found", "There is no %s here. Served are POST /v1/chat/completions, "
-                         "POST /v1/messages, GET /v1/models, GET /health."
+                         "POST /v1/messages, POST /v1/responses, GET /v1/models, GET /health."
                          % shown_path(head))
     return route
 
@@ -5111,6 +6259,8 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     """Find a request's route and method and run it.  Raises ProxyError 404 or 405."""
     head = exchange.head
     exchange.face = face_of_path(head)
+    exchange.dry_run = head.path.startswith("/explain/") or \
+        head.fields.get("x-ccproxy-dry-run") == "1"
     exchange.record.update(method=head.method, path=unquote(head.path))
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
@@ -5213,6 +6363,23 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     return exchange
 
 
+def is_for_codex(fields: Fields, error: ProxyError) -> bool:
+    """Whether this is a permanent refusal for Codex, which would try it thirty times (R44)."""
+    named = "%s %s" % (fields.get("originator", ""), fields.get("user-agent", ""))
+    permanent = error.status in (400, 402, 403, 404) or error.kind == "usage_window"
+    return permanent and re.search(r"\bcodex", named, re.I) is not None
+
+
+async def show_codex_error(app: App, exchange: Exchange, error: ProxyError) -> None:
+    """The one form of a refusal after which Codex stops and shows the message."""
+    reply = Reply("resp_" + random_hex(24), "", int(time.time()))
+    code = "context_length_exceeded" if error.kind == "too_long" else "invalid_prompt"
+    frame = numbered_frame(reply, "response.failed", response=response_object(
+        reply, "failed", error={"code": code, "message": error.message}))
+    await respond(app, exchange, 200, frame, [("content-type", "text/event-stream"),
+                                              *error_fields(error)])
+
+
 async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     """An error as the answer, in the shape of the API that the client speaks."""
     exchange.record["error"] = "%s: %s" % (error.kind, error.message)
@@ -5220,6 +6387,9 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
         exchange.keep = False
         return
     face = exchange.face or CHAT
+    if face is RESPONSES and is_for_codex(exchange.head.fields, error):
+        await show_codex_error(app, exchange, error)
+        return
     if error.status in (408, 413):
         exchange.keep = False       # the rest of that body is not worth waiting for
     fields = error_fields(error)
@@ -5377,11 +6547,74 @@ def watch_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
 
 
-async def run_proxy(app: App, announce: Callable[[str, int], None]) -> None:
+# === DEMO UPSTREAM ==========================================================
+# The upstream inside the program: a listening socket on loopback that speaks
+# Command Code's format, so that --demo and the selftest go through everything
+# that a real request goes through.  What it says is DEMO ANSWERS' work.
+
+
+async def serve_demo_call(app: App, wire: Wire, head: RequestHead) -> None:
+    """One demo request and its answer, chunk by chunk."""
+    exchange = Exchange(wire, head, asyncio.get_running_loop().time(), True)
+    pieces = [piece async for piece in body_pieces(app, exchange, app.config.max_body_bytes)]
+    release_body(app, exchange)
+    answer = demo_answer(json.loads(b"".join(pieces)))
+    if answer.status != 200:
+        body = to_json(answer.body)
+        fields = [JSON_TYPE, ("content-length", str(len(body)))]
+        if answer.status == 429:
+            fields.append(("retry-after", "7"))
+        wire.write(response_head(answer.status, fields) + body)
+        return
+    fields = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked"),
+              ("x-trace-id", random_hex(32))]
+    wire.write(response_head(200, fields))
+    for pause, line in answer.lines:
+        if pause:
+            await asyncio.sleep(pause)
+        wire.write(chunk(to_json(line) + b"\n"))
+        await wire.drain()
+    if answer.cut:
+        wire.abort()
+    wire.write(LAST_CHUNK)
+
+
+async def serve_demo_connection(app: App, wire: Wire) -> None:
+    """All demo requests of one connection."""
+    try:
+        while not wire.ended:
+            head = await read_request_head(app, wire, False)
+            if head is None:
+                break
+            await serve_demo_call(app, wire, head)
+    except (ConnectionError, ProxyError) as error:
+        app.log.debug("demo upstream: %s", printable(str(error), 200))
+    finally:
+        wire.close()
+
+
+async def start_demo(app: App) -> None:
+    """Listen on a free port of loopback and make that the upstream."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: Wire(app, lambda wire: ignore_result(spawn(app, serve_demo_connection(app, wire)))),
+        "127.0.0.1", 0)
+    app.origin = Origin("http", "127.0.0.1", server.sockets[0].getsockname()[1], "")
+    app.proxy_known = True          # loopback is never reached through a proxy
+    app.demo = True
+
+
+def ignore_result(task: Any) -> None:
+    """The task is the app's; nobody waits for it."""
+
+
+async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) -> None:
     """Listen, announce the address, and serve until a signal comes.  Raises OSError when the
     address cannot be had."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     raise_descriptor_limit(app)
+    if demo:
+        await start_demo(app)
     server = await listen(app)
     watch_signals(stop, hurry)
     host, port = server.sockets[0].getsockname()[:2]
@@ -5390,6 +6623,248 @@ async def run_proxy(app: App, announce: Callable[[str, int], None]) -> None:
     server.close()
     app.log.info("stopping: %d requests still run", len(app.exchanges))
     await drain(app, hurry)
+
+
+# === SELFTEST FEATURES ======================================================
+# What `ccproxy.py selftest` tries, a function a feature, over real sockets and
+# with nothing but Python: the README's feature table made executable.
+
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5E"
+         "rkJggg==")
+WEATHER: Json = {"type": "object", "properties": {"city": {"type": "string"}},
+                 "required": ["city"]}
+SELFTEST_PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages",
+                  "responses": "/v1/responses"}
+
+
+class Trial(NamedTuple):
+    """What a feature is tried with: the port of the proxy, and the API."""
+
+    port: int
+    api: str
+
+
+class Outcome(NamedTuple):
+    """An HTTP answer: status, headers, the JSON of its body or of its frames, the raw text."""
+
+    status: int
+    fields: Fields
+    values: List[Any]
+    text: str
+
+
+def call_proxy(port: int, method: str, path: str, body: Optional[Json] = None,
+               fields: Optional[Fields] = None) -> Outcome:
+    """One request over a connection of its own (blocking)."""
+    import http.client
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    headers = {"authorization": "Bearer " + DEMO_KEY, **(fields or {})}
+    try:
+        connection.request(method, path, to_json(body) if body is not None else None, headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        shown = {name.lower(): value for name, value in answer.getheaders()}
+    finally:
+        connection.close()
+    if "event-stream" in shown.get("content-type", ""):
+        values = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+    else:
+        values = [json.loads(text)] if text.startswith(("{", "[")) else []
+    return Outcome(answer.status, shown, values, text)
+
+
+def selftest_body(api: str, words: str, image: bool, tools: bool) -> Json:
+    """A request of an API with a text, and perhaps a picture or a tool."""
+    parts: Dict[str, List[Json]] = {
+        "chat": [{"type": "text", "text": words}], "messages": [{"type": "text", "text": words}],
+        "responses": [{"type": "input_text", "text": words}]}
+    pictures: Dict[str, Json] = {
+        "chat": {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}},
+        "messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                                 "data": PIXEL}},
+        "responses": {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}}
+    function = {"name": "get_weather", "description": "Weather of a city."}
+    offered: Dict[str, Json] = {
+        "chat": {"type": "function", "function": {**function, "parameters": WEATHER}},
+        "messages": {**function, "input_schema": WEATHER},
+        "responses": {"type": "function", **function, "parameters": WEATHER}}
+    message = {"role": "user", "content": parts[api] + ([pictures[api]] if image else [])}
+    body: Json = {"input" if api == "responses" else "messages": [message]}
+    if api == "messages":
+        body["max_tokens"] = 1000
+    return {**body, "tools": [offered[api]]} if tools else body
+
+
+def ask(trial: Trial, words: str, image: bool = False, tools: bool = False,
+        **members: Any) -> Outcome:
+    body = {**selftest_body(trial.api, words, image, tools), **members}
+    return call_proxy(trial.port, "POST", SELFTEST_PATHS[trial.api], body)
+
+
+TEXT_MEMBERS = re.compile(
+    r'"(?:content|text|delta|arguments|partial_json|thinking|reasoning_content)": ?'
+    r'("(?:[^"\\]|\\.)*")')
+
+
+def text_of(outcome: Outcome) -> str:
+    """All text of an answer, whichever API and form: every text-like member in order."""
+    return "".join(json.loads(found) for found in TEXT_MEMBERS.findall(outcome.text))
+
+
+def try_text(trial: Trial, stream: bool) -> bool:
+    outcome = ask(trial, "Say hello.", stream=stream)
+    return outcome.status == 200 and "Grüße, 世界 🚀" in text_of(outcome)
+
+
+def try_tools(trial: Trial, stream: bool) -> bool:
+    outcome = ask(trial, "Call the tool.", tools=True, stream=stream)
+    return "get_weather" in outcome.text and "city" in outcome.text
+
+
+def try_thinking(trial: Trial, stream: bool) -> bool:
+    asked: Dict[str, Json] = {
+        "chat": {"reasoning_effort": "high"},
+        "messages": {"thinking": {"type": "enabled", "budget_tokens": 4000}},
+        "responses": {"reasoning": {"effort": "high", "summary": "auto"}}}
+    return "thinks a little." in text_of(ask(trial, "Think.", stream=stream, **asked[trial.api]))
+
+
+def try_image(trial: Trial, stream: bool) -> bool:
+    return "I see 1 picture." in text_of(ask(trial, "What is this?", image=True, stream=stream))
+
+
+def try_usage(trial: Trial, stream: bool) -> bool:
+    options = {"stream_options": {"include_usage": True}} if trial.api == "chat" and stream else {}
+    outcome = ask(trial, "Count.", stream=stream, **options)
+    return re.search(r'"(completion|output)_tokens": ?[1-9]', outcome.text) is not None
+
+
+def try_length(trial: Trial, stream: bool) -> bool:
+    outcome = ask(trial, "Go on. [demo:length]", stream=stream)
+    words = {"chat": '"length"', "messages": "max_tokens", "responses": "max_output_tokens"}
+    return words[trial.api] in outcome.text
+
+
+def try_refusal(trial: Trial, stream: bool) -> bool:
+    """Errors before any output are real statuses, and permanent ones say so."""
+    billing = ask(trial, "Hello. [demo:402]", stream=stream)
+    limit = ask(trial, "Hello. [demo:429]", stream=stream)
+    return (billing.status, limit.status) == (402, 429) and \
+        billing.fields.get("x-should-retry") == "false" and limit.fields.get("retry-after") == "7"
+
+
+def try_broken_stream(trial: Trial, stream: bool) -> bool:
+    """An upstream that breaks off is an error, never a made-up end."""
+    outcome = ask(trial, "Hello. [demo:error]", stream=stream)
+    if not stream:
+        return outcome.status == 503
+    return "Broken off" in json.dumps(outcome.values[-1]) and "[DONE]" not in outcome.text
+
+
+def try_json(trial: Trial, stream: bool) -> bool:
+    """Structured output is valid under its schema."""
+    inner = {"name": "weather", "schema": WEATHER, "strict": True}
+    asked: Dict[str, Json] = {
+        "chat": {"response_format": {"type": "json_schema", "json_schema": inner}},
+        "messages": {"output_config": {"format": {"type": "json_schema", "schema": WEATHER}}},
+        "responses": {"text": {"format": {"type": "json_schema", **inner}}}}
+    outcome = ask(trial, "Answer in JSON.", stream=stream, **asked[trial.api])
+    return outcome.status == 200 and '\\"city\\":' in outcome.text
+
+
+FEATURES: Tuple[Tuple[str, Callable[[Trial, bool], bool]], ...] = (
+    ("text and unicode", try_text), ("tool calls", try_tools), ("thinking", try_thinking),
+    ("pictures", try_image), ("usage", try_usage), ("cut by length", try_length),
+    ("refusals (402, 429)", try_refusal), ("a broken upstream", try_broken_stream),
+    ("structured output", try_json))
+
+
+def try_models(port: int) -> bool:
+    lists = [call_proxy(port, "GET", "/v1/models", None, fields) for fields in
+             ({}, {"anthropic-version": "2023-06-01"})]
+    one = call_proxy(port, "GET", "/v1/models/moonshotai%2FKimi-K3")
+    return lists[0].values[0]["object"] == "list" and not lists[1].values[0]["has_more"] and \
+        one.values[0]["id"] == "moonshotai/Kimi-K3"
+
+
+def try_counting(port: int) -> bool:
+    body = selftest_body("messages", "How many tokens are these?", True, True)
+    counted = call_proxy(port, "POST", "/v1/messages/count_tokens", body)
+    return counted.status == 200 and counted.values[0]["input_tokens"] > 10
+
+
+def try_stops(port: int) -> bool:
+    outcome = ask(Trial(port, "messages"), "Stop early.", stop_sequences=["demo upstream"])
+    return outcome.values[0]["stop_sequence"] == "demo upstream" and \
+        outcome.values[0]["content"][-1]["text"] == "This is the "
+
+
+def try_dry_run(port: int) -> bool:
+    outcome = call_proxy(port, "POST", "/explain/v1/chat/completions",
+                         {**selftest_body("chat", "hi", False, False), "seed": 1})
+    return "seed" in json.dumps(outcome.values[0]["notes"]) and DEMO_KEY not in outcome.text
+
+
+def try_no_key(port: int) -> bool:
+    body = selftest_body("chat", "hi", False, False)
+    return call_proxy(port, "GET", "/health").values[0]["status"] == "ok" and \
+        call_proxy(port, "POST", "/v1/chat/completions", body, {"authorization": ""}).status == 200
+
+
+PLAIN_FEATURES: Tuple[Tuple[str, Callable[[int], bool]], ...] = (
+    ("model lists in both shapes", try_models), ("token counting", try_counting),
+    ("stop sequences", try_stops), ("dry run", try_dry_run), ("demo without a key", try_no_key))
+
+
+# === SELFTEST ===============================================================
+# This program against its own demo upstream, one line per feature, exit status
+# 0 when all work.
+
+def works_with(check: Callable[..., bool], *given: Any) -> bool:
+    """Whether a feature works; any surprise means that it does not."""
+    try:
+        return bool(check(*given))
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        sys.stderr.write("%s: %s: %s\n" % (check.__name__, type(error).__name__, error))
+        return False
+
+
+def run_features(port: int) -> bool:
+    """Try every feature and print a line for each; whether all work."""
+    failed = 0
+    for api in SELFTEST_PATHS:
+        for name, check in FEATURES:
+            for stream in (True, False):
+                works = works_with(check, Trial(port, api), stream)
+                failed += not works
+                show_feature(works, "%s: %s, %s" % (api, name, "streaming" if stream else "plain"))
+    for name, plain in PLAIN_FEATURES:
+        works = works_with(plain, port)
+        failed += not works
+        show_feature(works, name)
+    sys.stdout.write("%d failed\n" % failed if failed else "all features work\n")
+    return not failed
+
+
+def show_feature(works: bool, name: str) -> None:
+    mark = "\u2713" if works else "\u2717"
+    try:
+        sys.stdout.write("%s %s\n" % (mark, name))
+    except UnicodeEncodeError:      # a terminal without these signs
+        sys.stdout.write("%s %s\n" % ("ok  " if works else "FAIL", name))
+    sys.stdout.flush()
+
+
+async def selftest(app: App) -> bool:
+    """Start the demo upstream and a proxy on free ports and try every feature."""
+    await start_demo(app)
+    server = await listen(app)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        return bool(await in_thread(lambda: run_features(port)))
+    finally:
+        server.close()
+        await drain(app, asyncio.Event())
 
 
 # === COMMAND LINE ===========================================================
@@ -5403,9 +6878,11 @@ def read_arguments_of(argv: List[str]) -> Tuple[Dict[str, str], Any]:
     line on a flag that does not exist."""
     import argparse
     parser = argparse.ArgumentParser(
-        prog="ccproxy.py", allow_abbrev=False, usage="%(prog)s [--check] [--OPTION VALUE ...]",
+        prog="ccproxy.py", allow_abbrev=False,
+        usage="%(prog)s [selftest] [--check] [--demo] [--OPTION VALUE ...]",
         description="Use a Command Code subscription from any OpenAI or Anthropic client.",
-        epilog="Each option is also an environment variable (in brackets) and an entry of "
+        epilog="`selftest` tries every feature against the upstream inside the program. "
+               "Each option is also an environment variable (in brackets) and an entry of "
                "config.json under its name in camelCase. Flags win over the environment, that "
                "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
     parser.error = complain     # type: ignore[method-assign, assignment]
@@ -5413,6 +6890,10 @@ def read_arguments_of(argv: List[str]) -> Tuple[Dict[str, str], Any]:
                         "beside ccproxy.py, if there is one)")
     parser.add_argument("--check", action="store_true",
                         help="print the configuration in effect and end")
+    command, argv = (argv[0], argv[1:]) if argv[:1] == ["selftest"] else ("", argv)
+    parser.set_defaults(command=command)
+    parser.add_argument("--demo", action="store_true",
+                        help="answer from inside the program, with any key or none")
     parser.add_argument("--version", action="version", version="ccproxy " + __version__)
     for option in OPTIONS:
         default = option.default if option.default not in ("", [], {}) else "none"
@@ -5482,20 +6963,21 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def welcome(config: Config, source: str, host: str, port: int) -> str:
+def welcome(app: App, source: str, host: str, port: int) -> str:
     """The start-up screen."""
     shown = "[%s]" % host if ":" in host else host
     local = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+    key = "" if app.demo else " -H 'Authorization: Bearer user_...'"
+    upstream = "inside this program (--demo)" if app.demo else app.config.api_base + ALPHA.path
     lines = [
         "ccproxy %s on http://%s:%d" % (__version__, shown, port),
-        "  upstream  %s%s" % (config.api_base, ALPHA.path),
-        "  config    %s" % source,
-        "  try       curl http://%s:%d/v1/chat/completions -H 'Authorization: Bearer user_...' \\"
-        % (local, port),
+        "  upstream  " + upstream, "  config    " + source,
+        "  try       curl http://%s:%d/v1/chat/completions%s \\" % (local, port, key),
         "              -H 'Content-Type: application/json' \\",
-        "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",
-        "  note      Command Code's vendor objects to use of %s outside its own CLI and has "
-        "announced bans; the README explains the risk." % ALPHA.path]
+        "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'"]
+    if not app.demo:
+        lines.append("  note      Command Code's vendor objects to use of %s outside its own CLI "
+                     "and has announced bans; the README explains the risk." % ALPHA.path)
     if not is_loopback(host):
         lines.append("  warning   reachable from other machines, over plain HTTP: put TLS in "
                      "front, callers' keys pass through here.")
@@ -5518,6 +7000,16 @@ def check_certificates() -> None:
         raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
 
 
+def run_selftest(app: App) -> int:
+    """The selftest, on ports and with limits of its own."""
+    app.config = app.config._replace(host="127.0.0.1", port=0, use_provider_models=False,
+                                     allowed_models=[], model_aliases={}, cli_version="1.0.0",
+                                     default_model=DEFAULT_MODEL, include_reasoning=True)
+    app.limits = app.limits._replace(backoff=(0.01, 0.01))
+    app.log.setLevel(logging.ERROR)
+    return 0 if asyncio.run(selftest(app)) else 1
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program; gives its exit status."""
     flags, given = read_arguments_of(sys.argv[1:] if argv is None else argv)
@@ -5531,14 +7023,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         app = new_app(config, Limits(), open_log(config), Pool())
     except ProxyError as error:
         complain(error.message)
+    if given.command == "selftest":
+        return run_selftest(app)
     source = file_name if entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
-        sys.stdout.write(welcome(config, source, host, port))
+        sys.stdout.write(welcome(app, source, host, port))
         sys.stdout.flush()
 
     try:
-        asyncio.run(run_proxy(app, announce))
+        asyncio.run(run_proxy(app, given.demo, announce))
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (

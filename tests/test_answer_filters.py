@@ -167,7 +167,7 @@ def test_text_between_fences_goes_out_as_it_comes():
 # Names, thinking, and which filters a prompt has.
 
 def test_names_are_restored():
-    run = ccproxy.restore_names({"a_b": "a.b"})
+    run = ccproxy.restore_names({"a_b": ccproxy.ToolName("a.b")})
     for sent, shown in (("a_b", "a.b"), ("other", "other")):
         block = ccproxy.Block(TOOL, "1", sent)
         assert run(ccproxy.Open(block)) == [ccproxy.Open(block)] and block.name == shown

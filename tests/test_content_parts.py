@@ -364,8 +364,8 @@ TOOLS = [       # (entry, what is sent, words of a note)
     ({"type": "web_search"}, None, "web_search"),
     ({"type": "code_execution_20250522", "name": "code_execution"}, None, "code_execution"),
     ({"type": "mcp_toolset", "mcp_server_name": "x"}, None, "mcp_toolset"),
-    ({"type": "custom", "custom": {"name": "apply_patch", "format": {}}}, None, "custom"),
-    ({"type": "namespace", "name": "n", "tools": []}, None, "n")]
+    ({"type": "custom", "custom": {"name": "apply_patch", "format": {}}},
+     ("apply_patch", "", ccproxy.RAW_SCHEMA), None)]
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)

@@ -130,7 +130,8 @@ def test_root_tells_a_person_what_this_is(proxy):
 def test_health(make_proxy, upstream):
     proxy = make_proxy(useProviderModels=False)
     health = proxy.request("GET", "/health", key=None).json
-    assert set(health) == {"status", "version", "upstream", "uptime_seconds", "open_streams"}
+    assert set(health) == {"status", "version", "upstream", "uptime_seconds", "open_streams",
+                           "token_estimate"}
     assert health["status"] == "ok" and health["version"] == ccproxy.__version__
     assert health["upstream"].startswith(upstream.base) and health["open_streams"] == 0
     upstream.default = stall()

@@ -295,7 +295,7 @@ def test_errors(kind, known, members):
     shown = ccproxy.CHAT.error(error)
     assert list(shown) == ["error"] and shown["error"]["message"] == "words"
     assert {name: shown["error"][name] for name in members} == members
-    (frame,) = read_frames(ccproxy.CHAT.error_frame(error))
+    (frame,) = read_frames(ccproxy.CHAT.frames(None, ccproxy.Fail(error)))
     assert frame == shown
 
 

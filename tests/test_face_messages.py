@@ -318,7 +318,7 @@ def test_errors(kind, name):
     shown = ccproxy.MESSAGES.error(error)
     assert shown == {"type": "error", "error": {"type": name, "message": "words", "trace_id": "t",
                                                 "retry_after": 2}}
-    data = ccproxy.MESSAGES.error_frame(error)
+    data = ccproxy.MESSAGES.frames(None, ccproxy.Fail(error))
     assert data.startswith(b"event: error\ndata: ") and read_frames(data) == [shown]
 
 

@@ -192,12 +192,12 @@ def test_names_are_mapped_and_mapped_back(name):
     assert params["tool_choice"]["name"] == sent and params["tools"][1]["name"] == "other"
     assert (sent == name) == (re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is not None)
     if sent != name:
-        assert prompt.names[sent] == name and has_note(prompt.notes, "renamed=")
+        assert prompt.names[sent].name == name and has_note(prompt.notes, "renamed=")
         answered = ccproxy.Block("tool", "1", sent)
         ccproxy.restore_names(prompt.names)(ccproxy.Open(answered))
         assert answered.name == name
     else:
-        assert prompt.names.get(sent, name) == name and prompt.notes == []
+        assert not prompt.names and prompt.notes == []
 
 
 def test_names_that_become_equal_stay_different():
