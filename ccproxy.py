@@ -5554,7 +5554,8 @@ class Relay:
 
     def close(self) -> None:
         self.detach()
-        self.client.on_block = None
+        if self.client.on_block == self.block:      # else a next request's relay has it
+            self.client.on_block = None
         self.app.relays.discard(self)
 
 
@@ -5846,6 +5847,7 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
 # A request's body made ready to be sent: whichever shape it has, it becomes one
 # Prompt, fitted to its model, and one upstream call.  A plain answer whose form
 # was asked for is checked here, and asked for once more when it does not hold.
+
 
 class Job(NamedTuple):
     """A request made ready: what is sent, and how the answer will be read.  `prompt` is kept
@@ -6156,7 +6158,7 @@ async def refuse_websocket(app: App, exchange: Exchange) -> None:
 
 async def refuse_stored(app: App, exchange: Exchange) -> None:
     raise ProxyError("not_found", "Responses are not stored here: there is no %s."
-                     % printable(exchange.head.path, 100))
+                     % shown_path(exchange.head))
 
 
 # Everything else.
@@ -6398,6 +6400,8 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
         fields.append(("x-ccproxy-notes", notes))
     if error.kind == "method" and error.details:
         fields.append(("allow", error.details["allow"]))
+    if error.kind == "upgrade":
+        fields.append(("upgrade", "HTTP/1.1"))      # RFC 9110 15.5.22 wants one named
     await respond_json(app, exchange, error.status, face.error(error), fields)
 
 
