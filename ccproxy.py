@@ -43,6 +43,7 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     CONTENT PARTS (pure)
     TOOLS (pure)
     MESSAGES TO TURNS (pure)
+    FIELDS OF ANY API (pure)
     STRUCTURED OUTPUT (pure)
     PROMPT REPAIR (pure)
     TOKEN COUNT (pure)
@@ -1667,6 +1668,7 @@ class Prompt:
 
     asked: str                                  # model as the client wrote it
     turns: List[Turn]
+    source: str = "messages"                    # member of the request that holds the turns
     system: List[Text] = field(default_factory=list)
     tools: List[Tool] = field(default_factory=list)
     choice: Optional[Choice] = None
@@ -2555,6 +2557,58 @@ def read_json_format(given: Any, path: str) -> Optional[Json]:
     return {"schema": schema} if schema is not None else {}
 
 
+# === FIELDS OF ANY API (pure) ===============================================
+# What the APIs call by different names, read wherever it stands: clients mix
+# their members as they mix their parts, and nothing is dropped in silence.
+
+BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
+
+
+def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
+    """`tools`, or the older `functions`."""
+    if body.get("tools") is None and body.get("functions") is not None:
+        return read_tools(body["functions"], "functions", notes)
+    return read_tools(body.get("tools"), "tools", notes)
+
+
+def read_any_stops(body: Json) -> List[str]:
+    name = "stop" if body.get("stop") is not None else "stop_sequences"
+    return read_stops(body.get(name), name)
+
+
+def read_any_format(body: Json) -> Optional[Json]:
+    """response_format (Chat), output_config.format (Messages) or text.format (Responses)."""
+    if body.get("response_format") is not None:
+        return read_json_format(body["response_format"], "response_format")
+    for name in ("output_config", "text"):
+        holder = body.get(name)
+        if isinstance(holder, dict) and holder.get("format") is not None:
+            return read_json_format(holder["format"], name + ".format")
+    return None
+
+
+def read_thinking_kind(body: Json) -> str:
+    """Messages' thinking.type (R12); "" when it is not asked for."""
+    given = get(body, "thinking", "an object") or {}
+    kind = get(given, "type", "a string", "thinking") or ""
+    if kind not in ("", "enabled", "adaptive", "disabled"):
+        raise wrong("thinking.type", "must be enabled, adaptive or disabled")
+    return kind
+
+
+def read_any_effort(body: Json) -> Optional[str]:
+    """reasoning_effort, reasoning.effort, output_config.effort, or what a budget amounts to."""
+    effort = get(body, "reasoning_effort", "a string")
+    for name in ("reasoning", "output_config"):
+        holder = get(body, name, "an object") or {}
+        effort = effort or get(holder, "effort", "a string", name)
+    thinking = get(body, "thinking", "an object") or {}
+    budget = get(thinking, "budget_tokens", "a number", "thinking") or 0
+    if effort is None and read_thinking_kind(body) == "enabled":
+        return next((word for least, word in BUDGET_EFFORTS if budget >= least), "low")
+    return effort
+
+
 # === STRUCTURED OUTPUT (pure) ===============================================
 # The upstream has no response_format: the model is told in words what form its
 # answer must have, behind all the rest of the system texts.
@@ -2639,10 +2693,11 @@ def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
 
 def result_text(result: Result) -> str:
     """A result's text, marked as an error where it is one and does not say so itself."""
-    opening = result.text.lstrip("<[( ").lower()
-    if result.is_error and not opening.startswith(("error", "tool_use_error")):
-        return "Error: " + result.text
-    return result.text
+    if not result.is_error:
+        return result.text
+    opening = result.text[:40].lstrip("<[( ").lower()
+    told = opening.startswith(("error", "tool_use_error"))
+    return result.text if told else "Error: " + result.text
 
 
 def show_images(results: Iterable[Any]) -> List[Turn]:
@@ -2684,9 +2739,11 @@ def settle_assistant(turn: Turn, taken: Dict[str, int],
     calls: List[Tuple[str, Call]] = []
     for part in order_parts(turn.parts):
         if isinstance(part, Call):
-            own_id, part = part.id, part._replace(id=unique_id(part.id, taken))
-            if own_id and own_id != part.id:
-                add_note(notes, "repaired", "tool call id used twice")
+            own_id, unique = part.id, unique_id(part.id, taken)
+            if own_id != unique:
+                part = part._replace(id=unique)
+                if own_id:
+                    add_note(notes, "repaired", "tool call id used twice")
             calls.append((own_id, part))
         parts.append(part)
     return Turn("assistant", parts), calls
@@ -2759,9 +2816,12 @@ def settle_choice(prompt: Prompt) -> None:
         return
     if choice.kind == "none":
         prompt.tools, prompt.choice = [], None
-    elif choice.kind == "tool" and choice.name not in [tool.name for tool in prompt.tools]:
-        prompt.choice = None        # a vendor's own tool that was left out, as a rule
-        add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % choice.name)
+    elif choice.kind == "tool":
+        named = [tool for tool in prompt.tools if tool.name == choice.name
+                 and choice.namespace in ("", tool.namespace)]
+        prompt.choice = choice._replace(namespace=named[0].namespace) if named else None
+        if not named:               # a vendor's own tool that was left out, as a rule
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % choice.name)
     elif not prompt.tools:
         prompt.choice = None
         if choice.kind == "any":
@@ -2773,7 +2833,7 @@ def repair_prompt(prompt: Prompt) -> None:
     settle_choice(prompt)
     prompt.turns = repair_turns(prompt.turns, prompt.notes)
     if not prompt.turns:
-        raise wrong("messages", "must hold at least one message that is not empty")
+        raise wrong(prompt.source, "must hold at least one message that is not empty")
     if prompt.turns[-1].role == "assistant":
         add_note(prompt.notes, "prefill", "the model starts anew and does not go on from it")
     map_tool_names(prompt)
@@ -2809,7 +2869,7 @@ def texts_tokens(texts: List[str]) -> float:
     total = sum(map(len, texts))
     if total > SAMPLE_CHARS:
         share = SAMPLE_CHARS / total
-        texts = [text[:64 + int(len(text) * share)] for text in texts]
+        texts = [text[:8 + int(len(text) * share)] for text in texts]
     sample = "".join(texts)
     words = sum(map(len, WORD_CHARS.findall(sample)))
     wide = 0 if sample.isascii() else len(WIDE_CHARS.findall(sample))
@@ -2943,6 +3003,7 @@ def check_type(value: Any, schema: Json, path: str, work: Schema) -> Optional[st
 
 def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
     allowed = schema.get("enum")
+    work.steps[0] -= len(allowed) if isinstance(allowed, list) else 0
     if isinstance(allowed, list) and not any(same_value(value, one) for one in allowed):
         return "%s must be one of %s" % (path, json.dumps(allowed)[:300])
     if "const" in schema and not same_value(value, schema["const"]):
@@ -2991,7 +3052,7 @@ def check_object(value: Any, schema: Json, path: str, work: Schema) -> Optional[
             return "%s lacks the member %s" % (path, json.dumps(name))
     known = schema.get("properties")
     known = known if isinstance(known, dict) else {}
-    rest = schema.get("additionalProperties", True)
+    rest = schema.get("additionalProperties", True) if "patternProperties" not in schema else True
     for name, item in value.items():
         here = "%s.%s" % (path, name)
         if name not in known and rest is False:
@@ -3178,27 +3239,35 @@ class RawInput:
         found = RAW_TEXT.match(self.held)
         text = found[0] if found else ""
         half = HALF_AT_END.search(text)
-        if half and len(text) == len(self.held):
-            text = text[:half.start()]
+        if half and not self.held.startswith('"', len(text)):
+            text = text[:half.start()]      # its other half may come
         self.held = self.held[len(text):]
         self.done = self.held.startswith('"')
         return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
 
 
 def unwrap_raw() -> Callable[[Event], List[Event]]:
-    """The arguments of a raw tool as the free text that they hold."""
-    reader = RawInput()
+    """The arguments of a raw tool as the free text that they hold.
+
+    Arguments of another form than {"input": "..."} are told at the block's end, as its body is.
+    """
+    reader, told = RawInput(), ""
 
     def run(event: Event) -> List[Event]:
-        nonlocal reader
+        nonlocal reader, told
         block = getattr(event, "block", None)
-        if block is None or not block.raw or isinstance(event, Close):
+        if block is None or not block.raw:
             return [event]
         if isinstance(event, Open):
-            reader = RawInput()
+            reader, told = RawInput(), ""
             return [event]
-        text = reader.feed(event.text)      # type: ignore[union-attr]
-        return [Delta(block, text)] if text else []
+        closing = isinstance(event, Close)
+        text = "" if closing else reader.feed(event.text)       # type: ignore[union-attr]
+        if closing and block.whole and call_text(block).startswith(told):
+            text = call_text(block)[len(told):]
+        told += text
+        grown: List[Event] = [Delta(block, text)] if text else []
+        return grown + ([event] if closing else [])
     return run
 
 
@@ -3729,13 +3798,6 @@ CHAT_REASONS = {STOP: "stop", LENGTH: "length", TOOL_CALLS: "tool_calls",
                 FILTERED: "content_filter", PAUSED: "stop"}
 
 
-def chat_tools(body: Json, notes: List[str]) -> List[Tool]:
-    """`tools`, or the older `functions`."""
-    if body.get("tools") is None and body.get("functions") is not None:
-        return read_tools(body["functions"], "functions", notes)
-    return read_tools(body.get("tools"), "tools", notes)
-
-
 def chat_choice(body: Json, notes: List[str]) -> Optional[Choice]:
     """`tool_choice`, or the older `function_call`."""
     legacy = body.get("function_call")
@@ -3744,13 +3806,6 @@ def chat_choice(body: Json, notes: List[str]) -> Optional[Choice]:
     if isinstance(legacy, dict):
         legacy = {"type": "function", **legacy}
     return read_choice_of_tool(legacy, notes)
-
-
-def chat_effort(body: Json) -> Optional[str]:
-    """reasoning_effort, or OpenRouter's and Responses' reasoning.effort."""
-    nested = get(body, "reasoning", "an object") or {}
-    return (get(body, "reasoning_effort", "a string")
-            or get(nested, "effort", "a string", "reasoning"))
 
 
 def parse_chat(body: Json, notes: List[str]) -> Prompt:
@@ -3762,12 +3817,12 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     options = get(body, "stream_options", "an object") or {}
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
-        system=read_system(body.get("system"), "system", notes), tools=chat_tools(body, notes),
+        system=read_system(body.get("system"), "system", notes), tools=read_any_tools(body, notes),
         choice=chat_choice(body, notes),
         max_tokens=read_positive(body, ("max_completion_tokens", "max_tokens")),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=chat_effort(body), stops=read_stops(body.get("stop"), "stop"),
-        json_format=read_json_format(body.get("response_format"), "response_format"),
+        effort=read_any_effort(body), stops=read_any_stops(body),
+        json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
         include_usage=bool(get(options, "include_usage", "a boolean", "stream_options")))
     read_messages(body, prompt)
@@ -3877,7 +3932,6 @@ STOP_REASONS = {STOP: "end_turn", LENGTH: "max_tokens", TOOL_CALLS: "tool_use",
                 FILTERED: "refusal", PAUSED: "pause_turn"}
 DELTA_SHAPES = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
                 TOOL: ("input_json_delta", "partial_json")}
-BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
 
 
 def refuse_threads(body: Json) -> None:
@@ -3886,25 +3940,6 @@ def refuse_threads(body: Json) -> None:
         raise ProxyError("invalid", "Message threads are not kept here: send the whole history.",
                          param="thread", details={"error_code": "thread_unsupported_request",
                                                   "unsupported": ["thread"]})
-
-
-def messages_thinking(body: Json) -> Tuple[bool, Optional[str]]:
-    """(whether thinking is shown, effort) of `thinking` and `output_config.effort` (R12)."""
-    given = get(body, "thinking", "an object") or {}
-    kind = get(given, "type", "a string", "thinking") or "disabled"
-    if kind not in ("enabled", "adaptive", "disabled"):
-        raise wrong("thinking.type", "must be enabled, adaptive or disabled")
-    config = get(body, "output_config", "an object") or {}
-    effort = get(config, "effort", "a string", "output_config")
-    budget = get(given, "budget_tokens", "a number", "thinking")
-    if effort is None and kind == "enabled":
-        effort = next((word for least, word in BUDGET_EFFORTS if (budget or 0) >= least), "low")
-    return kind != "disabled", effort
-
-
-def messages_format(body: Json) -> Optional[Json]:
-    config = get(body, "output_config", "an object") or {}
-    return read_json_format(config.get("format"), "output_config.format")
 
 
 def cache_last_part(prompt: Prompt, cache: Optional[Json]) -> None:
@@ -3918,7 +3953,7 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
     """A Messages request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_threads(body)
     note_ignored(body, MESSAGES_IGNORED, notes)
-    shown, effort = messages_thinking(body)
+    shown = read_thinking_kind(body) in ("enabled", "adaptive")
     given = body.get("tool_choice")
     if isinstance(given, dict) and given.get("disable_parallel_tool_use"):
         add_note(notes, "ignored", "tool_choice.disable_parallel_tool_use")
@@ -3926,11 +3961,11 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes),
-        tools=read_tools(body.get("tools"), "tools", notes),
-        choice=read_choice_of_tool(given, notes), max_tokens=read_positive(body, ("max_tokens",)),
+        tools=read_any_tools(body, notes), choice=read_choice_of_tool(given, notes),
+        max_tokens=read_positive(body, ("max_tokens", "max_completion_tokens")),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=effort, stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
-        json_format=messages_format(body), stream=bool(get(body, "stream", "a boolean")),
+        effort=read_any_effort(body), stops=read_any_stops(body),
+        json_format=read_any_format(body), stream=bool(get(body, "stream", "a boolean")),
         show_thinking=shown, user_id=get(metadata, "user_id", "a string", "metadata"))
     read_messages(body, prompt)
     cache_last_part(prompt, read_cache(body, ""))
@@ -4168,18 +4203,16 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
     """A Responses request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_state(body)
     note_ignored(body, RESPONSES_IGNORED, notes)
-    reasoning = get(body, "reasoning", "an object") or {}
     text = get(body, "text", "an object") or {}
     include = get(body, "include", "a list") or []
     prompt = Prompt(
-        asked=read_model_name(body), turns=[], notes=notes,
+        asked=read_model_name(body), turns=[], notes=notes, source="input",
         system=read_system(body.get("instructions"), "instructions", notes),
         tools=read_tools(body.get("tools"), "tools", notes),
         choice=read_choice_of_tool(body.get("tool_choice"), notes),
         max_tokens=read_positive(body, ("max_output_tokens",)),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=get(reasoning, "effort", "a string", "reasoning"),
-        json_format=read_json_format(text.get("format"), "text.format"),
+        effort=read_any_effort(body), json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
         carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body))
     verbosity = get(text, "verbosity", "a string", "text")
@@ -4734,7 +4767,7 @@ def demo_stream(params: Json, asked: str) -> List[Tuple[float, Json]]:
         lines.append((pause, {"type": "reasoning-delta", "id": "r0", "text": word}))
     lines.append((0.0, {"type": "reasoning-end", "id": "r0"}))
     if "length" in marker:
-        return lines
+        return lines + [(pause, {"type": "text-delta", "id": "t0", "text": "This is the dem"})]
     calls = demo_tools(params, asked)
     for number, tool in enumerate(calls):
         name = "call_demo_%d_%d" % (len(params["messages"]), number)
@@ -6048,7 +6081,8 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     record["api"] = face.name
     key = caller_key(app, exchange)
     record["key"] = key_name(key)
-    keep_models_fresh(app)
+    if not exchange.dry_run:
+        keep_models_fresh(app)
     job = prepare(app, exchange, face, key, await read_body(app, exchange))
     release_body(app, exchange)
     if exchange.dry_run:
@@ -6261,7 +6295,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     """Find a request's route and method and run it.  Raises ProxyError 404 or 405."""
     head = exchange.head
     exchange.face = face_of_path(head)
-    exchange.dry_run = head.path.startswith("/explain/") or \
+    exchange.dry_run = re.match("/+explain/", head.path) is not None or \
         head.fields.get("x-ccproxy-dry-run") == "1"
     exchange.record.update(method=head.method, path=unquote(head.path))
     if head.method == "CONNECT":
@@ -6605,6 +6639,7 @@ async def start_demo(app: App) -> None:
         "127.0.0.1", 0)
     app.origin = Origin("http", "127.0.0.1", server.sockets[0].getsockname()[1], "")
     app.proxy_known = True          # loopback is never reached through a proxy
+    app.models_due = float("inf")   # and has no list of models
     app.demo = True
 
 
@@ -6745,8 +6780,8 @@ def try_usage(trial: Trial, stream: bool) -> bool:
 
 def try_length(trial: Trial, stream: bool) -> bool:
     outcome = ask(trial, "Go on. [demo:length]", stream=stream)
-    words = {"chat": '"length"', "messages": "max_tokens", "responses": "max_output_tokens"}
-    return words[trial.api] in outcome.text
+    words = {"chat": '"length"', "messages": '"max_tokens"', "responses": '"max_output_tokens"'}
+    return outcome.status == 200 and words[trial.api] in outcome.text
 
 
 def try_refusal(trial: Trial, stream: bool) -> bool:
@@ -6828,7 +6863,7 @@ def works_with(check: Callable[..., bool], *given: Any) -> bool:
     """Whether a feature works; any surprise means that it does not."""
     try:
         return bool(check(*given))
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:      # reported, and told as a failure
         sys.stderr.write("%s: %s: %s\n" % (check.__name__, type(error).__name__, error))
         return False
 
@@ -7010,7 +7045,8 @@ def run_selftest(app: App) -> int:
                                      allowed_models=[], model_aliases={}, cli_version="1.0.0",
                                      default_model=DEFAULT_MODEL, include_reasoning=True)
     app.limits = app.limits._replace(backoff=(0.01, 0.01))
-    app.log.setLevel(logging.ERROR)
+    for logger in (app.log, logging.getLogger("asyncio")):
+        logger.setLevel(logging.ERROR)
     return 0 if asyncio.run(selftest(app)) else 1
 
 

@@ -311,14 +311,15 @@ class Program:
     """ccproxy.py in a process of its own, listening on a free port."""
 
     def __init__(self, *arguments: str, environment: Optional[Dict[str, str]] = None,
-                 program: str = PROGRAM) -> None:
+                 program: str = PROGRAM, until: str = "note") -> None:
+        """`until` stands on the last line of the start-up screen."""
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, program, "--port", "0", *arguments], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
             env=clean_environment(**(environment or {})))
         self.screen = ""
-        while "note" not in self.screen:
+        while until not in self.screen:
             line = self.process.stdout.readline()
             assert line, self.log
             self.screen += line

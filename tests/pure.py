@@ -10,7 +10,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 from harness import ccproxy, fold_chat, fold_messages, make_config
 
-FACES = {"chat": ccproxy.CHAT, "messages": ccproxy.MESSAGES}
+FACES = {"chat": ccproxy.CHAT, "messages": ccproxy.MESSAGES}       # those that read `messages`
+ALL_FACES = {**FACES, "responses": ccproxy.RESPONSES}
 NAMES = ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10_", "10b", "11", "12", "13",
          "14", "15"]
 CONFIG, MODELS = make_config(), ccproxy.builtin_models()
@@ -26,7 +27,7 @@ def read_prompt(face: str, body: Any, model: Optional[str] = None) -> Any:
     """A request's body (JSON or bytes) as the prompt that is sent."""
     notes: List[str] = []
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    prompt = FACES[face].parse(ccproxy.parse_object(data, notes), notes)
+    prompt = ALL_FACES[face].parse(ccproxy.parse_object(data, notes), notes)
     found = ccproxy.resolve_model(prompt.asked if model is None else model, MODELS, CONFIG,
                                   notes)
     prompt.model = found.id
@@ -56,7 +57,8 @@ def refusal(face: str, body: Any) -> Any:
 
 
 def request(face: str, **members: Any) -> Any:
-    body = {"model": "vendor/unknown", "messages": [USER], **members}
+    given = {"input": "hi"} if face == "responses" else {"messages": [USER]}
+    body = {"model": "vendor/unknown", **given, **members}
     if face == "messages":
         body.setdefault("max_tokens", 100)
     return body
@@ -129,8 +131,9 @@ def new_answer(face: str, stream: bool = True, lanes: bool = True, allow_empty: 
                **members: Any) -> Any:
     """An Answer; `members` are those of its Prompt."""
     prompt = ccproxy.Prompt(asked="m", turns=[], stream=stream, **members)
-    reply = ccproxy.Reply("id", "m", 0, input_estimate=5, include_usage=prompt.include_usage)
-    return ccproxy.Answer(FACES[face], ccproxy.ALPHA if lanes else NO_LANES, reply, prompt,
+    reply = ccproxy.Reply("id", "m", 0, input_estimate=5, include_usage=prompt.include_usage,
+                          carry_thinking=prompt.carry_thinking, echo=prompt.echo)
+    return ccproxy.Answer(ALL_FACES[face], ccproxy.ALPHA if lanes else NO_LANES, reply, prompt,
                           allow_empty)
 
 
@@ -179,8 +182,7 @@ def check_frames(face: str, answer: Any, data: bytes) -> Any:
     """The wire grammar of a face's stream; gives the folded answer."""
     frames = read_frames(data)
     ended = answer.over and answer.error is None
-    check = check_chat_frames if face == "chat" else check_messages_frames
-    return check(frames, ended, answer.reply.include_usage)
+    return CHECKS[face](frames, ended, answer.reply.include_usage)
 
 
 def check_chat_frames(frames: List[Any], ended: bool, usage: bool) -> Any:
@@ -221,6 +223,104 @@ def check_messages_frames(frames: List[Any], ended: bool, usage: bool) -> Any:
             thinking = start["content_block"]["type"] == "thinking"
             assert (before == "signature_delta") == thinking
     return fold_messages(frames)
+
+
+RUNNING = {"response.output_text": "message", "response.reasoning_summary_text": "reasoning",
+           "response.function_call_arguments": "function_call",
+           "response.custom_tool_call_input": "custom_tool_call"}
+INPUTS_OF_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+
+
+class Item:
+    """An output item of a Responses stream as a client folds it."""
+
+    def __init__(self, frame: Any) -> None:
+        self.shown = frame["item"]
+        self.kind, self.index = self.shown["type"], frame["output_index"]
+        self.text, self.done = "", None
+        self.expected = ["part.added"] if self.kind in ("message", "reasoning") else ["delta"]
+        if self.kind in INPUTS_OF_CALLS:
+            assert self.shown[INPUTS_OF_CALLS[self.kind]] == ""
+            assert self.shown["status"] == "in_progress" and self.shown["call_id"]
+        else:
+            assert self.shown["summary" if self.kind == "reasoning" else "content"] == []
+
+    def read(self, frame: Any) -> None:
+        """One event of this item: part added, deltas, text done, part done, item done."""
+        if frame["type"] == "response.output_item.done":
+            assert self.expected == ["item.done"]
+            self.finish(frame["item"])
+            return
+        assert frame["item_id"] == self.shown["id"]
+        name, _, step = frame["type"].rpartition(".")
+        if self.kind not in INPUTS_OF_CALLS:
+            assert frame["summary_index" if self.kind == "reasoning" else "content_index"] == 0
+        if name.endswith("_part"):
+            assert "part." + step in self.expected, frame
+            assert frame["part"]["text"] == ("" if step == "added" else self.text)
+            self.expected = ["delta", "done"] if step == "added" else ["item.done"]
+            return
+        assert RUNNING[name] == self.kind and step in self.expected + ["done"]
+        if step == "delta":
+            assert frame["delta"]
+            self.text += frame["delta"]
+            self.expected = ["delta", "done"]
+            return
+        told = frame[INPUTS_OF_CALLS.get(self.kind, "text")]
+        assert self.kind in INPUTS_OF_CALLS or told == self.text
+        self.expected = ["item.done" if self.kind in INPUTS_OF_CALLS else "part.done"]
+        self.text = told
+
+    def finish(self, item: Any) -> None:
+        """A client acts on this event: the item must be complete, and what was shown."""
+        assert (item["id"], item["type"]) == (self.shown["id"], self.kind)
+        told = item[INPUTS_OF_CALLS[self.kind]] if self.kind in INPUTS_OF_CALLS else \
+            item["summary" if self.kind == "reasoning" else "content"][0]["text"]
+        assert told == self.text and item.get("status", "completed") == "completed"
+        self.done = item
+
+
+def check_responses_frames(frames: List[Any], ended: bool, usage: bool) -> Any:
+    """{"items": all items, "response": the one that the terminal event holds, else None}."""
+    assert [frame["sequence_number"] for frame in frames] == list(range(len(frames)))
+    kinds = [frame["type"] for frame in frames]
+    terminal = [kind for kind in kinds if kind in (
+        "response.completed", "response.incomplete", "response.failed")]
+    assert terminal == kinds[-1:] if terminal else not ended
+    assert not ended or "response.failed" not in terminal
+    if frames:
+        assert kinds[:2] == ["response.created", "response.in_progress"]
+        for frame in frames[:2]:
+            shell = frame["response"]
+            assert (shell["id"], shell["status"], shell["output"]) == ("id", "in_progress", [])
+    items = fold_items(frames[2:len(frames) - len(terminal)])
+    if not terminal:
+        return {"items": items, "response": None}
+    response = frames[-1]["response"]
+    assert "response." + response["status"] == terminal[0] and response["id"] == "id"
+    if ended:
+        assert response["output"] == [item.done for item in items if item.done]
+        assert all(item.done or item.kind in INPUTS_OF_CALLS for item in items)
+    return {"items": items, "response": response}
+
+
+def fold_items(frames: List[Any]) -> List[Item]:
+    """The items of a Responses stream: one after another, each under its own index and id."""
+    items: List[Item] = []
+    for frame in frames:
+        if frame["type"] == "response.output_item.added":
+            assert not items or items[-1].done or items[-1].kind in INPUTS_OF_CALLS
+            items.append(Item(frame))
+            assert items[-1].index == len(items) - 1
+            continue
+        assert frame["output_index"] == items[-1].index and not items[-1].done
+        items[-1].read(frame)
+    assert len({item.shown["id"] for item in items}) == len(items)
+    return items
+
+
+CHECKS = {"chat": check_chat_frames, "messages": check_messages_frames,
+          "responses": check_responses_frames}
 
 
 def run_stream(face: str, data: bytes, cuts: Any = None, **members: Any) -> Tuple[Any, Any]:

@@ -8,10 +8,10 @@ import random
 import pytest
 from fake_upstream import ndjson, recorded, text_answer
 from harness import ccproxy
-from pure import (FACES, NAMES, cut_bytes, check_frames, has_note, make_answer, new_answer,
-                  random_cuts, read_comments, read_frames, run, run_plain, run_stream)
+from pure import (ALL_FACES, INPUTS_OF_CALLS, NAMES, cut_bytes, check_frames, has_note, make_answer,
+                  new_answer, random_cuts, read_comments, read_frames, run, run_plain, run_stream)
 
-FACE_NAMES = sorted(FACES)
+FACE_NAMES = sorted(ALL_FACES)
 SEEDS = range(80)
 PROMPTS = [{}, {"show_thinking": False}, {"include_usage": True}]
 RECORDED = [(name, members) for name in NAMES for members in PROMPTS[:1 if name == "11" else 3]]
@@ -53,8 +53,7 @@ def check_parity(face, stream, folded, plain, body):
         assert (stream.error.kind, stream.error.message) == (plain.error.kind, plain.error.message)
         return
     assert stream.error is None
-    (check_chat_parity if face == "chat" else check_messages_parity)(
-        folded, body, whole, stream.reply.include_usage)
+    PARITY[face](folded, body, whole, stream.reply.include_usage)
     assert stream.reply.cost == plain.reply.cost
     assert stream.reply.notes == plain.reply.notes
 
@@ -79,6 +78,16 @@ def check_messages_parity(folded, body, whole, include_usage):
     folded["content"] = [block for block in folded["content"]
                          if block["type"] != "tool_use" or next(kept)]
     assert folded == body
+
+
+def check_responses_parity(folded, body, whole, include_usage):
+    assert folded["response"] == body
+    calls = [item for item in folded["items"] if item.kind in INPUTS_OF_CALLS]
+    assert [item.done is not None for item in calls] == whole
+
+
+PARITY = {"chat": check_chat_parity, "messages": check_messages_parity,
+          "responses": check_responses_parity}
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)
@@ -382,7 +391,13 @@ def test_a_failure_comes_last_behind_all_text(face, members):
     answer = new_answer(face, **members)
     frames = answer.feed(ndjson(delta("text E"), BROKEN))
     folded = read_frames(frames + answer.failure(answer.error))
-    assert folded[-1] == FACES[face].error(answer.error)
+    if face == "responses":
+        assert folded[-1]["type"] == "response.failed"
+        assert folded[-1]["response"]["error"]["message"] == answer.error.message
+        check_frames(face, answer, frames)
+        assert "".join(frame["delta"] for frame in folded if "delta" in frame) == "text E"
+        return
+    assert folded[-1] == ALL_FACES[face].error(answer.error)
     assert "".join(frame["choices"][0]["delta"].get("content", "") if face == "chat"
                    else frame.get("delta", {}).get("text", "") for frame in folded[:-1]) == "text E"
 
@@ -424,7 +439,7 @@ def test_what_was_held_back_does_not_prevent_a_repetition(face, members, words):
     answer.restart()
     frames += run(answer, text_answer("again"))
     folded = check_frames(face, answer, frames)
-    assert "again" in json.dumps(folded) and "EN" not in json.dumps(folded)
+    assert b"again" in frames and b"EN" not in frames and folded
 
 
 # Repeated calls.
@@ -443,6 +458,11 @@ def test_restart_after_thinking(face, cuts):
     if face == "chat":
         assert folded["message"] == {"content": "The answer is **4**.",
                                      "reasoning_content": "The user"}
+        return
+    if face == "responses":
+        assert [(item.kind, item.text) for item in folded["items"]] == [
+            ("reasoning", "The user"), ("message", "The answer is **4**.")]
+        assert folded["response"]["usage"]["output_tokens"] == 17
         return
     assert folded["content"] == [
         {"type": "thinking", "thinking": "The user", "signature": ccproxy.DEFAULT_SIGNATURE},
@@ -527,8 +547,10 @@ def test_two_restarts(face):
         frames += answer.feed(ndjson(delta(words, "reasoning"), BROKEN))
         answer.restart()
     frames += run(answer, text_answer("end"))
-    shown = json.dumps(check_frames(face, answer, frames))
-    assert shown.count("one") == 1 and "two" not in shown and "end" in shown
+    check_frames(face, answer, frames)
+    shown = "".join(json.dumps(frame) for frame in read_frames(frames)
+                    if "delta" in frame or face == "chat")
+    assert shown.count('"one"') == 1 and "two" not in shown and '"end"' in shown
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)
@@ -582,7 +604,8 @@ def test_a_line_that_is_not_json_is_noted():
 # Filters in the loop.
 
 def test_a_stop_sequence_ends_the_answer_and_the_upstream_call():
-    for face, reason, sequence in (("chat", "stop", None), ("messages", "stop_sequence", "END")):
+    for face, reason, sequence in (("chat", "stop", None), ("messages", "stop_sequence", "END"),
+                                   ("responses", "completed", None)):
         for stream in (True, False):
             answer = new_answer(face, stream=stream, stops=["END"])
             frames = answer.feed(ndjson(delta("abc E"), delta("N"), delta("D def")))
@@ -593,6 +616,10 @@ def test_a_stop_sequence_ends_the_answer_and_the_upstream_call():
                 shown = shown if stream else shown["choices"][0]
                 assert shown["message"]["content"] == "abc "
                 assert shown["finish_reason"] == reason
+            elif face == "responses":
+                shown = shown["response"] if stream else shown
+                assert shown["output"][0]["content"][0]["text"] == "abc "
+                assert len(shown["output"]) == 1 and shown["status"] == reason
             else:
                 assert shown["content"] == [{"type": "text", "text": "abc "}]
                 assert (shown["stop_reason"], shown["stop_sequence"]) == (reason, sequence)
@@ -613,5 +640,53 @@ def test_names_are_mapped_back():
     for face in FACE_NAMES:
         for answer, shown in (run_stream(face, data, names={"my_tool_1": ccproxy.ToolName("my.tool")}),
                               run_plain(face, data, names={"my_tool_1": ccproxy.ToolName("my.tool")})):
-            assert json.dumps(shown).count('"my.tool"') == 2
-            assert "my_tool_1" not in json.dumps(shown)
+            shown = json.dumps(shown.get("response", shown))
+            assert shown.count('"my.tool"') == 2
+            assert "my_tool_1" not in shown
+
+
+# What Responses promises besides.
+
+@pytest.mark.parametrize("events", [
+    [start(), piece('{"a":'), finish("length")],
+    [delta("a"), start(), piece('{"a":'), finish("tool-calls")],
+    [call({"a": 1}, "c0"), start(), piece('{"a":'), FINISH],
+    [start(), piece('{"a":'), delta("behind"), call({}, "c2"), FINISH]], ids=range(4))
+@pytest.mark.parametrize("cuts", [None, "bytewise"])
+def test_a_call_that_was_cut_is_never_told_done(events, cuts):
+    """Codex acts on output_item.done: half a call must not run."""
+    answer, folded = run_stream("responses", ndjson(*events), cuts)
+    assert answer.error is None and folded["response"]["status"] == "incomplete"
+    cut = [item for item in folded["items"] if item.shown.get("call_id") == "c1"]
+    assert [item.done for item in cut] == [None] and cut[0].text == '{"a":'
+    told = [item.get("call_id") for item in folded["response"]["output"]]
+    assert "c1" not in told
+    plain, body = run_plain("responses", ndjson(*events))
+    assert plain.error is not None or "c1" not in [one.get("call_id") for one in body["output"]]
+
+
+@pytest.mark.parametrize("events", [
+    [BROKEN], [delta("a"), BROKEN], [delta("hm", "reasoning"), BROKEN],
+    [start(), piece('{"a":'), BROKEN], [call({}), delta("b"), {"type": "abort"}], []],
+    ids=range(6))
+def test_the_terminal_event_of_a_broken_stream_is_one_failure(events):
+    answer = new_answer("responses")
+    frames = run(answer, ndjson(*events))
+    assert answer.error is not None
+    frames += answer.failure(answer.error)
+    kinds = [frame["type"] for frame in read_frames(frames)]
+    terminal = [kind for kind in kinds if kind.split(".")[-1] in ("completed", "failed",
+                                                                 "incomplete")]
+    assert terminal == ["response.failed"] == kinds[-1:]
+    numbers = [frame["sequence_number"] for frame in read_frames(frames)]
+    assert numbers == list(range(len(numbers)))
+    assert answer.feed(ndjson(FINISH)) == b""
+
+
+def test_numbers_go_on_over_a_restart():
+    answer = new_answer("responses")
+    frames = answer.feed(ndjson(delta("hm", "reasoning"), BROKEN))
+    count = len(read_frames(frames))
+    answer.restart()
+    more = read_frames(run(answer, recorded("02")))
+    assert [frame["sequence_number"] for frame in more] == list(range(count, count + len(more)))

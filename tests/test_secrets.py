@@ -13,6 +13,10 @@ SECRET = "5ecr3tPartOfAKey0123456789"
 KEY = "user_" + SECRET
 BEARER = {"authorization": "Bearer " + KEY}
 ECHO = "Invalid key %s for model" % KEY
+RESPONSES = "/v1/responses"
+COUNTS = ("/v1/messages/count_tokens", "/v1/responses/input_tokens")
+CODEX = {"originator": "codex_exec", "user-agent": "codex_exec/0.169.0"}
+STRICT, DRY = {"x-ccproxy-strict": "1"}, {"x-ccproxy-dry-run": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,12 @@ def post(path=CHAT, fields=None, **body):
     body.setdefault("messages", [{"role": "user", "content": "hi"}])
     body.setdefault("max_tokens", 100)
     return post_bytes(path, body, {"connection": "close", **BEARER, **(fields or {})}, None)
+
+
+def respond(fields=None, **body):
+    """A request of Responses."""
+    return post_bytes(RESPONSES, {"input": "hi", **body}, {"connection": "close", **BEARER,
+                                                           **(fields or {})}, None)
 
 
 REQUESTS = {
@@ -118,7 +128,46 @@ REQUESTS = {
     "as temperature": post(temperature=KEY),
     "as a decision model": post(model="typesafe/jev " + KEY),
     "as a bad model": post(model=KEY + "\u00e9"),
+    "at responses": respond(), "at responses, streamed": respond(stream=True),
+    "at responses, from Codex": respond(CODEX, stream=True),
+    "as a stored response": with_head("GET /v1/responses/%s HTTP/1.1" % KEY),
+    "as a stored response, encoded": with_head("DELETE /v1/responses/user%%5F%s HTTP/1.1" % SECRET),
+    "in a WebSocket upgrade": with_head(
+        "GET /v1/responses?key=%s HTTP/1.1" % KEY, "connection: Upgrade", "upgrade: websocket",
+        "authorization: Bearer " + KEY, "sec-websocket-protocol: openai-insecure-api-key." + KEY),
+    "as previous_response_id": respond(previous_response_id=KEY),
+    "as an item's type": respond(input=[{"type": KEY}, {"role": "user", "content": "hi"}]),
+    "as an item's role": respond(input=[{"role": KEY, "content": "x"}]),
+    "as an effort at responses": respond(reasoning={"effort": KEY}),
+    "as tool_choice at responses": respond(tool_choice=KEY),
+    "as a format at responses": respond(text={"format": {"type": KEY}}),
+    "as a bad model at responses": respond(model=KEY + "\u00e9"),
+    "as an item, from Codex": respond(CODEX, input=[{"role": KEY, "content": "x"}]),
+    "as a model, from Codex": respond(CODEX, model="typesafe/jev " + KEY),
+    "not JSON, from Codex": post_bytes(RESPONSES, b'{"key": "%s"' % KEY.encode(), {
+        "connection": "close", **BEARER, **CODEX}, None),
 }
+for path in COUNTS:
+    REQUESTS.update({
+        "counted at " + path: post(path), "counted in a prompt at " + path: post(path, messages=[
+            {"role": "user", "content": KEY}]),
+        "counted as a role at " + path: post(path, messages=[{"role": KEY, "content": "x"}]),
+        "counted, not JSON at " + path: post_bytes(path, KEY.encode(), {
+            "connection": "close", **BEARER}, None),
+        "counted as a model at " + path: post(path, model=KEY + "\u00e9")})
+for path in (CHAT, MESSAGES, RESPONSES):
+    # What is explained or refused is the client's own request, but for the key that it came with.
+    REQUESTS.update({
+        "dry run at " + path: post(path, DRY), "explained at " + path: post("/explain" + path),
+        "dry run by x-api-key at " + path: post(path, {**DRY, "authorization": "",
+                                                       "x-api-key": KEY}),
+        "dry run, other headers at " + path: post(path, {**DRY, "traceparent": KEY,
+                                                         "x-session-id": KEY, "user-agent": KEY}),
+        "dry run, refused at " + path: post(path, DRY, messages=[{"role": KEY, "content": "x"}]),
+        "strict at " + path: post(path, STRICT, seed=1, tools=[{"type": KEY}], top_k=1),
+        "strict, a name at " + path: post(path, STRICT, tools=[{"type": "web", "name": KEY}]),
+        "strict dry run at " + path: post(path, {**STRICT, **DRY}, tools=[{"type": KEY}]),
+        "strict, from Codex at " + path: post(path, {**STRICT, **CODEX}, tools=[{"type": KEY}])})
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -128,6 +177,29 @@ def test_no_answer_no_header_and_no_log_line(place, name):
     said = take_log(proxy)
     assert data.startswith(b"HTTP/1.1 ")
     assert not holds_secret(data) and not holds_secret(said)
+
+
+STATUSES = {        # so that those cases are what their names say
+    "dry run at " + CHAT: b"200", "explained at " + MESSAGES: b"200",
+    "strict at " + CHAT: b"400", "strict dry run at " + MESSAGES: b"400",
+    "strict, from Codex at " + RESPONSES: b"200", "strict, from Codex at " + CHAT: b"400",
+    "as an item, from Codex": b"200", "counted at " + COUNTS[0]: b"200",
+    "counted as a role at " + COUNTS[1]: b"400", "in a WebSocket upgrade": b"426",
+    "as a stored response": b"404", "at responses, streamed": b"200"}
+
+
+@pytest.mark.parametrize("name", STATUSES)
+def test_those_requests_go_where_they_should(place, name):
+    proxy, fake = place
+    before = len(fake.requests)
+    data = send(proxy, REQUESTS[name])
+    assert data.split(b" ")[1] == STATUSES[name]
+    assert len(fake.requests) - before == (name == "at responses, streamed")
+    if "dry run at" in name and STATUSES[name] == b"200" or "explained" in name:
+        assert b'"authorization":"Bearer key:' in data
+    if "from Codex" in name and STATUSES[name] == b"200":
+        assert b"response.failed" in data
+    take_log(proxy)
 
 
 ECHOES = {
@@ -168,7 +240,8 @@ def test_what_the_upstream_echoes(place, name):
     proxy, fake = place
     fake.default = ECHOES[name]
     answers = [send(proxy, post(path, stream=streamed))
-               for path in (CHAT, MESSAGES) for streamed in (True, False)]
+               for path in (CHAT, MESSAGES, RESPONSES) for streamed in (True, False)]
+    answers.append(send(proxy, respond(CODEX, stream=True)))
     said = take_log(proxy)
     assert said and not holds_secret(said)
     for data in answers:

@@ -1,8 +1,14 @@
 """TOKEN COUNT: a local estimate; tests say how far off it may be, and that it is cheap."""
 from __future__ import annotations
 
+import json
+import random
+import types
+
 import pytest
+from fake_upstream import recorded
 from harness import ccproxy
+from pure import NAMES
 
 Call, Image, Result, Text, Thinking, Tool, Turn = (
     ccproxy.Call, ccproxy.Image, ccproxy.Result, ccproxy.Text, ccproxy.Thinking, ccproxy.Tool,
@@ -107,3 +113,179 @@ def test_odd_parts_do_not_raise(part):
 @pytest.mark.parametrize("characters, tokens", [(0, 1), (1, 1), (4, 1), (400, 100), (401, 100)])
 def test_the_estimate_of_an_answer(characters, tokens):
     assert ccproxy.estimate_output(characters) == tokens
+
+
+# Calibration by the true counts of finished answers.
+
+Calibration, calibrated, learn_count = (ccproxy.Calibration, ccproxy.calibrated,
+                                        ccproxy.learn_count)
+
+
+def recorded_prompt(body):
+    """The prompt that a start-step line tells of."""
+    system = [Text(one["content"]) for one in body["prompt"] if one["role"] == "system"]
+    turns = [Turn(one["role"], [Text(part["text"]) if part["type"] == "text" else Image(
+        "data:%s;base64,%s" % (part["mediaType"], part["data"]), part["mediaType"])
+        for part in one["content"]]) for one in body["prompt"] if one["role"] != "system"]
+    tools = [Tool(one["name"], one["description"], one["inputSchema"]) for one in body["tools"]]
+    return ccproxy.Prompt("m", turns, system=system, tools=tools)
+
+
+def recorded_counts():
+    """(family, raw estimate, true count, has a picture) of each recorded answer that tells all."""
+    rows = []
+    for name in NAMES:
+        steps = [line for line in recorded(name).splitlines() if b'"start-step"' in line]
+        ends = [line for line in recorded(name).splitlines() if b'"type":"finish"' in line]
+        if not steps or not ends:
+            continue
+        body = json.loads(steps[0])["request"]["body"]
+        prompt = recorded_prompt(body)
+        family = ccproxy.model_family(min(body["providerOptions"]), bool(prompt.tools))
+        pictures = any(isinstance(part, Image) for turn in prompt.turns for part in turn.parts)
+        rows.append((family, ccproxy.estimate_input(prompt),
+                     json.loads(ends[-1])["totalUsage"]["inputTokens"], pictures))
+    return rows
+
+
+def learn_all(rows, times=3):
+    known = {}
+    for family, raw, true, _ in rows * times:
+        known[family] = learn_count(known.get(family, Calibration()), raw, true)
+    return known
+
+
+def is_near(given, true):
+    """Within 15 %, or the few tokens that a prompt of one sentence may be off."""
+    return abs(given - true) <= max(0.15 * true, 4)
+
+
+@pytest.mark.parametrize("pictures", [False, True], ids=["text", "text and pictures"])
+def test_recorded_counts_after_calibration(pictures):
+    rows = [row for row in recorded_counts() if pictures or not row[3]]
+    assert len(rows) >= 10
+    known = learn_all(rows)
+    far = [(family, calibrated(raw, known[family]), true) for family, raw, true, _ in rows
+           if not is_near(calibrated(raw, known[family]), true)]
+    assert far == []
+
+
+def test_the_order_of_recorded_answers_does_not_matter_much():
+    rows = [row for row in recorded_counts() if not row[3]]
+    for seed in range(10):
+        mixed = random.Random(seed).sample(rows, len(rows))
+        known = learn_all(mixed)
+        assert all(is_near(calibrated(raw, known[family]), true)
+                   for family, raw, true, _ in rows), seed
+
+
+def crafted(seed, slope, overhead, count=40):
+    """(raw estimate, true count) of prompts of many kinds and sizes, counted by some tokenizer."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        text = rng.choice([ENGLISH, ENGLISH, CODE, '{"key": [1, 2, "three"], "b": null},\n'])
+        raw = estimate(Text(text * rng.choice([1, 3, 20, 60, 200])))
+        rows.append((raw, max(1, round((raw * slope + overhead) * rng.uniform(0.97, 1.03)))))
+    return rows
+
+
+TOKENIZERS = [(1.0, 0), (0.7, 0), (1.4, 0), (1.0, 350), (0.8, 400), (1.3, 20_000), (1.9, 10)]
+
+
+@pytest.mark.parametrize("slope,overhead", TOKENIZERS)
+def test_a_familys_tokenizer_is_learned(slope, overhead):
+    known = Calibration()
+    for raw, true in crafted(1, slope, overhead):
+        known = learn_count(known, raw, true)
+    for raw, true in crafted(2, slope, overhead):       # a small one may be off by a little
+        assert abs(calibrated(raw, known) - true) <= max(0.15 * true, 400), (raw, true)
+
+
+def test_the_error_figure_goes_down():
+    known, errors = Calibration(), []
+    for _ in range(20):
+        known = learn_count(known, 60, 390)
+        errors.append(known.error)
+    assert errors[0] > 0.5 and errors[-1] < 0.05
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_an_unknown_family_keeps_the_raw_estimate():
+    assert [calibrated(raw, Calibration()) for raw in (0, 1, 17, 5000)] == [1, 1, 17, 5000]
+
+
+def test_one_answer_teaches_already():
+    known = learn_count(Calibration(), 60, 390)
+    assert calibrated(60, known) == 390 and calibrated(120, known) > 390
+
+
+def test_a_tokenizer_that_changes_is_learned_anew():
+    known = Calibration()
+    for slope in (1.0, 1.6):
+        for raw, true in crafted(3, slope, 0, 100):
+            known = learn_count(known, raw, true)
+    assert all(is_near(calibrated(raw, known), true) for raw, true in crafted(4, 1.6, 0)
+               if raw > 1000)
+
+
+@pytest.mark.parametrize("rows", [
+    [(10, 10 ** 9)], [(10 ** 9, 1)], [(1, 1), (10 ** 7, 1)], [(5, 5), (5, 5000)], [(1, 10 ** 12)],
+    [(1200, 300), (14, 15)]], ids=range(6))
+def test_odd_counts_leave_a_sane_estimate(rows):
+    known = Calibration()
+    for raw, true in rows * 3:
+        known = learn_count(known, raw, true)
+        assert 0 <= known.error <= 10
+        counts = [calibrated(raw, known) for raw in (1, 10, 100, 10_000, 10 ** 7)]
+        assert counts == sorted(counts) and counts[0] >= 1
+
+
+FAMILIES = [    # (model, with tools, family)
+    ("deepseek/deepseek-v4-flash", False, "deepseek"), ("claude-sonnet-5", False, "claude"),
+    ("claude-sonnet-5", True, "claude+tools"), ("moonshotai/Kimi-K3", False, "kimi"),
+    ("Qwen/Qwen3.8-27B", True, "qwen+tools"), ("", False, "other"), ("5/5", False, "other"),
+    ("gpt-5.4", False, "gpt")]
+
+
+@pytest.mark.parametrize("model,tools,family", FAMILIES, ids=range(len(FAMILIES)))
+def test_families(model, tools, family):
+    assert ccproxy.model_family(model, tools) == family
+
+
+def test_families_are_bounded_and_only_true_counts_teach():
+    app = types.SimpleNamespace(calibrations={})
+
+    def finish(family, usage=ccproxy.Usage(40, 1)):
+        reply = ccproxy.Reply("id", "m", 0, raw_estimate=20, family=family, usage=usage)
+        ccproxy.learn_usage(app, reply)
+
+    finish("a", None)
+    finish("a", ccproxy.Usage(0, 1))
+    finish("")
+    assert app.calibrations == {}
+    for number in range(ccproxy.MAX_FAMILIES + 50):
+        finish("f%d" % number)
+    assert len(app.calibrations) == ccproxy.MAX_FAMILIES
+    before = app.calibrations["f0"]
+    finish("f0")
+    assert app.calibrations["f0"] != before
+
+
+# Work.
+
+def test_a_request_of_100_kb_takes_little_work(monkeypatch):
+    """Each text is looked at once and in bulk: calls are counted, not seconds."""
+    tools = [Tool("f%d" % n, ENGLISH, {"type": "object", "properties": {
+        "a": {"type": "string", "description": ENGLISH}}}) for n in range(40)]
+    parts = [Text(CODE * 10) for _ in range(100)]
+    prompt = prompt_of(*parts, system=[Text(ENGLISH * 100)], tools=tools)
+    counted = []
+    for name in ("to_json", "texts_tokens"):
+        def count(given, own=getattr(ccproxy, name), name=name):
+            counted.append(name)
+            return own(given)
+        monkeypatch.setattr(ccproxy, name, count)
+    size = sum(len(part.text) for part in parts) + 100 * len(ENGLISH)
+    assert size > 80_000 and ccproxy.estimate_input(prompt) > 10_000
+    assert counted.count("texts_tokens") == 1 and counted.count("to_json") <= len(tools)
