@@ -3012,7 +3012,15 @@ def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional
 
 
 def same_value(one: Any, other: Any) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+    """Equality as JSON has it: 1 is 1.0, but true is not 1, at any depth."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[name], other[name])
+                                                  for name in one)
+    return bool(one == other)
 
 
 BOUNDS: Tuple[Tuple[str, Any, Callable[[Any], Any], Callable[[Any, Any], bool], str], ...] = (
@@ -3174,12 +3182,15 @@ def add_repair_turns(prompt: Prompt, reply: Reply, violation: str) -> None:
         prompt.turns.append(Turn("user", [Text(words)]))
 
 
+def add_counts(one: Optional[int], other: Optional[int]) -> Optional[int]:
+    return other if one is None else one if other is None else one + other
+
+
 def add_usage(one: Optional[Usage], other: Optional[Usage]) -> Optional[Usage]:
     """The tokens of two calls together; a count that neither told stays untold."""
     if one is None or other is None:
         return one or other
-    pairs = zip(one, other)
-    return Usage(*[None if a is None and b is None else (a or 0) + (b or 0) for a, b in pairs])
+    return Usage(*map(add_counts, one, other))  # type: ignore[arg-type]
 
 
 # === ANSWER FILTERS (pure) ==================================================

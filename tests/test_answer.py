@@ -638,8 +638,9 @@ def test_stop_sequences_look_at_text_only(face):
 def test_names_are_mapped_back():
     data = recorded("04").replace(b'"toolName":"get_weather"', b'"toolName":"my_tool_1"')
     for face in FACE_NAMES:
-        for answer, shown in (run_stream(face, data, names={"my_tool_1": ccproxy.ToolName("my.tool")}),
-                              run_plain(face, data, names={"my_tool_1": ccproxy.ToolName("my.tool")})):
+        names = {"my_tool_1": ccproxy.ToolName("my.tool")}
+        for answer, shown in (run_stream(face, data, names=names),
+                              run_plain(face, data, names=names)):
             shown = json.dumps(shown.get("response", shown))
             assert shown.count('"my.tool"') == 2
             assert "my_tool_1" not in shown

@@ -150,9 +150,9 @@ def test_tools(names, asked, choice, expected):
     assert len({block.call_id for block in answer.reply.of_kind("tool")}) == len(expected)
 
 
-DANGEROUS = ["Bash", "bash", "shell", "local_shell", "exec_command", "write_stdin", "Write", "write",
-             "Edit", "edit", "MultiEdit", "NotebookEdit", "apply_patch", "str_replace_based_edit_tool",
-             "Task", "task", "Agent", "spawn_agent", "KillShell", "delete_file", "remove_file",
+DANGEROUS = ["Bash", "bash", "shell", "local_shell", "exec_command", "write_stdin", "Write",
+             "write", "Edit", "edit", "MultiEdit", "NotebookEdit", "apply_patch",
+             "str_replace_based_edit_tool", "Task", "task", "Agent", "spawn_agent", "KillShell", "delete_file", "remove_file",
              "run_command", "run_terminal_cmd", "create_file", "search_replace"]
 
 
@@ -214,7 +214,8 @@ def test_any_json():
 
 ODD = [     # schemas that are none: the demo answers all the same
     {"type": "object", "properties": 5}, {"type": "object", "properties": []},
-    {"type": "object", "required": 5, "properties": {"a": {}}}, {"type": "object", "required": [[]]},
+    {"type": "object", "required": 5, "properties": {"a": {}}},
+    {"type": "object", "required": [[]]},
     {"type": "object", "properties": {"a": {"type": "array", "minItems": "5"}}},
     {"type": "object", "properties": {"a": {"type": "array", "minItems": 1.5}}},
     {"type": "object", "properties": {"a": {"type": [[]]}}},

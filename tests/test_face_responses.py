@@ -9,8 +9,8 @@ import pytest
 from fake_upstream import ndjson, recorded, text_answer
 from harness import ccproxy
 from pure import (NAMES, at, check_params, has_note, make_answer, new_answer, params_of,
-                  plain_line, random_cuts, read_frames, read_prompt, refusal, request, run, run_plain,
-                  run_stream, translate)
+                  plain_line, random_cuts, read_frames, read_prompt, refusal, request, run,
+                  run_plain, run_stream, translate)
 
 USAGE = {"inputTokens": 20, "outputTokens": 9, "inputTokenDetails": {"cacheReadTokens": 4},
          "outputTokenDetails": {"reasoningTokens": 3}}
@@ -348,7 +348,8 @@ def test_names_and_namespaces_come_back():
                     for number, name in enumerate(sent)], FINISH)
     for shown in (run_plain("responses", data, names=prompt.names)[1],
                   run_stream("responses", data, names=prompt.names)[1]["response"]):
-        assert [(item["type"], item["name"], item.get("namespace")) for item in shown["output"]] == [
+        assert [(item["type"], item["name"], item.get("namespace"))
+                for item in shown["output"]] == [
             ("function_call", "spawn", "ns"), ("function_call", "wait", "ns"),
             ("function_call", "spawn", "other"), ("function_call", "wait", "other"),
             ("custom_tool_call", "apply_patch", None), ("function_call", "f", None),
@@ -365,8 +366,8 @@ def test_a_name_that_looks_like_a_namespaced_one_stays_apart():
 
 # Tools of free text, over every cut.
 
-INPUTS = ["", "x", "*** Begin Patch\n+a\tb\\n\n", "\"quoted\" \\ / \\u0041", "\u00e9\u4e16\U0001f680!",
-          "\U0001f680\U0001f680", "}\"}", "=lane-mark="]
+INPUTS = ["", "x", "*** Begin Patch\n+a\tb\\n\n", "\"quoted\" \\ / \\u0041",
+          "\u00e9\u4e16\U0001f680!", "\U0001f680\U0001f680", "}\"}", "=lane-mark="]
 WRITTEN = [     # ways in which a model may write the one argument
     lambda text: json.dumps({"input": text}),
     lambda text: json.dumps({"input": text}, ensure_ascii=False, separators=(",", ":")),

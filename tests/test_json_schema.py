@@ -134,7 +134,8 @@ VALUES = [None, True, 1, 1.5, 1e300, "x", [], [1, "a", None], {"a": 1, "b": {"c"
 @pytest.mark.parametrize("keyword", KEYWORDS)
 def test_odd_keywords_never_raise(keyword):
     for odd in ODD:
-        for schema in ({keyword: odd}, {"properties": {"a": {keyword: odd}}, "items": {keyword: odd}},
+        for schema in ({keyword: odd}, {"items": {keyword: odd}},
+                       {"properties": {"a": {keyword: odd}}},
                        {"anyOf": [{keyword: odd}, {"type": "null"}]}):
             for value in VALUES:
                 found = violation(schema, value)
