@@ -45,6 +45,7 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     MESSAGES TO TURNS (pure)
     FIELDS OF ANY API (pure)
     STRUCTURED OUTPUT (pure)
+    TOOL NAMES (pure)
     PROMPT REPAIR (pure)
     TOKEN COUNT (pure)
     JSON SCHEMA (pure)
@@ -67,6 +68,7 @@ Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
     RETRIES
     COMPRESSED BODIES
     EXCHANGES
+    ITEM MEMORY
     JOBS
     ENDPOINTS
     SERVER
@@ -127,6 +129,8 @@ MAX_NOTE_BYTES = 1024               # the x-ccproxy-notes header; clients cap he
 MAX_LOG_VALUE = 300                 # characters of one value in a log line
 MAX_SESSION_VALUE = 512             # characters of a client's session header that count
 MAX_FAMILIES = 64                   # of models whose token counts are learned
+MAX_ITEMS = 500                     # of Responses that are remembered for references
+MAX_ITEM_BYTES = 64 * KIB           # a longer one is not
 MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's clock
 READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
 READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
@@ -1688,6 +1692,7 @@ class Prompt:
     notes: List[str] = field(default_factory=list)
     carry_thinking: bool = False                # Responses: reasoning items carry their text
     echo: Json = field(default_factory=dict)    # Responses: members that the answer repeats
+    remember: bool = False                      # Responses: items may be referred to later
 
 
 # === EVENTS (pure) ==========================================================
@@ -1816,6 +1821,7 @@ class Reply:
     cost: Optional[str] = None                  # USD, as the upstream wrote it
     notes: List[str] = field(default_factory=list)
     frames_sent: int = 0                        # of a face that numbers them
+    remember: bool = False
     carry_thinking: bool = False
     echo: Json = field(default_factory=dict)
 
@@ -2398,6 +2404,9 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
     if kind == "allowed_tools":
         add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
         return Choice("auto")
+    if isinstance(given, dict):     # a vendor's own tool, which was left out
+        add_note(notes, "ignored", "tool_choice %s" % kind)
+        return None
     raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
 
 
@@ -2629,6 +2638,57 @@ def add_format_instruction(prompt: Prompt) -> None:
     add_note(prompt.notes, "json_format", "asked for in words")
 
 
+# === TOOL NAMES (pure) ======================================================
+# Names that every provider takes, for tools, calls, results and the choice;
+# `prompt.names` tells the answer's filters what the client calls them, with
+# their namespace, and which take free text.
+
+SAFE_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME)
+
+
+def safe_tool_name(own: ToolName, taken: Mapping[str, Any]) -> str:
+    """A name that every provider takes, different from those in `taken`."""
+    wanted = "%s__%s" % (own.namespace, own.name) if own.namespace else own.name
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", wanted)[:MAX_TOOL_NAME] or "_"
+    if safe != wanted or safe in taken:
+        identity = "%s\n%s" % (own.namespace, own.name)
+        digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:8]
+        safe = "%s_%s" % (safe[:MAX_TOOL_NAME - 9], digest)
+    return safe
+
+
+def used_names(prompt: Prompt) -> Dict[Tuple[str, str], ToolName]:
+    """Every tool that is offered or was called, by namespace and name."""
+    used = {(tool.namespace, tool.name): ToolName(tool.name, tool.namespace, tool.raw)
+            for tool in prompt.tools}
+    for turn in prompt.turns:
+        for part in turn.parts:
+            if isinstance(part, Call):
+                used.setdefault((part.namespace, part.name), ToolName(part.name, part.namespace))
+    return used
+
+
+def map_tool_names(prompt: Prompt) -> None:
+    """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
+    used = used_names(prompt)
+    if all(SAFE_TOOL_NAME.fullmatch(own.name) and not own.namespace and not own.raw
+           for own in used.values()):
+        return
+    sent: Dict[Tuple[str, str], str] = {}
+    for identity, own in used.items():
+        sent[identity] = safe_tool_name(own, prompt.names)
+        prompt.names[sent[identity]] = own
+        if sent[identity] != own.name:
+            add_note(prompt.notes, "renamed", "tool %s -> %s" % (own.name, sent[identity]))
+    prompt.tools = [tool._replace(name=sent[tool.namespace, tool.name]) for tool in prompt.tools]
+    prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.namespace, part.name])
+                                     if isinstance(part, (Call, Result)) else part
+                                     for part in turn.parts]) for turn in prompt.turns]
+    choice = prompt.choice
+    if choice and (choice.namespace, choice.name) in sent:
+        prompt.choice = Choice("tool", sent[choice.namespace, choice.name])
+
+
 # === PROMPT REPAIR (pure) ===================================================
 # A history made fit for any upstream, always in the same way, so that a prompt
 # has the same beginning on every turn and the upstream's cache keeps hitting:
@@ -2636,7 +2696,6 @@ def add_format_instruction(prompt: Prompt) -> None:
 # unique, names that every provider takes, pictures of tools shown by the user.
 
 NO_RESULT = "(no result: the call was interrupted)"
-SAFE_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME)
 
 
 def order_parts(parts: List[Part]) -> List[Part]:
@@ -2716,8 +2775,11 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
     results = [part for turn in users for part in turn.parts if isinstance(part, Result)]
     answers, left = answer_calls(calls, results, notes)
     orphans = set(map(id, left))
+    shown = show_images(answers)
+    if shown:
+        answers = [answer._replace(images=()) for answer in answers]    # type: ignore[call-arg]
     settled = [Turn("tool", answers)] if answers else []
-    settled += show_images(answers)
+    settled += shown
     for turn in users:
         parts: List[Part] = []
         for part in turn.parts:
@@ -2764,49 +2826,6 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
         repaired.append(turn)
         users = []
     return repaired + settle_users(users, calls, notes)
-
-
-def safe_tool_name(own: ToolName, taken: Mapping[str, Any]) -> str:
-    """A name that every provider takes, different from those in `taken`."""
-    wanted = "%s__%s" % (own.namespace, own.name) if own.namespace else own.name
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", wanted)[:MAX_TOOL_NAME] or "_"
-    if safe != wanted or safe in taken:
-        identity = "%s\n%s" % (own.namespace, own.name)
-        digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:8]
-        safe = "%s_%s" % (safe[:MAX_TOOL_NAME - 9], digest)
-    return safe
-
-
-def used_names(prompt: Prompt) -> Dict[Tuple[str, str], ToolName]:
-    """Every tool that is offered or was called, by namespace and name."""
-    used = {(tool.namespace, tool.name): ToolName(tool.name, tool.namespace, tool.raw)
-            for tool in prompt.tools}
-    for turn in prompt.turns:
-        for part in turn.parts:
-            if isinstance(part, Call):
-                used.setdefault((part.namespace, part.name), ToolName(part.name, part.namespace))
-    return used
-
-
-def map_tool_names(prompt: Prompt) -> None:
-    """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
-    used = used_names(prompt)
-    if all(SAFE_TOOL_NAME.fullmatch(own.name) and not own.namespace and not own.raw
-           for own in used.values()):
-        return
-    sent: Dict[Tuple[str, str], str] = {}
-    for identity, own in used.items():
-        sent[identity] = safe_tool_name(own, prompt.names)
-        prompt.names[sent[identity]] = own
-        if sent[identity] != own.name:
-            add_note(prompt.notes, "renamed", "tool %s -> %s" % (own.name, sent[identity]))
-    prompt.tools = [tool._replace(name=sent[tool.namespace, tool.name]) for tool in prompt.tools]
-    prompt.turns = [Turn(turn.role, [part._replace(name=sent[part.namespace, part.name])
-                                     if isinstance(part, (Call, Result)) else part
-                                     for part in turn.parts]) for turn in prompt.turns]
-    choice = prompt.choice
-    if choice and (choice.namespace, choice.name) in sent:
-        prompt.choice = Choice("tool", sent[choice.namespace, choice.name])
 
 
 def settle_choice(prompt: Prompt) -> None:
@@ -2857,7 +2876,8 @@ def first_user_text(prompt: Prompt) -> str:
 # than 80 KB.
 
 SAMPLE_CHARS = 64 * KIB         # a longer prompt is judged by this much of it
-IMAGE_TOKENS = 1200             # a picture of about a megapixel
+IMAGE_TOKENS = (280, 1600)      # least and most that vendors count for a picture
+PIXELS_PER_TOKEN = 750          # between those (Anthropic's vision guide)
 PART_TOKENS = 4                 # roles and separators around each part
 WORD_CHARS = re.compile(r"[A-Za-z \n]+")
 WIDE_CHARS = re.compile("[\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff"
@@ -2877,23 +2897,46 @@ def texts_tokens(texts: List[str]) -> float:
     return tokens * total / max(1, len(sample))
 
 
+def image_tokens(image: Image) -> int:
+    """Estimated tokens of a picture: by its size in pixels where its head tells (PNG), else by
+    its bytes, taken as a photograph's."""
+    start = image.url.find(",") + 1
+    try:
+        head = base64.b64decode(image.url[start:start + 32])
+    except ValueError:
+        head = b""
+    pixels = (len(image.url) - start) * 4
+    if head[12:16] == b"IHDR":
+        pixels = int.from_bytes(head[16:20], "big") * int.from_bytes(head[20:24], "big")
+    return min(max(pixels // PIXELS_PER_TOKEN, IMAGE_TOKENS[0]), IMAGE_TOKENS[1])
+
+
+def images_of(prompt: Prompt) -> List[Image]:
+    """All pictures of a prompt."""
+    parts = [part for turn in prompt.turns for part in turn.parts]
+    shown = [part for part in parts if isinstance(part, Image)]
+    return shown + [image for part in parts if isinstance(part, Result) for image in part.images]
+
+
+def part_texts(part: Part) -> List[str]:
+    """The texts that a part of a turn is counted by."""
+    if isinstance(part, Image):
+        return []
+    if isinstance(part, Call):
+        return [part.name, *map(str, part.arguments), *map(str, part.arguments.values())]
+    return [part.text]
+
+
 def estimate_input(prompt: Prompt) -> int:
     """Estimated input tokens of a whole request, at least 1."""
-    texts = [text.text for text in prompt.system]
-    images = 0
     parts = [part for turn in prompt.turns for part in turn.parts]
-    for part in parts:
-        if isinstance(part, Image):
-            images += 1
-        elif isinstance(part, Call):
-            texts += [part.name, *map(str, part.arguments), *map(str, part.arguments.values())]
-        else:
-            texts.append(part.text)
-            images += len(part.images) if isinstance(part, Result) else 0
+    texts = [text.text for text in prompt.system]
+    texts += [text for part in parts for text in part_texts(part)]
     for tool in prompt.tools:
         texts += [tool.name, tool.description, to_json(tool.schema).decode()]
     pieces = len(parts) + len(prompt.system) + 3 * len(prompt.tools)
-    return max(1, round(texts_tokens(texts) + PART_TOKENS * pieces + IMAGE_TOKENS * images))
+    images = sum(map(image_tokens, images_of(prompt)))
+    return max(1, round(texts_tokens(texts) + PART_TOKENS * pieces + images))
 
 
 class Calibration(NamedTuple):
@@ -2909,21 +2952,23 @@ class Calibration(NamedTuple):
 
 
 FADING = 0.95               # an answer counts half after fourteen more
-SLOPES = (0.5, 2.0)         # a wider ratio than this is an overhead, not a ratio
+SLOPES = (0.2, 5.0)         # tokens per estimated token: what is beyond is an accident
 
 
 def calibrated(estimate: float, known: Calibration) -> int:
-    """A raw estimate corrected by what is known: a line through the true counts."""
+    """A raw estimate corrected by what is known: a line through the true counts, as far as they
+    lie on one, else their ratio."""
     if not known.weight:
         return max(1, round(estimate))
     mean_x, mean_y = known.x / known.weight, known.y / known.weight
     variance = known.xx / known.weight - mean_x * mean_x
-    if variance > (0.05 * mean_x) ** 2:
-        slope = (known.xy / known.weight - mean_x * mean_y) / variance
-    else:
-        slope = mean_y / max(mean_x, 1.0)
-    slope = min(max(slope, SLOPES[0]), SLOPES[1])
-    return max(1, round(mean_y + slope * (estimate - mean_x)))
+    ratio = mean_y / max(mean_x, 1.0)
+    if variance <= (0.05 * mean_x) ** 2:        # all alike: what differs is an overhead
+        return max(1, round(mean_y + min(max(ratio, 0.5), 2.0) * (estimate - mean_x)))
+    slope = (known.xy / known.weight - mean_x * mean_y) / variance
+    line = mean_y + slope * (estimate - mean_x)
+    sound = SLOPES[0] <= slope <= SLOPES[1] and line > 0
+    return max(1, round(line if sound else ratio * estimate))
 
 
 def learn_count(known: Calibration, estimate: float, true: int) -> Calibration:
@@ -2949,9 +2994,8 @@ def estimate_output(characters: int) -> int:
 
 # === JSON SCHEMA (pure) =====================================================
 # Whether a value is valid under a schema, for structured output: the subset of
-# JSON Schema that APIs' structured outputs use.  `check_value` gives the first
-# violation in words that a model can act on.  Unknown keywords hold; `pattern`
-# and `format` are left out, for a hostile pattern could run for ever.
+# JSON Schema that structured outputs use, and its first violation in words that
+# a model can act on.  `pattern` is left out: a hostile one could run for ever.
 
 SCHEMA_TYPES: Dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool,
                                 "number": (int, float), "integer": (int, float)}
@@ -3027,10 +3071,8 @@ BOUNDS: Tuple[Tuple[str, Any, Callable[[Any], Any], Callable[[Any, Any], bool], 
     # keyword, type it is for, what is measured, whether it fits, words
     ("minimum", (int, float), lambda value: value, lambda size, bound: size >= bound, "at least"),
     ("maximum", (int, float), lambda value: value, lambda size, bound: size <= bound, "at most"),
-    ("exclusiveMinimum", (int, float), lambda value: value, lambda size, bound: size > bound,
-     "above"),
-    ("exclusiveMaximum", (int, float), lambda value: value, lambda size, bound: size < bound,
-     "below"),
+    ("exclusiveMinimum", (int, float), lambda value: value, lambda size, end: size > end, "above"),
+    ("exclusiveMaximum", (int, float), lambda value: value, lambda size, end: size < end, "below"),
     ("minLength", str, len, lambda size, bound: size >= bound, "of length at least"),
     ("maxLength", str, len, lambda size, bound: size <= bound, "of length at most"),
     ("minItems", list, len, lambda size, bound: size >= bound, "of length at least"),
@@ -3160,7 +3202,7 @@ def format_violation(prompt: Prompt, reply: Reply) -> Optional[str]:
     if reply.reason != STOP or prompt.json_format is None:
         return None
     text = "".join(block.text for block in reply.of_kind(TEXT))
-    return find_violation(text, prompt.json_format.get("schema"))
+    return find_violation(text, prompt.json_format.get("schema", {"type": "object"}))
 
 
 REPAIR_WORDS = ("That answer is not valid: %s. Give the whole answer once more, corrected, and "
@@ -3174,6 +3216,8 @@ def add_repair_turns(prompt: Prompt, reply: Reply, violation: str) -> None:
     text = "".join(block.text for block in reply.of_kind(TEXT))
     said: List[Part] = [Text(text)] if text else []
     said += [Call(block.call_id, block.name, read_arguments(block.text, "", [])) for block in calls]
+    if prompt.turns[-1].role == "assistant":        # a prefill
+        said = prompt.turns.pop().parts + said
     prompt.turns.append(Turn("assistant", said or [Text("(nothing)")]))
     if calls:
         prompt.turns.append(Turn("tool", [Result(block.call_id, words, is_error=True,
@@ -4140,8 +4184,12 @@ def read_output_item(item: Json, path: str, prompt: Prompt) -> None:
 
 
 def refuse_reference(item: Json, path: str, prompt: Prompt) -> None:
-    raise wrong(path, "refers to a stored item, but nothing is stored here: send the item itself "
-                "(in most SDKs: store false)")
+    """A reference that the shell could not resolve: thinking can be missed, anything else not."""
+    if str(item.get("id")).startswith("rs_"):
+        add_note(prompt.notes, "dropped", "reasoning at %s, which is not known any more" % path)
+        return
+    raise wrong(path, "refers to an item that is not known here: send the item itself (in most "
+                "SDKs: store false)")
 
 
 def read_message_item(item: Json, path: str, prompt: Prompt) -> None:
@@ -4199,15 +4247,17 @@ def refuse_state(body: Json) -> None:
 
 
 def echo_request(body: Json) -> Json:
-    """What a response object repeats of its request (without its bulk: tools, instructions)."""
+    """What a response object repeats of its request (without its bulk: tools, instructions), keys
+    made unreadable."""
     reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
     text = body.get("text") if isinstance(body.get("text"), dict) else {}
-    return {"max_output_tokens": body.get("max_output_tokens"),
+    echo = {"max_output_tokens": body.get("max_output_tokens"),
             "metadata": body.get("metadata") or {}, "parallel_tool_calls": True,
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "temperature": body.get("temperature"), "top_p": body.get("top_p"),
             "text": {"format": text.get("format") or {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto"}
+    return dict(json.loads(redact(json.dumps(echo))))
 
 
 def parse_responses(body: Json, notes: List[str]) -> Prompt:
@@ -4225,7 +4275,8 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
-        carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body))
+        carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body),
+        remember=body.get("store") is not False)
     verbosity = get(text, "verbosity", "a string", "text")
     if verbosity not in (None, "medium"):
         add_note(notes, "ignored", "text.verbosity")
@@ -4674,10 +4725,13 @@ class Answer:
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
 # can try every error.  Markers in the last user message choose: [demo:402],
-# [demo:429], [demo:503], [demo:length], [demo:error], [demo:cut], [demo:slow].
+# [demo:429], [demo:503], [demo:length], [demo:error], [demo:cut], [demo:slow],
+# [demo:parallel], [demo:call NAME].
 
 DEMO_KEY = "user_demo"
+DEMO_LENGTH, DEMO_ITEMS, DEMO_DEPTH = 200, 5, 8     # bounds of what a schema can make it write
 DEMO_MARKER = re.compile(r"\[demo:([a-z0-9]+)\]")
+DEMO_CALL = re.compile(r"\[demo:call ([^\]]+)\]")
 DEMO_ERRORS = {
     "400": (400, "BAD_REQUEST", "Invalid request error (asked for by [demo:400])."),
     "402": (402, "INSUFFICIENT_CREDITS", "Insufficient credits (asked for by [demo:402])."),
@@ -4685,8 +4739,9 @@ DEMO_ERRORS = {
     "429": (429, "RATE_LIMITED", "Too many requests (asked for by [demo:429])."),
     "500": (500, "INTERNAL", "Something broke (asked for by [demo:500])."),
     "503": (503, "UNAVAILABLE", "No capacity (asked for by [demo:503]).")}
-DANGEROUS_TOOL = re.compile(r"bash|shell|exec|command|write|edit|patch|delete|remove|task|agent"
-                            r"|kill", re.I)     # a demo must not make an agent change anything
+DANGEROUS_TOOL = re.compile(    # a demo must not make an agent change anything unasked
+    r"bash|shell|exec|command|cmd|terminal|run|write|edit|patch|replace|insert|create|delete"
+    r"|remove|move|rename|install|commit|push|send|update|set|task|agent|kill", re.I)
 
 
 class DemoAnswer(NamedTuple):
@@ -4698,34 +4753,83 @@ class DemoAnswer(NamedTuple):
     cut: bool = False           # the connection ends in mid-stream
 
 
-EXAMPLES: Dict[str, Any] = {"string": "example", "integer": 1, "number": 1.5, "boolean": True,
-                            "null": None}
+def as_number(value: Any, otherwise: float) -> float:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if plain else otherwise
 
 
-def example_choice(schema: Json) -> Any:
-    """The first value or schema that a schema names outright; None when it names none."""
-    for keyword in ("enum", "anyOf", "oneOf"):
-        if isinstance(schema.get(keyword), list) and schema[keyword]:
-            return schema[keyword][0]
-    return schema.get("const")
+def example_number(schema: Json, root: Any, depth: int) -> Any:
+    """A number within the bounds of a schema."""
+    least = max(as_number(schema.get("minimum"), 1),
+                as_number(schema.get("exclusiveMinimum"), 0) + 1)
+    most = min(as_number(schema.get("maximum"), least),
+               as_number(schema.get("exclusiveMaximum"), least + 1) - 1)
+    value = min(least, most)
+    return int(value) if schema.get("type") == "integer" else value
 
 
-def example_value(schema: Any, depth: int = 0) -> Any:
-    """A value that is valid under a plain schema: what the demo's tool calls and JSON hold."""
-    if not isinstance(schema, dict) or depth > 8:
+def example_string(schema: Json, root: Any, depth: int) -> str:
+    least = min(int(as_number(schema.get("minLength"), 0)), DEMO_LENGTH)
+    most = int(as_number(schema.get("maxLength"), DEMO_LENGTH))
+    return "example".ljust(least, "x")[:most]
+
+
+def example_array(schema: Json, root: Any, depth: int) -> List[Any]:
+    count = min(max(1, int(as_number(schema.get("minItems"), 1))), DEMO_ITEMS,
+                int(as_number(schema.get("maxItems"), DEMO_ITEMS)))
+    return [example_value(schema.get("items"), root, depth + 1) for _ in range(count)]
+
+
+def example_object(schema: Json, root: Any, depth: int) -> Json:
+    """The required members, or all where none is."""
+    members, wanted = schema.get("properties"), schema.get("required")
+    members = members if isinstance(members, dict) else {}
+    wanted = wanted if isinstance(wanted, list) and wanted else list(members)
+    return {name: example_value(members.get(name), root, depth + 1)
+            for name in wanted if isinstance(name, str)}
+
+
+EXAMPLES: Dict[str, Callable[[Json, Any, int], Any]] = {
+    "object": example_object, "array": example_array, "string": example_string,
+    "integer": example_number, "number": example_number,
+    "boolean": lambda schema, root, depth: True, "null": lambda schema, root, depth: None}
+
+
+def plain_schema(schema: Json, root: Any) -> Json:
+    """A schema with its reference resolved and its first alternative taken."""
+    if "$ref" in schema:
+        found = resolve_reference(schema["$ref"], root)
+        return found if isinstance(found, dict) else {}
+    for keyword in ("allOf", "anyOf", "oneOf"):
+        options = schema.get(keyword)
+        if isinstance(options, list) and options:
+            rest = {name: value for name, value in schema.items() if name != keyword}
+            return {**rest, **options[0]} if isinstance(options[0], dict) else rest
+    return schema
+
+
+def example_value(schema: Any, root: Any, depth: int = 0) -> Any:
+    """A value that is valid under an ordinary schema: what the demo's calls and JSON hold."""
+    for _ in range(DEMO_DEPTH):
+        plain = plain_schema(schema, root) if isinstance(schema, dict) else {}
+        if plain is schema:
+            break
+        schema = plain
+    if "const" in schema:
+        return schema["const"]
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
+        return schema["enum"][0]
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if depth > DEMO_DEPTH or not isinstance(kind, str):
         return "example"
-    chosen = example_choice(schema)
-    if chosen is not None:
-        return chosen if "enum" in schema or "const" in schema else example_value(chosen, depth + 1)
-    kind = schema.get("type")
-    kind = str(kind[0] if isinstance(kind, list) and kind else kind)
-    if kind == "object" or "properties" in schema:
-        members = schema.get("properties") or {}
-        return {name: example_value(members.get(name), depth + 1)
-                for name in schema.get("required") or list(members)}
-    if kind == "array":
-        return [example_value(schema.get("items"), depth + 1)] * max(1, schema.get("minItems") or 1)
-    return EXAMPLES.get(kind, "example")
+    return EXAMPLES.get(kind, example_string)({**schema, "type": kind}, root, depth)
+
+
+def example_input(schema: Any) -> Json:
+    """Arguments for a tool: always an object."""
+    value = example_value(schema, schema)
+    return value if isinstance(value, dict) else {}
 
 
 def last_user_text(messages: List[Json]) -> str:
@@ -4736,25 +4840,37 @@ def last_user_text(messages: List[Json]) -> str:
 
 
 def demo_tools(params: Json, asked: str) -> List[Json]:
-    """The tools that the demo calls: the one that is named or demanded, else a harmless one."""
+    """The tools that the demo calls: those asked for by name, else a harmless one, else, where
+    one must be called, the first."""
     if params["messages"][-1]["role"] == "tool":
         return []
-    tools = params["tools"]
-    choice = params.get("tool_choice") or {}
-    named = [tool for tool in tools if tool["name"] == choice.get("name") or tool["name"] in asked]
-    if not named and choice.get("type") == "any":
-        named = tools
-    named = named or [tool for tool in tools if not DANGEROUS_TOOL.search(tool["name"])]
-    return named[:2] if "[demo:parallel]" in asked else named[:1]
+    choice, tools = params.get("tool_choice") or {}, params["tools"]
+    names = DEMO_CALL.findall(asked) + [choice.get("name")]
+    harmless = [tool for tool in tools if not DANGEROUS_TOOL.search(tool["name"])]
+    words = set(re.findall(r"[\w.-]+", asked))
+    called = ([tool for tool in tools if tool["name"] in names]
+              or [tool for tool in harmless if tool["name"] in words] or harmless)
+    if not called and choice.get("type") == "any":
+        called = tools
+    return called[:2] if "[demo:parallel]" in asked else called[:1]
+
+
+def demo_schema(system: str) -> Any:
+    """The schema that the system text asks an answer to follow, None when there is none."""
+    found = re.search(r"JSON Schema and nothing else.*?\n(\{.*)", system, re.S)
+    try:
+        return json.loads(found[1]) if found else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def demo_words(params: Json, asked: str) -> List[str]:
     """The text of an answer, a word or so at a time."""
     system = params["system"] if isinstance(params["system"], str) else "".join(
         block["text"] for block in params["system"])
-    schema = re.search(r"JSON Schema and nothing else.*?\n(\{.*)", system, re.S)
-    if schema:
-        return [json.dumps(example_value(json.loads(schema[1])), ensure_ascii=False)]
+    schema = demo_schema(system)
+    if schema is not None:
+        return [json.dumps(example_value(schema, schema), ensure_ascii=False)]
     if JSON_ANY in system:
         return ['{"demo": true}']
     images = sum(part["type"] == "image" for message in params["messages"]
@@ -4772,7 +4888,7 @@ def demo_words(params: Json, asked: str) -> List[str]:
 def demo_stream(params: Json, asked: str) -> List[Tuple[float, Json]]:
     """All events of an ordinary answer up to its finish."""
     marker = DEMO_MARKER.findall(asked)
-    pause = 0.5 if "slow" in marker else 0.01
+    pause = 0.5 if "slow" in marker else 0.003
     lines: List[Tuple[float, Json]] = [(0.0, {"type": "start"})]
     for word in ("The demo ", "thinks ", "a little."):
         lines.append((pause, {"type": "reasoning-delta", "id": "r0", "text": word}))
@@ -4782,7 +4898,7 @@ def demo_stream(params: Json, asked: str) -> List[Tuple[float, Json]]:
     calls = demo_tools(params, asked)
     for number, tool in enumerate(calls):
         name = "call_demo_%d_%d" % (len(params["messages"]), number)
-        given = example_value(tool["input_schema"])
+        given = example_input(tool["input_schema"])
         text = json.dumps(given, ensure_ascii=False)
         lines.append((pause, {"type": "tool-input-start", "id": name, "toolName": tool["name"]}))
         lines += [(pause, {"type": "tool-input-delta", "id": name, "delta": text[at:at + 8]})
@@ -4858,6 +4974,7 @@ class App:
     tls: Optional[ssl.SSLContext] = None
     demo: bool = False                          # the upstream is the one inside the program
     calibrations: Dict[str, Calibration] = field(default_factory=dict)
+    items: Dict[Tuple[str, str], bytes] = field(default_factory=dict)   # see ITEM MEMORY
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
@@ -5887,6 +6004,39 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
     return True
 
 
+# === ITEM MEMORY ============================================================
+# Some clients (the AI SDK by default) name an earlier answer's items by their
+# id instead of sending them.  So the last few of them, text and thinking only,
+# are kept in memory, under the whole digest of the key that they were given to;
+# never for a request that says store false, and never on disk.
+
+
+def item_place(key: str, name: Any) -> Tuple[str, str]:
+    return hashlib.sha256(key.encode()).hexdigest(), str(name)
+
+
+def remember_items(app: App, key: str, reply: Reply) -> None:
+    """Keep the items of a finished answer; the oldest make room."""
+    if not reply.remember or not reply.reason:
+        return
+    for item in responses_body(reply)["output"]:
+        data = to_json(item)
+        if item["type"] in ("message", "reasoning") and len(data) <= MAX_ITEM_BYTES:
+            app.items[item_place(key, item["id"])] = data
+    while len(app.items) > MAX_ITEMS:
+        del app.items[next(iter(app.items))]
+
+
+def recall_items(app: App, key: str, body: Json) -> None:
+    """Put the items that are known in the place of references to them."""
+    given = body.get("input")
+    for index, item in enumerate(given if isinstance(given, list) else []):
+        if isinstance(item, dict) and item.get("type") == "item_reference":
+            known = app.items.get(item_place(key, item.get("id")))
+            if known is not None and isinstance(given, list):
+                given[index] = json.loads(known)
+
+
 # === JOBS ===================================================================
 # A request's body made ready to be sent: whichever shape it has, it becomes one
 # Prompt, fitted to its model, and one upstream call.  A plain answer whose form
@@ -5910,9 +6060,10 @@ def choose_reader(face: Face, body: Json) -> Face:
     return CHAT if face is RESPONSES and "messages" in body and "input" not in body else face
 
 
-def read_prompt(app: App, face: Face, data: bytes, notes: List[str]) -> Prompt:
+def read_prompt(app: App, face: Face, key: str, data: bytes, notes: List[str]) -> Prompt:
     """A request's body as a Prompt that is fit to be sent.  Raises ProxyError."""
     body = parse_object(data, notes)
+    recall_items(app, key, body)
     reader = choose_reader(face, body)
     prompt = reader.parse(body, notes)
     if face is CHAT:
@@ -5933,13 +6084,14 @@ def count_input(app: App, prompt: Prompt) -> Tuple[int, int, str]:
     """(calibrated estimate, raw estimate, family) of a prompt's input tokens."""
     raw = estimate_input(prompt)
     family = model_family(prompt.model, bool(prompt.tools))
-    return calibrated(raw, app.calibrations.get(family, Calibration())), raw, family
+    count = calibrated(raw, app.calibrations.get(family, Calibration()))
+    return count, raw, "" if images_of(prompt) else family      # pictures teach nothing of text
 
 
 def refuse_notes(exchange: Exchange, notes: List[str]) -> None:
     """x-ccproxy-strict: what would be a note is a 400."""
-    if notes and exchange.head.fields.get("x-ccproxy-strict") == "1":
-        unique = list(dict.fromkeys(notes))
+    unique = [note for note in dict.fromkeys(notes) if not note.startswith("json_format=")]
+    if unique and exchange.head.fields.get("x-ccproxy-strict") == "1":
         raise ProxyError("invalid", "Refused because of x-ccproxy-strict: " + format_notes(unique),
                          details={"notes": unique[:100]})
 
@@ -5948,7 +6100,8 @@ def new_answer(app: App, face: Face, prompt: Prompt) -> Answer:
     """An empty answer to a prompt."""
     reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model),
                   int(time.time()), include_usage=prompt.include_usage,
-                  carry_thinking=prompt.carry_thinking, echo=prompt.echo)
+                  carry_thinking=prompt.carry_thinking, echo=prompt.echo,
+                  remember=prompt.remember)
     reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
     return Answer(face, ALPHA, reply, prompt, app.config.empty_response_policy == "allow")
 
@@ -5958,7 +6111,7 @@ def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> 
     notes: List[str] = []
     fields = exchange.head.fields
     try:
-        prompt = read_prompt(app, face, data, notes)
+        prompt = read_prompt(app, face, key, data, notes)
         prompt.session = derive_session(key, session_value(fields, prompt.user_id),
                                         first_user_text(prompt))
         payload = ALPHA.build(prompt, prompt.session)
@@ -5994,6 +6147,16 @@ def explain_call(app: App, job: Job) -> Json:
             "notes": list(dict.fromkeys(job.notes))}
 
 
+def learn_usage(app: App, reply: Reply) -> None:
+    """Calibrate the estimator by a true count (of at most MAX_FAMILIES families)."""
+    known = app.calibrations
+    if reply.usage is None or not reply.usage.input or not reply.family:
+        return
+    if reply.family in known or len(known) < MAX_FAMILIES:
+        known[reply.family] = learn_count(known.get(reply.family, Calibration()),
+                                          reply.raw_estimate, reply.usage.input)
+
+
 async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     """The answer, or a second one where the first is not valid under its schema; a note tells.
 
@@ -6018,6 +6181,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
         return answer
     finally:
         relay.close()
+    learn_usage(app, answer.reply)      # the second prompt holds the first answer: it teaches less
     left = format_violation(prompt, second.reply)
     code = "json_repaired" if left is None else "json_invalid"
     add_note(second.reply.notes, code, left or violation)
@@ -6130,21 +6294,13 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
             relay.close()
         record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
+    if face is RESPONSES:
+        remember_items(app, key, job.answer.reply)
     await exchange.wire.drain()
 
 
 def record_notes(exchange: Exchange, job: Job) -> None:
     exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
-
-
-def learn_usage(app: App, reply: Reply) -> None:
-    """Calibrate the estimator by a true count (of at most MAX_FAMILIES families)."""
-    known = app.calibrations
-    if reply.usage is None or not reply.usage.input or not reply.family:
-        return
-    if reply.family in known or len(known) < MAX_FAMILIES:
-        known[reply.family] = learn_count(known.get(reply.family, Calibration()),
-                                          reply.raw_estimate, reply.usage.input)
 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
@@ -6176,9 +6332,12 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
     """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
     exchange.face = face
     exchange.record["api"] = face.name
+    found = KEY_PATTERN.search("%s %s" % (exchange.head.fields.get("authorization", ""),
+                                          exchange.head.fields.get("x-api-key", "")))
+    key = found[0] if found else ""         # wanted for references alone
     data = await read_body(app, exchange)
     try:
-        return count_input(app, read_prompt(app, face, data, []))[0]
+        return count_input(app, read_prompt(app, face, key, data, []))[0]
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
 

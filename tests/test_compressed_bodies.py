@@ -205,8 +205,9 @@ def test_broken_bodies(proxy, upstream, coding, body):
     assert_refused(post(proxy, body, coding), upstream, 400)
 
 
-BROKEN_ZSTD = [("cut by one", ZSTD[:-1]), ("cut in the middle", ZSTD[:50]), ("magic only", ZSTD[:4]),
-               ("plain JSON", PLAIN), ("nothing", b""), ("behind the end", ZSTD + b"junk"),
+BROKEN_ZSTD = [("cut by one", ZSTD[:-1]), ("cut in the middle", ZSTD[:50]),
+               ("magic only", ZSTD[:4]), ("plain JSON", PLAIN), ("nothing", b""),
+               ("behind the end", ZSTD + b"junk"),
                ("wrong checksum", ZSTD[:-1] + b"\0"), ("noise", ZSTD[:6] + b"\xff" * 60)]
 
 

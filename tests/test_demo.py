@@ -9,7 +9,7 @@ import signal
 import ccproxy
 import pytest
 from fake_upstream import FakeUpstream
-from harness import CHAT, MESSAGES, PROGRAM, Program, Proxy, fold_chat, fold_messages, run_program
+from harness import CHAT, MESSAGES, PROGRAM, Program, Proxy, fold_chat, fold_messages
 
 RESPONSES = "/v1/responses"
 DOORS = (CHAT, MESSAGES, RESPONSES)
@@ -33,6 +33,21 @@ def demo(bystander):
     program = Program("--demo", "--api-base", bystander.base, until=LAST_LINE)
     yield program
     program.close()
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """The demo in this process, without pauses between words and with short ones between attempts.
+    """
+    slow, patch = ccproxy.demo_stream, pytest.MonkeyPatch()
+    patch.setattr(ccproxy, "demo_stream", lambda params, asked: [
+        (0.0, line) for _, line in slow(params, asked)])
+    proxy = Proxy(useProviderModels=False, apiBase="http://127.0.0.1:9")
+    asyncio.run_coroutine_threadsafe(ccproxy.start_demo(proxy.app), proxy.loop).result(10)
+    yield proxy
+    proxy.close()
+    patch.undo()
+    assert "Traceback" not in proxy.log.getvalue()
 
 
 def ask(demo, path, words, key=None, **members):
@@ -61,9 +76,16 @@ def text_of(path, answer):
 
 @pytest.mark.parametrize("path", DOORS)
 @pytest.mark.parametrize("key, streamed", KEYS)
-def test_every_api_with_any_key_or_none(demo, path, key, streamed):
-    text = text_of(path, ask(demo, path, "Say 'h\u00e9llo'.", key, stream=streamed))
+def test_every_api_with_any_key_or_none(quick, path, key, streamed):
+    text = text_of(path, ask(quick, path, "Say 'h\u00e9llo'.", key, stream=streamed))
     assert "demo" in text and "Say 'h\u00e9llo'." in text and "\U0001f680" in text
+
+
+@pytest.mark.parametrize("path, key, streamed", [(CHAT, "sk-another-vendors", True),
+                                                 (MESSAGES, None, True), (RESPONSES, None, False)])
+def test_every_api_of_the_program(demo, path, key, streamed):
+    """The same through the program as it is started."""
+    assert "Say hello." in text_of(path, ask(demo, path, "Say hello.", key, stream=streamed))
 
 
 def test_the_command_on_the_screen(demo):
@@ -105,21 +127,6 @@ MARKERS = [         # marker, status, error.type at chat, error.type at messages
     ("429", 429, "rate_limit_exceeded", "rate_limit_error", None),
     ("500", 502, "server_error", "api_error", None),
     ("503", 503, "server_error", "overloaded_error", None)]
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """The demo in this process, without pauses between words and with short ones between attempts.
-    """
-    slow, patch = ccproxy.demo_stream, pytest.MonkeyPatch()
-    patch.setattr(ccproxy, "demo_stream", lambda params, asked: [
-        (0.0, line) for _, line in slow(params, asked)])
-    proxy = Proxy(useProviderModels=False, apiBase="http://127.0.0.1:9")
-    asyncio.run_coroutine_threadsafe(ccproxy.start_demo(proxy.app), proxy.loop).result(10)
-    yield proxy
-    proxy.close()
-    patch.undo()
-    assert "Traceback" not in proxy.log.getvalue()
 
 
 @pytest.mark.parametrize("marker, expected, chat, messages, retry", MARKERS)
@@ -204,7 +211,7 @@ def function(name):
 @pytest.mark.parametrize("names, words, called", [
     (["get_weather"], "Hi.", ["get_weather"]), (["bash"], "Hi.", []),
     (["bash", "look"], "Hi.", ["look"]), (["Edit", "apply_patch", "TaskKill"], "Hi.", []),
-    (["bash"], "Use bash.", ["bash"]),
+    (["bash"], "[demo:call bash]", ["bash"]),
     (["look", "listen"], "[demo:parallel]", ["look", "listen"])])
 def test_tool_calls(quick, names, words, called):
     """A tool that is offered is called, with valid arguments; one that changes things only when
@@ -295,7 +302,3 @@ def test_the_key_is_hidden_in_the_demo_too(demo):
     for text in (repr(answer), repr(dry), demo.log, demo.screen):
         assert "verySecret" not in text
     assert hashlib.sha256(key.encode()).hexdigest()[:6] in dry.body.decode()
-
-
-def test_help_names_it():
-    assert "--demo" in run_program("--help").stdout

@@ -133,7 +133,7 @@ TOOLS = [
     (["bash", "get_weather"], "weather?", None, ["get_weather"]),
     (["bash", "get_weather"], "weather?", "required", ["get_weather"]),
     (["bash"], "hi", "required", ["bash"]), (["bash", "get_weather"], "hi", NAMED, ["bash"]),
-    (["bash"], "please call bash", None, ["bash"]), (["bash"], "[demo:parallel]", None, []),
+    (["bash"], "[demo:call bash]", None, ["bash"]), (["bash"], "[demo:parallel]", None, []),
     (["write", "edit", "exec"], "I am rewriting credits of executives", None, [])]
 
 
@@ -152,8 +152,9 @@ def test_tools(names, asked, choice, expected):
 
 DANGEROUS = ["Bash", "bash", "shell", "local_shell", "exec_command", "write_stdin", "Write",
              "write", "Edit", "edit", "MultiEdit", "NotebookEdit", "apply_patch",
-             "str_replace_based_edit_tool", "Task", "task", "Agent", "spawn_agent", "KillShell", "delete_file", "remove_file",
-             "run_command", "run_terminal_cmd", "create_file", "search_replace"]
+             "str_replace_based_edit_tool", "Task", "task", "Agent", "spawn_agent", "KillShell",
+             "delete_file", "remove_file", "run_command", "run_terminal_cmd", "create_file",
+             "search_replace"]
 
 
 @pytest.mark.parametrize("name", DANGEROUS)
@@ -162,7 +163,7 @@ def test_dangerous_tools_are_not_called_by_themselves(name, asked):
     """A demo must not make an agent change anything."""
     assert called(demo(asked, tools=[tool(name)])) == []
     assert called(demo(asked, tools=[tool(name), tool("get_weather")])) == ["get_weather"]
-    assert called(demo("call %s now" % name, tools=[tool(name)])) == [name]
+    assert called(demo("[demo:call %s]" % name, tools=[tool(name)])) == [name]
 
 
 # Examples under their schema.

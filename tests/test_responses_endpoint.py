@@ -5,7 +5,7 @@ import json
 
 import pytest
 from fake_upstream import ndjson, recorded, status, stream, text_answer
-from harness import KEY, parse_answers, post_bytes, read_until
+from harness import KEY, ccproxy, parse_answers, post_bytes, read_until
 
 RESPONSES = "/v1/responses"
 CODEX = [("originator", {"originator": "codex_exec"}),
@@ -361,3 +361,46 @@ def test_a_connection_goes_on_behind_codex_error(proxy, upstream):
     assert data.startswith(b"HTTP/1.1 200 ") and b'"status":"completed"' in data
     proxy.wait_quiet()
     assert "Payment" in proxy.log.getvalue() or "billing" in proxy.log.getvalue()
+
+
+# References to earlier items, which the AI SDK sends by default.
+
+
+def converse(proxy, second_input, key="user_testkey123", **first):
+    """Two requests, the second of which may refer to the first's answer."""
+    answer = proxy.request("POST", "/v1/responses", {"input": "hi", **first})
+    names = [item["id"] for item in answer.json["output"]]
+    return proxy.request("POST", "/v1/responses", {"input": second_input(names)}, key=key)
+
+
+def refer(names):
+    return [{"role": "user", "content": "hi"},
+            *[{"type": "item_reference", "id": name} for name in names],
+            {"role": "user", "content": "and?"}]
+
+
+def test_references_are_resolved_from_memory(proxy, upstream):
+    upstream.scripts = [stream("02")]
+    assert converse(proxy, refer).status == 200
+    sent = upstream.requests[-1].json["params"]["messages"][1]
+    assert sent == {"role": "assistant", "content": [
+        {"type": "reasoning", "text": "The user asks 2+2.\nIt is 4."},
+        {"type": "text", "text": "The answer is **4**."}]}
+
+
+def test_references_of_others_and_of_what_was_not_to_be_kept(proxy, upstream):
+    assert converse(proxy, refer, key="user_somebodyelse").status == 400
+    assert converse(proxy, refer, store=False).status == 400
+    assert len(upstream.requests) == 2 and len(proxy.app.items) == 1
+
+
+def test_the_memory_is_bounded(proxy, upstream, monkeypatch):
+    monkeypatch.setattr(ccproxy, "MAX_ITEMS", 3)
+    for _ in range(5):
+        proxy.request("POST", "/v1/responses", {"input": "hi"})
+    assert len(proxy.app.items) == 3
+
+
+def test_lost_thinking_is_noted_and_not_refused(proxy, upstream):
+    answer = proxy.request("POST", "/v1/responses", {"input": refer(["rs_unknown01"])})
+    assert answer.status == 200 and "dropped=" in answer.fields["x-ccproxy-notes"]

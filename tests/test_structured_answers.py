@@ -90,8 +90,8 @@ def test_violations_of_answers(members, events, words):
     assert found is None if words is None else words in found
 
 
-@pytest.mark.parametrize("text,valid", [("{}", True), ("[1]", True), ("x", False), ("", False)])
-def test_any_json_is_checked_as_json_only(text, valid):
+@pytest.mark.parametrize("text,valid", [("{}", True), ("[1]", False), ("x", False), ("", False)])
+def test_any_json_must_be_an_object(text, valid):
     prompt = read_prompt("chat", request("chat", response_format={"type": "json_object"}))
     found = ccproxy.format_violation(prompt, answered(prompt, ndjson(*says(text or " "))))
     assert (found is None) is valid
