@@ -15,7 +15,8 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from bed import (FINAL, FINAL_TEXT, HALF, KEY, MODEL, NO_CREDIT, OTHER_KEY, PNG, TOO_FAST, UNICODE,
                  Bed, Request, calling, check_cancelled, client_environment, expect, images,
-                 run_client, stall, stream, text_answer, thinking_answer, tool_results, wait_until)
+                 run_client, stall, status, stream, text_answer, thinking_answer, tool_results,
+                 wait_until)
 
 Done = Tuple[int, str]
 GPT = "gpt-5.5"
@@ -139,9 +140,9 @@ def shared_checks(run: Run, interrupt: Callable[[Agent], None],
         expect(main_requests(agent.bed) == 1, "%d requests" % len(agent.bed.requests), shown)
 
     def rate(agent: Agent) -> None:
+        """Once is nothing that the user notices."""
         agent.bed.reset(TOO_FAST)
-        code, shown = run(agent, "hi")
-        expect(FINAL_TEXT in shown or "slow down" in shown or "429" in shown, code, shown)
+        final(run(agent, "hi"))
 
     def mid_stream(agent: Agent) -> None:
         main_turn(agent, None, stream("07"))
@@ -232,6 +233,20 @@ def claude_mid_stream(agent: Agent) -> None:
     expect(len(agent.bed.requests) == 2, len(agent.bed.requests))
 
 
+def claude_rate(agent: Agent) -> None:
+    """A limit that lasts is shown as one after its own retry."""
+    agent.bed.upstream.default = TOO_FAST
+    code, shown = claude(agent, "hi")
+    expect(code == 1 and "slow down" in shown, code, shown)
+
+
+def claude_thinks(agent: Agent) -> None:
+    """Thinking is among the blocks that --output-format stream-json shows."""
+    agent.bed.reset(stream(thinking_answer("Let me see.", "Four.")))
+    code, shown = claude(agent, "2+2?", "--output-format", "stream-json", "--verbose")
+    expect(code == 0 and '"thinking":"Let me see."' in shown, code, shown)
+
+
 def claude_sees(agent: Agent) -> None:
     path = agent.write("a.png", IMAGE)
     agent.bed.reset(stream(calling(("call_00_c", "Read", {"file_path": path}))))
@@ -250,6 +265,7 @@ def claude_structured(agent: Agent) -> None:
 
 CLAUDE_CODE = {
     **shared_checks(claude, claude_interrupt, ("Bash", "command")),
+    "rate limit that lasts": claude_rate, "thinking": claude_thinks,
     "error in mid-stream": claude_mid_stream, "edits a file": claude_edits,
     "continues with thinking (-c)": claude_continues, "image": claude_sees,
     "structured output": claude_structured}
@@ -271,8 +287,10 @@ def codex_command(agent: Agent, prompt: str, *arguments: str, model: str = MODEL
                   key: str = KEY) -> Tuple[List[str], Dict[str, str]]:
     """The command line of `codex exec`, and its environment."""
     agent.write("~/config.toml", (CODEX_CONFIG % agent.bed.proxy.base).encode())
-    return ([agent.program("codex"), "exec", *arguments[:1], "--skip-git-repo-check",
-             "--dangerously-bypass-approvals-and-sandbox", "-m", model, *arguments[1:], prompt],
+    verb = arguments[:1] if arguments[:1] == ("resume",) else ()
+    return ([agent.program("codex"), "exec", *verb, "--skip-git-repo-check",
+             "--dangerously-bypass-approvals-and-sandbox", "-m", model, *arguments[len(verb):],
+             prompt],
             {"CODEX_HOME": agent.home, "CCPROXY_KEY": key})
 
 
@@ -300,7 +318,7 @@ def codex_patches(agent: Agent) -> None:
 def codex_namespaced(agent: Agent) -> None:
     """A tool of the namespace multi_agent_v1 is called and not answered `unsupported call`."""
     codex(agent, "hi")
-    name = next(tool["name"] for tool in agent.bed.params()["tools"] if "wait_agent" in tool["name"])
+    name, = [tool["name"] for tool in agent.bed.params()["tools"] if "wait_agent" in tool["name"]]
     agent.bed.reset(stream(calling(("call_00_n", name, {"targets": [], "timeout_ms": 10000}))))
     final(codex(agent, "Wait."))
     given = tool_results(agent.bed.params())["call_00_n"]
@@ -313,6 +331,23 @@ def codex_continues(agent: Agent) -> None:
     final(codex(agent, "2+2?", model=GPT), "Four.")
     final(codex(agent, "And now?", "resume", "--last", model=GPT))
     expect(assistant_parts(agent.bed) == ["reasoning", "text"], assistant_parts(agent.bed))
+
+
+def codex_thinks(agent: Agent) -> None:
+    """The summary of the thinking is shown, for a model of any name."""
+    agent.bed.reset(stream(thinking_answer("Let me see.", "Four.")))
+    code, shown = codex(agent, "2+2?", "-c", 'model_reasoning_effort="high"', "-c",
+                        'model_reasoning_summary="auto"', "-c",
+                        "model_supports_reasoning_summaries=true")
+    expect(code == 0 and "Four." in shown and "Let me see." in shown, code, shown)
+
+
+def codex_stops(script: Any, words: str, agent: Agent) -> None:
+    """A permanent refusal is shown at once with our words (R44)."""
+    agent.bed.upstream.default = script
+    code, shown = codex(agent, "hi")
+    expect(code == 1 and words in shown and "Reconnecting" not in shown, code, shown)
+    expect(agent.bed.log.count("api=responses") == 1, agent.bed.log)
 
 
 def codex_sees(agent: Agent) -> None:
@@ -333,8 +368,21 @@ def codex_structured(agent: Agent) -> None:
     expect("city" in json.dumps(agent.bed.params(0)["system"]), agent.bed.params(0)["system"])
 
 
+def refusal(code: int, name: str, message: str) -> Any:
+    return status(code, {"success": False, "error": {"code": name, "message": message}})
+
+
 CODEX = {
     **shared_checks(codex, codex_interrupt, ("exec_command", "cmd")),
+    "402 stops it at once": functools.partial(codex_stops, NO_CREDIT, "No credit is left"),
+    "403 stops it at once": functools.partial(
+        codex_stops, refusal(403, "MODEL_NOT_IN_PLAN", "not in your plan"), "not in your plan"),
+    "a usage window stops it at once": functools.partial(
+        codex_stops, refusal(429, "X", "You've reached your 5-hour usage limit"), "5-hour"),
+    "too long a prompt stops it at once": functools.partial(
+        codex_stops, refusal(400, "X", "prompt is too long: 300000 tokens > 200000 maximum"),
+        "context window"),
+    "thinking": codex_thinks,
     "applies a patch (custom tool)": codex_patches, "namespaced tool": codex_namespaced,
     "continues with thinking": codex_continues, "image": codex_sees,
     "structured output": codex_structured}
@@ -347,6 +395,8 @@ def opencode_command(agent: Agent, prompt: str, *arguments: str, vendor: str = "
                      key: str = KEY) -> Tuple[List[str], Dict[str, str]]:
     """The command line of `opencode run`, and its environment."""
     models = {MODEL: {"attachment": True, "reasoning": True, "tool_call": True,
+                      "options": {"thinking": {"type": "enabled", "budgetTokens": 2000}}
+                      if vendor == "anthropic-like" else {},
                       "modalities": {"input": ["text", "image"], "output": ["text"]}}}
     options = {"baseURL": agent.bed.proxy.base + "/v1", "apiKey": "{env:CCPROXY_KEY}"}
     provider = {name: {"npm": package, "options": options, "models": models}
@@ -448,7 +498,8 @@ def pi_thinks(agent: Agent, api: str) -> None:
 def pi_edits(agent: Agent, api: str) -> None:
     path = agent.write("a.txt", b"old line\n")
     agent.bed.reset(stream(calling(
-        ("call_00_r", "read", {"path": path}), ("call_01_b", "bash", {"command": "echo b-$((1+1))"}),
+        ("call_00_r", "read", {"path": path}),
+        ("call_01_b", "bash", {"command": "echo b-$((1+1))"}),
         thinking="I look.")), stream(calling(("call_00_e", "edit", {
             "path": path, "edits": [{"oldText": "old", "newText": "n\u00e9w"}]}))))
     final(pi(agent, "Edit it.", api=api))

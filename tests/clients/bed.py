@@ -31,6 +31,10 @@ FINAL_TEXT = "The final answer."
 FINAL = stream(text_answer("The final", " answer."))
 
 
+class NotApplicable(Exception):
+    """Raised by a check that this client has no use for; the message says why."""
+
+
 class Bed:
     """The proxy and the upstream that one client is driven against."""
 

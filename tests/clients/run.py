@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Drive the real clients, in pinned versions, through ccproxy to a scripted upstream.
 
-    python3 tests/clients/run.py [--scratch DIR] [--list] [name ...]
+    python3 tests/clients/run.py [--scratch DIR] [--only TEXT] [--list] [name ...]
 
-Without names every client is tried.  Each is installed by pip or npm into a folder of its own below
-the scratch folder (default: `ccproxy-clients` in the temporary folder), which is kept and used again
-by the next run.  Nothing leaves the machine but the installation: keys are made up, and the
-upstream is tests/fake_upstream.py.
+Without names every client is tried.  Each is installed by pip or npm into a folder of its own
+below the scratch folder (default: `ccproxy-clients` in the temporary folder), which is kept and
+used again by the next run.  Nothing leaves the machine but the installation: keys are made up,
+and the upstream is tests/fake_upstream.py.
 
-Printed is a line per client, API and feature, ✓ or ✗ with what was seen instead; a client that
-cannot be installed is skipped with the reason.  Exit status: 0 when nothing failed, else 1.
+Printed is a line per client, API and feature: ✓, or ✗ with what was seen instead, or - with the
+reason when it does not apply; a client that cannot be installed is skipped with the reason.
+Exit status: 0 when nothing failed, else 1.
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import agents  # noqa: E402
-from bed import HERE, Bed, client_environment  # noqa: E402
+from bed import HERE, Bed, NotApplicable, client_environment  # noqa: E402
 from sdks import CHECKS, Driver, Sdk  # noqa: E402
 
 
@@ -82,8 +83,9 @@ def install(client: Client, folder: str) -> str:
             run_tool([python_of(folder), "-m", "pip", "install", "-q", *client.packages], folder)
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stdout", "") or ""
-        last = (output.strip().splitlines() or [""])[-1]
-        return ("%s: %s" % (error, last))[:400]
+        told = [line for line in output.splitlines()
+                if "error" in line.lower() and "code " not in line]
+        return ("%s: %s" % (told[0] if told else "", error))[:400]
     with open(mark, "w", encoding="utf-8") as file:
         file.write(wanted)
     return ""
@@ -98,6 +100,14 @@ def python_of(folder: str) -> str:
     return os.path.join(folder, "bin", "python")
 
 
+def place_of(error: BaseException) -> str:
+    """The line of the check that was not met."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if os.path.basename(frame.filename) in ("sdks.py", "agents.py")]
+    return "%s:%s: %s" % (os.path.basename(frames[-1].filename), frames[-1].lineno,
+                          frames[-1].line) if frames else "?"
+
+
 class Tally:
     """What was found, printed as it is found."""
 
@@ -108,12 +118,13 @@ class Tally:
         started = time.monotonic()
         try:
             run()
+        except NotApplicable as reason:
+            print("  - %s: %s: does not apply: %s" % (name, feature, reason), flush=True)
         except (AssertionError, OSError, KeyError, ValueError, IndexError, TypeError, queue.Empty,
                 subprocess.SubprocessError) as error:
             self.failed += 1
-            place = traceback.extract_tb(error.__traceback__)[-1 if not str(error) else 1]
-            print("  ✗ %s: %s: %s: %s (%s)" % (
-                name, feature, type(error).__name__, str(error)[:1500], place.line), flush=True)
+            print("  ✗ %s: %s: %s: %s (%s)" % (name, feature, type(error).__name__,
+                                               str(error)[:1500], place_of(error)), flush=True)
         else:
             self.passed += 1
             print("  ✓ %s: %s (%.1f s)" % (name, feature, time.monotonic() - started), flush=True)

@@ -52,9 +52,10 @@ async function responses(task, out) {
     content.push({type: "input_image", detail: "auto",
                   image_url: "data:image/png;base64," + task.image});
   }
-  const body = {model: task.model, store: false, input: [{role: "user", content}]};
-  if (task.thinking) {
-    body.reasoning = {effort: "high", summary: "auto"};
+  const body = {model: task.model, input: [{role: "user", content}]};
+  if (task.thinking) body.reasoning = {effort: "high", summary: "auto"};
+  if (task.thinking && !task.store) {
+    body.store = false;
     body.include = ["reasoning.encrypted_content"];
   }
   if (task.tools) {
@@ -190,8 +191,12 @@ async function vercel(task, out) {
   if (task.image) content.push({type: "image", image: Buffer.from(task.image, "base64")});
   const options = {model: await aiModel(task), maxRetries: task.retries, onError: () => {},
                    messages: [{role: "user", content}], abortSignal: leaving.signal,
-                   providerOptions: {openai: {store: false}}};
-  if (task.thinking) options.providerOptions = AI_THINKING;
+                   providerOptions: {}};
+  if (task.thinking) options.providerOptions = structuredClone(AI_THINKING);
+  if (task.thinking && task.store) {
+    delete options.providerOptions.openai.store;
+    delete options.providerOptions.openai.include;
+  }
   if (task.tools) {
     options.tools = {get_weather: ai.tool({description: "", execute: weather,
                                            inputSchema: ai.jsonSchema(WEATHER)})};

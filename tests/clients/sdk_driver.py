@@ -116,7 +116,8 @@ def responses_options(task: Task) -> Dict[str, Any]:
     options: Dict[str, Any] = {"model": task["model"]}
     if task.get("thinking"):
         options["reasoning"] = {"effort": "high", "summary": "auto"}
-        options["include"] = ["reasoning.encrypted_content"]
+        if not task.get("store"):
+            options.update(store=False, include=["reasoning.encrypted_content"])
     if task.get("tools"):
         options["tools"] = [RESPONSES_TOOL]
     return options
@@ -124,7 +125,6 @@ def responses_options(task: Task) -> Dict[str, Any]:
 
 def openai_responses(task: Task, shown: Shown) -> None:
     client, options = openai_client(task), responses_options(task)
-    options["store"] = False
     given: List[Any] = [{"role": "user", "content": responses_content(task)}]
     if task.get("schema"):
         from pydantic import create_model
@@ -223,10 +223,10 @@ def langchain_model(task: Task) -> Any:
     from langchain_openai import ChatOpenAI
     more = {"use_responses_api": task["api"] == "responses"}
     if task["api"] == "responses":
-        more.update(store=False, output_version="responses/v1",
-                    include=["reasoning.encrypted_content"])
         if task.get("thinking"):
             more["reasoning"] = {"effort": "high", "summary": "auto"}
+        if task.get("thinking") and not task.get("store"):
+            more.update(store=False, include=["reasoning.encrypted_content"])
     elif task.get("thinking"):
         more["reasoning_effort"] = "high"
     return ChatOpenAI(base_url=task["base"] + "/v1", **more, **common)
@@ -326,7 +326,7 @@ def litellm(task: Task, shown: Shown) -> None:
 
 def litellm_responses(lite: Any, task: Task, shown: Shown) -> None:
     options = responses_options(task)
-    options.update(model="openai/" + task["model"], api_key=task["key"], store=False,
+    options.update(model="openai/" + task["model"], api_key=task["key"],
                    api_base=task["base"] + "/v1", max_retries=task["retries"])
     given: List[Any] = [{"role": "user", "content": responses_content(task)}]
     if task.get("schema"):

@@ -5,6 +5,7 @@ lines of JSON and gives back what its user would have seen.
 """
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import subprocess
@@ -12,12 +13,13 @@ import threading
 from typing import Any, Callable, Dict, List
 
 from bed import (FINAL_TEXT, HALF, KEY, MODEL, NO_CREDIT, OTHER_KEY, PNG, TOO_FAST, UNICODE,
-                 Bed, Request, calling, check_cancelled, expect, images, stall, stream, text_answer,
-                 thinking_answer, tool_results)
+                 Bed, NotApplicable, Request, calling, check_cancelled, expect, images, stall,
+                 stream, text_answer, thinking_answer, tool_results)
 
 OSLO = ("call_00_one", "get_weather", {"city": "Oslo"})
 PAULO = ("call_01_two", "get_weather", {"city": "S\u00e3o Paulo"})
 NO_THINKING_SHOWN = {("langchain", "chat"), ("llm", "chat")}    # no `reasoning_content` there
+NO_FAILURE_SHOWN = {("llm", "responses")}       # it passes over `response.failed`
 NO_SECOND_TURN = {"chat", "llm"}                # do not send thinking back by themselves
 NOT_402 = {("litellm", "messages"): 500}        # what it makes of a 402
 NO_STREAM = {("litellm", "responses")}          # it asks for a whole answer and cuts it itself
@@ -121,8 +123,20 @@ def check_thinking(bed: Bed, sdk: Sdk) -> None:
         expect(told == ["reasoning", "text"], "thinking did not come back", told, bed.log)
 
 
+def check_default_store(bed: Bed, sdk: Sdk) -> None:
+    """Who leaves `store` at its default finds his history in the next turn all the same."""
+    if sdk.api not in ("responses", "openai") or NO_SECOND_TURN & {sdk.api, sdk.name}:
+        raise NotApplicable("only for what sends the items of a Responses answer back")
+    for streaming in (False, True):
+        bed.reset(stream(thinking_answer("Let me see.", "Four.")))
+        shown = sdk.good("2+2?", thinking=True, stream=streaming, again=True, store=True)
+        expect(shown["text"] == FINAL_TEXT, streaming, shown)
+        told = [part.get("text") for turn in bed.params()["messages"] for part in turn["content"]
+                if turn["role"] == "assistant"]
+        expect(told[-1:] == ["Four."], "the answer did not come back", told, bed.log)
+
+
 def check_image(bed: Bed, sdk: Sdk) -> None:
-    import base64
     expect(sdk.good("What?", image=PNG)["text"] == FINAL_TEXT)
     expect(images(bed.params()) == [base64.b64decode(PNG)], bed.params()["messages"])
 
@@ -169,16 +183,19 @@ def check_rate(bed: Bed, sdk: Sdk) -> None:
 
 def check_mid_stream(bed: Bed, sdk: Sdk) -> None:
     if (sdk.name, sdk.api) in NO_STREAM:
-        return
+        raise NotApplicable("it asks for a whole answer and cuts that into pieces itself")
     bed.reset(stream("07"))
     shown = sdk.ask(stream=True, retries=0, raw=True)
+    if (sdk.name, sdk.api) in NO_FAILURE_SHOWN:
+        expect(shown["text"] == "Once upon a", shown)
+        raise NotApplicable("it passes over response.failed, its user sees a short answer")
     expect("Network connection lost" in shown.get("message", ""), shown, bed.log)
     expect(shown["text"] in ("Once upon a", ""), shown)
 
 
 def check_cancel(bed: Bed, sdk: Sdk) -> None:
     if (sdk.name, sdk.api) in NO_STREAM:
-        return
+        raise NotApplicable("it asks for a whole answer and cuts that into pieces itself")
     bed.reset(stall(HALF))
     shown = sdk.good(stream=True, leave=True)
     expect(shown["text"] == "Hello", shown)
@@ -190,7 +207,8 @@ def check_cancel(bed: Bed, sdk: Sdk) -> None:
 
 CHECKS: Dict[str, Callable[[Bed, Sdk], None]] = {
     "text": check_text, "unicode": check_unicode, "streaming": check_streaming,
-    "tool loop, parallel calls": check_tools, "thinking": check_thinking, "image": check_image,
+    "tool loop, parallel calls": check_tools, "thinking": check_thinking,
+    "second turn, default store": check_default_store, "image": check_image,
     "structured output": check_structured, "refused key (401)": check_refused_key,
     "out of credit (402)": check_credit, "rate limit (429)": check_rate,
     "error in mid-stream": check_mid_stream, "cancelled stream": check_cancel}
