@@ -4490,7 +4490,8 @@ class Answer:
                  allow_empty: bool) -> None:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
-        self.new_filters = lambda: choose_filters(prompt, face.raw_tools)
+        light = replace(prompt, turns=[], system=[], tools=[])      # a long stream keeps no body
+        self.new_filters = lambda: choose_filters(light, face.raw_tools)
         self.filters = self.new_filters()
         self.touched = frozenset().union(*(one.touches for one in self.filters))
         self.lines = LineBuffer(upstream.skip)

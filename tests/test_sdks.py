@@ -243,6 +243,71 @@ def test_curl_failures(upstream, proxy, name, path):
 # openai.
 
 
+# The openai package and the Responses API.
+
+
+def responses_shown(response: Any) -> Dict[str, Any]:
+    """What a Responses client reads off a finished response."""
+    output = response.output
+    used = response.usage
+    return {"text": response.output_text,
+            "thinking": "".join(part.text for item in output if item.type == "reasoning"
+                                for part in item.summary),
+            "calls": [(item.call_id, item.name, json.loads(item.arguments)) for item in output
+                      if item.type == "function_call"],
+            "status": response.status,
+            "usage": (used.input_tokens, used.output_tokens, used.total_tokens),
+            "cached": used.input_tokens_details.cached_tokens,
+            "reasoning": used.output_tokens_details.reasoning_tokens}
+
+
+def responses_expected(want: Expected) -> Dict[str, Any]:
+    (taken, given), (read, _) = want.tokens, want.cached
+    return {"text": want.text, "thinking": want.thinking, "calls": list(want.calls),
+            "status": "incomplete" if want.reason == "max_tokens" else "completed",
+            "usage": (taken, given, taken + given), "cached": read or 0,
+            "reasoning": want.reasoning or 0}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_openai_responses_plain(upstream, oai, name):
+    upstream.default = stream(name)
+    response = oai.responses.create(model=MODEL, input="hi")
+    assert responses_shown(response) == responses_expected(EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_openai_responses_stream(upstream, oai, name):
+    upstream.default = stream(name, cut=61)
+    want, text, events = EXPECTED[name], "", []
+    for event in oai.responses.create(model=MODEL, input="hi", stream=True):
+        events.append(event)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert text == want.text and events[0].type == "response.created"
+    assert responses_shown(events[-1].response) == responses_expected(want)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_openai_responses_failures(upstream, oai, name):
+    import openai
+    upstream.default, want = stream(name), EXPECTED[name]
+    client = oai.with_options(max_retries=0)
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.responses.create(model=MODEL, input="hi")
+    assert caught.value.status_code == want.fails
+    if not want.in_stream:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.responses.create(model=MODEL, input="hi", stream=True)
+        assert caught.value.status_code == want.fails
+        return
+    events = list(client.responses.create(model=MODEL, input="hi", stream=True))
+    assert events[-1].type == "response.failed" and events[-1].response.error.message
+    assert "".join(event.delta for event in events
+                   if event.type == "response.output_text.delta") == want.text
+
+
 def chat_of(chunks: Any) -> Tuple[Dict[str, Any], Any, Any]:
     """What the chunks of an openai stream come to; text alone is taken the short way."""
     frames = []
