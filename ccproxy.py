@@ -967,6 +967,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 # Compressed bodies of both directions, never larger than a bound when they are
 # decompressed.  A client's brotli and zstd are refused, the upstream's too.
 
+
 class InflatedBody:
     """A framed body whose content is gzip (of any number of members) or deflate; the API of
     ChunkedBody.  One `feed` gives at most `most` bytes: more is a 413, or the upstream's fault."""
@@ -1475,6 +1476,7 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
 # What GET /v1/models answers, in OpenAI's shape and in Anthropic's: a person's
 # own aliases first, then the live or built-in list, as far as it is allowed.
 
+
 def listed_models(models: Models, config: Config) -> List[Model]:
     """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
     allowed = {one.lower() for one in config.allowed_models}
@@ -1585,6 +1587,7 @@ def choose_traceparent(given: str, fresh: str) -> str:
 # The upper half of the waist: `Prompt` is what is asked, in our own terms, and
 # all that a face and an upstream format share of a request.  Its parts are
 # plain tuples; the sections below read them from any API and put them in order.
+
 
 class Text(NamedTuple):
     """Text of a prompt; `cache` is its cache_control, carried along untouched."""
@@ -1878,6 +1881,7 @@ class UpstreamFormat(NamedTuple):
 # promises.  Parallel calls may arrive mixed: a block that comes while a call is
 # unfinished waits until that call is whole, so that blocks go out one after
 # another and in the order in which they began.
+
 
 def join_halves(block: Block, text: str) -> str:
     """Text whose surrogate pairs are whole, keeping back a first half at its end.
@@ -2305,6 +2309,7 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
 # Tools and tool_choice of any shape that any API has, read by every face.
 # What only a vendor's own service can run (web search, a hosted sandbox) is
 # left out with a note: refusing it would refuse the whole request.
+
 
 def read_schema(given: Any, name: str, path: str, notes: List[str]) -> Json:
     """A tool's parameters as an object schema; the author's own one where it is one."""
@@ -3166,6 +3171,7 @@ def check_value(value: Any, schema: Any, path: str, work: Schema) -> Optional[st
 # Whether a finished answer has the JSON form that was asked for, and what is
 # said to the model when it has not: its answer, and what is wrong with it.
 
+
 def find_violation(text: str, schema: Any) -> Optional[str]:
     """What is wrong with a JSON text under a schema (None: any JSON), None when nothing is."""
     try:
@@ -3429,6 +3435,7 @@ def choose_filters(prompt: Prompt, raw_tools: bool = False) -> List[Filter]:
 # stream, made a ProxyError: its own message, code and trace id are kept, keys
 # in them are not.  The vendor wraps errors in several ways, often one inside
 # another, and all its APIs share them.
+
 
 def read_retry_after(fields: Fields) -> Optional[float]:
     """Seconds of a Retry-After header (RFC 9110 10.2.3); a date is held against the answer's own
@@ -4478,6 +4485,7 @@ def is_utf8(data: bytes) -> bool:
 # in any pieces.  It does not know who drives it.  A streaming answer shows each
 # event as it comes; a plain one collects blocks, shown once by `body()`.
 
+
 class Answer:
     """Reads one answer, however often its upstream call is repeated, and shows it in one face.
 
@@ -4534,7 +4542,7 @@ class Answer:
         return b"".join(frames)
 
     def stop(self, error: ProxyError) -> bytes:
-        """Frames for a failure of the connection; the open block is closed."""
+        """Frames for a failure of the connection, if the answer was not over."""
         frames: List[bytes] = []
         if not self.over:
             self.fail(error, frames)
@@ -5790,6 +5798,7 @@ async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
 # every version; zstd is Python's from 3.14 on, before that the system's libzstd
 # is asked through ctypes, and where neither is there it is a 415 that says so.
 
+
 def decode_body(data: bytes, coding: str, most: int) -> bytes:
     """A body without its compression, known by its header or, where that lies, by its magic."""
     if coding == "zstd" or data[:4] == b"\x28\xb5\x2f\xfd":
@@ -7029,6 +7038,7 @@ PLAIN_FEATURES: Tuple[Tuple[str, Callable[[int], bool]], ...] = (
 # === SELFTEST ===============================================================
 # This program against its own demo upstream, one line per feature, exit status
 # 0 when all work.
+
 
 def works_with(check: Callable[..., bool], *given: Any) -> bool:
     """Whether a feature works; any surprise means that it does not."""
