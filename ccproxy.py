@@ -23,7 +23,8 @@ A face is one public API; it knows its own format and the waist, never the upstr
 format knows its own format and the waist, never a face.  Everything above the line THE SHELL is
 pure: no socket, file, clock, environment or chance.  What is below it talks to the world.
 
-Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines):
+Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines; R.., FIELD, UPSTREAM and
+HTTP.md in comments name the project's notes on what clients and upstream really do):
 
     CONSTANTS & LIMITS (pure)
     ERRORS (pure)
@@ -126,7 +127,7 @@ MAX_INFLATED_BYTES = 32 * MIB       # what one upstream read may become when it 
 MAX_ERROR_BODY_BYTES = 64 * KIB     # of an upstream error answer; the rest says nothing new
 MAX_ERROR_TEXT = 2000               # characters of an upstream message that are shown
 MAX_NOTE_BYTES = 1024               # the x-ccproxy-notes header; clients cap heads at 8-16 KiB
-MAX_LOG_VALUE = 300                 # characters of one value in a log line
+MAX_LOG_VALUE = 1100                # characters of one value in a log line: all notes fit
 MAX_SESSION_VALUE = 512             # characters of a client's session header that count
 MAX_FAMILIES = 64                   # of models whose token counts are learned
 MAX_ITEMS = 500                     # of Responses that are remembered for references
@@ -234,7 +235,7 @@ FAILURES = (
     Failure("overloaded", (529,), "", 529, "overloaded_error", "server_error", "overloaded",
             BOTH),
     Failure("upstream", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
-    # From here on: what never comes from an upstream.
+    # From here on: what is not told by an upstream's status or words.
     Failure("upstream_final", (), "", 502, "api_error", "server_error", "upstream_error", NEVER),
     Failure("empty", (), "", 502, "api_error", "server_error", "empty_response", NEVER),
     Failure("late", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
@@ -327,7 +328,7 @@ def error_extras(error: ProxyError) -> Json:
     if error.code:
         extras["upstream_code"] = error.code
     if error.retry_after is not None:
-        extras["retry_after"] = -(-error.retry_after // 1)
+        extras["retry_after"] = int(-(-error.retry_after // 1))
     if error.trace_id:
         extras["trace_id"] = error.trace_id
     return extras
@@ -357,7 +358,7 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("port", "int", 3000, "port to listen on (0: any free one)", ("PORT",), (0, 65535)),
-    Option("host", "str", "127.0.0.1", "address to listen on; beyond loopback is warned about",
+    Option("host", "host", "127.0.0.1", "address to listen on; beyond loopback is warned about",
            ("HOST",)),
     Option("apiBase", "url", "https://api.commandcode.ai", "base URL of Command Code",
            ("COMMANDCODE_API_BASE",)),
@@ -470,6 +471,13 @@ def read_string(option: Option, given: Any) -> str:
     return given.strip()
 
 
+def read_host(option: Option, given: Any) -> str:
+    value = read_string(option, given)
+    if not re.fullmatch(r"[^\s/]+", value):
+        raise ValueError("must be an address or a host name")
+    return value
+
+
 def read_choice(option: Option, given: Any) -> str:
     value = read_string(option, given).lower()
     if value not in option.choices:
@@ -493,7 +501,10 @@ def read_list(option: Option, given: Any) -> List[str]:
 def read_map(option: Option, given: Any) -> Dict[str, str]:
     """An object of strings; from a flag or the environment also `a=b,c=d`."""
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = json.loads(given)
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise ValueError("must be a JSON object, or names as a=b,c=d") from None
     elif isinstance(given, str):
         pairs = [pair.partition("=") for pair in given.split(",") if pair.strip()]
         given = {name.strip(): value.strip() for name, _, value in pairs}
@@ -505,6 +516,7 @@ def read_map(option: Option, given: Any) -> Dict[str, str]:
 
 VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
     "int": read_number, "seconds": read_number, "bool": read_boolean, "str": read_string,
+    "host": read_host,
     "choice": read_choice, "url": read_url, "list": read_list, "map": read_map}
 
 
@@ -595,8 +607,11 @@ def log_line(fields: Mapping[str, Any]) -> str:
 
 
 def add_note(notes: List[str], code: str, detail: str) -> None:
-    """Remember something that was dropped, clamped or changed, as `code=detail`."""
-    notes.append("%s=%s" % (code, printable(detail, 120).replace(";", ",")))
+    """Remember something that was dropped, clamped or changed, as `code=detail`; what repeats
+    itself, as a flood of bad lines would, once."""
+    note = "%s=%s" % (code, printable(detail, 120).replace(";", ","))
+    if notes[-1:] != [note]:
+        notes.append(note)
 
 
 def format_notes(notes: Iterable[str]) -> str:
@@ -614,8 +629,8 @@ def format_notes(notes: Iterable[str]) -> str:
 
 
 # === HTTP WIRE (pure) =======================================================
-# HTTP/1.1 by hand (RFC 9110, 9112): heads, body framing and content codings of
-# both directions, on bytes with explicit ASCII classes.  Strict, so that no
+# HTTP/1.1 by hand (RFC 9110, 9112): heads and body framing of both directions,
+# on bytes with explicit ASCII classes.  Strict, so that no
 # two parties can see different messages in the same bytes: a framing error is
 # one answer and the end of the connection.  Whoever calls says with `fault`
 # whose fault a malformed message is: a client's (400) or the upstream's (502).
@@ -964,8 +979,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 # === CONTENT CODINGS (pure) =================================================
-# Compressed bodies of both directions, never larger than a bound when they are
-# decompressed.  A client's brotli and zstd are refused, the upstream's too.
+# gzip and deflate bodies of both directions, never larger than a bound when they
+# are decompressed.  (zstd, which needs the system, is COMPRESSED BODIES' work.)
 
 
 class InflatedBody:
@@ -1038,8 +1053,8 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
     if coding in ("", "identity"):
         return data
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip or "
-                         "deflate.", param="content-encoding")
+        raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip, "
+                         "deflate or zstd.", param="content-encoding")
     body = InflatedBody(PlainBody(len(data), client_fault), client_fault, most)
     return body.feed(data)
 
@@ -1131,7 +1146,17 @@ def refuse_constant(word: str) -> None:
     raise ValueError("%s is not JSON" % word)
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)      # NaN and Infinity are not JSON
+def read_float(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError("the number %s is out of range" % text[:40])
+    return value
+
+
+# NaN and Infinity are not JSON; in a request, numbers beyond all floats are refused too, for they
+# could not be written again.
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+REQUEST_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_float)
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -1161,11 +1186,22 @@ def is_too_deep(value: Any) -> bool:
     return True
 
 
+def finite_value(value: Any) -> Any:
+    """A value whose infinite numbers are null: JSON has no word for them."""
+    if isinstance(value, float) and value - value != 0:
+        return None
+    if isinstance(value, list):
+        return [finite_value(item) for item in value]
+    if isinstance(value, dict):
+        return {name: finite_value(item) for name, item in value.items()}
+    return value
+
+
 def parse_object(data: bytes, notes: List[str]) -> Json:
     """A request body as a JSON object.  Raises ProxyError `invalid` (RFC 8259)."""
     try:
         text = data.decode("utf-8-sig")
-        value = DECODER.decode(text)
+        value = REQUEST_DECODER.decode(text)
         if ESCAPED_SURROGATE.search(text):
             cleaned = clean_value(value)
             if cleaned != value:
@@ -1286,8 +1322,8 @@ inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
 
 # === MODELS (pure) ==========================================================
 # Which model a request means and what that model takes: aliases, ids in any
-# case, short names, efforts, output limits, and the two list formats.  A name
-# that nothing knows is passed on as it is: the catalogue is always behind.
+# case, short names, efforts, output limits.  A name that nothing knows is passed
+# on as it is: the catalogue is always behind.
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
 EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
@@ -1820,7 +1856,7 @@ class Reply:
     reason: str = ""
     sequence: Optional[str] = None
     usage: Optional[Usage] = None
-    output_estimate: int = 0                    # tokens, where the upstream was cut off
+    output_estimate: int = 0                    # characters so far; tokens once it has ended
     cost: Optional[str] = None                  # USD, as the upstream wrote it
     notes: List[str] = field(default_factory=list)
     frames_sent: int = 0                        # of a face that numbers them
@@ -2047,11 +2083,9 @@ def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
 
 
 # === CONTENT PARTS (pure) ===================================================
-# One table of every content part and one reader of every tool shape that any
-# API may bring: clients mix them (Cursor posts Anthropic blocks to Chat
-# Completions), so every face uses these.  A wrong type in a field that is used
-# is a 400 that names its path; what cannot be passed on leaves a note.  Nothing
-# is ever fetched: pictures come inline or not at all.
+# One table of every content part that any API may bring: clients mix them, so
+# every face uses it.  A wrong type in a field that is used is a 400 that names
+# its path; what cannot be passed on leaves a note.  Nothing is ever fetched.
 
 JSON_TYPES: Dict[str, Any] = {"a string": str, "a list": list, "an object": dict,
                               "a boolean": bool, "a number": (int, float), "a whole number": int}
@@ -2210,6 +2244,9 @@ def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
         decoded = DECODER.decode(given) if given.strip() else {}
     except (ValueError, RecursionError):
         decoded = given     # a call that was cut off: the model may see what it was
+    if finite_value(decoded) != decoded:
+        decoded = finite_value(decoded)
+        add_note(notes, "replaced", "numbers beyond all bounds by null at %s" % path)
     if ESCAPED_SURROGATE.search(given):
         decoded = clean_value(decoded)
         add_note(notes, "replaced", "lone surrogates by U+FFFD at %s" % path)
@@ -2418,7 +2455,7 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
 # === MESSAGES TO TURNS (pure) ===============================================
 # A list of messages of Chat Completions or Messages, or a mixture, as system
 # texts and turns.  Roles are a table.  Results of tools become parts of a user
-# turn; putting the history in order is the next section's work.
+# turn; putting the history in order is PROMPT REPAIR's work.
 
 
 def read_role_content(message: Json, path: str, kinds: Tuple[Any, ...],
@@ -2514,6 +2551,21 @@ def read_messages(body: Json, prompt: Prompt) -> None:
         ROLE_READERS[role](message, path, prompt)
 
 
+# === FIELDS OF ANY API (pure) ===============================================
+# What the APIs call by different names, read wherever it stands: clients mix
+# their members as they mix their parts, and nothing is dropped in silence.
+
+IGNORED = {     # fields without a counterpart upstream, and the value that changes nothing
+    "seed": None, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None,
+    "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True, "top_k": None,
+    "modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None,
+    "verbosity": None, "service_tier": "auto", "min_p": None, "repetition_penalty": None,
+    "container": None, "mcp_servers": None, "inference_geo": None, "truncation": "disabled",
+    "max_tool_calls": None, "prompt": None}
+
+BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
+
+
 def read_model_name(body: Json) -> str:
     return get(body, "model", "a string") or ""
 
@@ -2571,18 +2623,15 @@ def read_json_format(given: Any, path: str) -> Optional[Json]:
     return {"schema": schema} if schema is not None else {}
 
 
-# === FIELDS OF ANY API (pure) ===============================================
-# What the APIs call by different names, read wherever it stands: clients mix
-# their members as they mix their parts, and nothing is dropped in silence.
-
-BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
-
-
 def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
     """`tools`, or the older `functions`."""
     if body.get("tools") is None and body.get("functions") is not None:
         return read_tools(body["functions"], "functions", notes)
     return read_tools(body.get("tools"), "tools", notes)
+
+
+def read_any_limit(body: Json) -> Optional[int]:
+    return read_positive(body, ("max_completion_tokens", "max_tokens", "max_output_tokens"))
 
 
 def read_any_stops(body: Json) -> List[str]:
@@ -2979,11 +3028,11 @@ def calibrated(estimate: float, known: Calibration) -> int:
 def learn_count(known: Calibration, estimate: float, true: int) -> Calibration:
     """What is known after one more answer."""
     error = abs(calibrated(estimate, known) - true) / max(true, 1)
-    kept = FADING if known.weight else 0.0
+    error = min(error, 10.0)
     return Calibration(known.weight * FADING + 1, known.x * FADING + estimate,
                        known.y * FADING + true, known.xx * FADING + estimate * estimate,
                        known.xy * FADING + estimate * true,
-                       min(error, 10.0) if not kept else known.error * 0.8 + min(error, 10.0) * 0.2)
+                       known.error * 0.8 + error * 0.2 if known.weight else error)
 
 
 def model_family(model: str, tools: bool) -> str:
@@ -3589,17 +3638,6 @@ def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from extend_call(reading, name, piece)
 
 
-def finite_value(value: Any) -> Any:
-    """A value whose infinite numbers are null: JSON has no word for them."""
-    if isinstance(value, float) and value - value != 0:
-        return None
-    if isinstance(value, list):
-        return [finite_value(item) for item in value]
-    if isinstance(value, dict):
-        return {name: finite_value(item) for name, item in value.items()}
-    return value
-
-
 def call_arguments(raw: Json) -> str:
     """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
     given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
@@ -3608,7 +3646,7 @@ def call_arguments(raw: Json) -> str:
             decoded = DECODER.decode(given) if given.strip() else {}
         except (ValueError, RecursionError):
             decoded = given
-        if isinstance(decoded, dict) and given.strip():
+        if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
             return given
         given = decoded
     if isinstance(given, list) and len(given) == 1:
@@ -3849,13 +3887,6 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read
 # frames, a finished reply to one `chat.completion`.  Thinking travels as
 # `reasoning_content`, which is what clients of open models read (R33).
 
-CHAT_IGNORED = {        # fields without a counterpart upstream, and the value that changes nothing
-    "seed": None, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None,
-    "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True, "top_k": None,
-    "modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None,
-    "verbosity": None, "store": False, "service_tier": "auto", "min_p": None,
-    "repetition_penalty": None}
-
 CHAT_REASONS = {STOP: "stop", LENGTH: "length", TOOL_CALLS: "tool_calls",
                 FILTERED: "content_filter", PAUSED: "stop"}
 
@@ -3875,13 +3906,13 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     count = read_positive(body, ("n",))
     if count is not None and count > 1:
         raise wrong("n", "must be 1: there is one answer to a request")
-    note_ignored(body, CHAT_IGNORED, notes)
+    note_ignored(body, {"store": False, **IGNORED}, notes)
     options = get(body, "stream_options", "an object") or {}
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes), tools=read_any_tools(body, notes),
         choice=chat_choice(body, notes),
-        max_tokens=read_positive(body, ("max_completion_tokens", "max_tokens")),
+        max_tokens=read_any_limit(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), stops=read_any_stops(body),
         json_format=read_any_format(body),
@@ -3987,9 +4018,6 @@ CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-",
 # finished reply to one message.  Thinking is shown only to a request that
 # asked for it, and each thinking block ends with exactly one signature.
 
-MESSAGES_IGNORED = {"top_k": None, "service_tier": "auto", "container": None, "mcp_servers": None,
-                    "inference_geo": None}
-
 STOP_REASONS = {STOP: "end_turn", LENGTH: "max_tokens", TOOL_CALLS: "tool_use",
                 FILTERED: "refusal", PAUSED: "pause_turn"}
 DELTA_SHAPES = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
@@ -4014,7 +4042,7 @@ def cache_last_part(prompt: Prompt, cache: Optional[Json]) -> None:
 def parse_messages(body: Json, notes: List[str]) -> Prompt:
     """A Messages request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_threads(body)
-    note_ignored(body, MESSAGES_IGNORED, notes)
+    note_ignored(body, IGNORED, notes)
     shown = read_thinking_kind(body) in ("enabled", "adaptive")
     given = body.get("tool_choice")
     if isinstance(given, dict) and given.get("disable_parallel_tool_use"):
@@ -4024,7 +4052,7 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes),
         tools=read_any_tools(body, notes), choice=read_choice_of_tool(given, notes),
-        max_tokens=read_positive(body, ("max_tokens", "max_completion_tokens")),
+        max_tokens=read_any_limit(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), stops=read_any_stops(body),
         json_format=read_any_format(body), stream=bool(get(body, "stream", "a boolean")),
@@ -4136,8 +4164,9 @@ MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, mess
 # === RESPONSES ITEMS (pure) =================================================
 # The input items of OpenAI's Responses API (R42) as system texts and turns.
 # Items of one turn come one by one; putting them together again is PROMPT
-# REPAIR's work.  What can only be looked up in a store is refused, because
-# nothing is stored; what only the vendor's own tools produce leaves a note.
+# REPAIR's work.  What can only be looked up in a store is refused (ITEM MEMORY
+# has resolved what is known); what only the vendor's own tools produce leaves a
+# note.
 
 CARRIED = "ccproxy1."       # begins the encrypted_content of reasoning that carries its own text
 
@@ -4237,8 +4266,6 @@ def read_input(body: Json, prompt: Prompt) -> None:
 # Each block is one output item; an item is told complete in output_item.done,
 # for clients act on that.  Stateless: `store` is answered false.
 
-RESPONSES_IGNORED = {"parallel_tool_calls": True, "top_logprobs": 0, "truncation": "disabled",
-                     "service_tier": "auto", "max_tool_calls": None, "prompt": None}
 STATEFUL = {"previous_response_id": None, "conversation": None, "background": False}
 TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
 DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
@@ -4270,15 +4297,15 @@ def echo_request(body: Json) -> Json:
 def parse_responses(body: Json, notes: List[str]) -> Prompt:
     """A Responses request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_state(body)
-    note_ignored(body, RESPONSES_IGNORED, notes)
+    note_ignored(body, IGNORED, notes)
     text = get(body, "text", "an object") or {}
     include = get(body, "include", "a list") or []
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes, source="input",
         system=read_system(body.get("instructions"), "instructions", notes),
-        tools=read_tools(body.get("tools"), "tools", notes),
+        tools=read_any_tools(body, notes),
         choice=read_choice_of_tool(body.get("tool_choice"), notes),
-        max_tokens=read_positive(body, ("max_output_tokens",)),
+        max_tokens=read_any_limit(body), stops=read_any_stops(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
@@ -4510,7 +4537,7 @@ class Answer:
         self.error: Optional[ProxyError] = None
         self.unclosed: Optional[Block] = None       # the block in which the answer failed
         self.noted = 0              # late notes that went out as comments
-        self.lines_read = 0         # complete lines: what counts as a sign of life
+        self.lines_read = 0         # feeds that held a whole line: signs of life
 
     def feed(self, data: bytes) -> bytes:
         """Frames for some more bytes of the upstream's body."""
@@ -4744,6 +4771,10 @@ DEMO_CALL = re.compile(r"\[demo:call ([^\]]+)\]")
 DEMO_ERRORS = {
     "400": (400, "BAD_REQUEST", "Invalid request error (asked for by [demo:400])."),
     "402": (402, "INSUFFICIENT_CREDITS", "Insufficient credits (asked for by [demo:402])."),
+    "401": (401, "UNAUTHORIZED", "Bad key (asked for by [demo:401])."),
+    "404": (404, "NOT_FOUND", "Not there (asked for by [demo:404])."),
+    "413": (413, "TOO_LARGE", "Too large (asked for by [demo:413])."),
+    "529": (529, "OVERLOADED", "Overloaded (asked for by [demo:529])."),
     "403": (403, "MODEL_NOT_IN_PLAN", "This model needs a higher plan ([demo:403])."),
     "429": (429, "RATE_LIMITED", "Too many requests (asked for by [demo:429])."),
     "500": (500, "INTERNAL", "Something broke (asked for by [demo:500])."),
@@ -4954,8 +4985,8 @@ def demo_answer(body: Json) -> DemoAnswer:
 
 @dataclass
 class App:
-    """All state of a running proxy.  Every collection in it is bounded by open connections, by
-    `Limits`, or by the list of models."""
+    """All state of a running proxy.  Every collection in it is bounded: by open connections, by
+    `Limits`, by the list of models, by MAX_FAMILIES or MAX_ITEMS."""
 
     config: Config
     limits: Limits
@@ -5019,10 +5050,11 @@ class Wire(asyncio.BufferedProtocol):
 
     __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "waiter",
                  "deadline", "blocked_since", "closed_at", "flood_bytes", "held", "on_open",
-                 "idle_since")
+                 "idle_since", "is_client")
 
     def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
         self.app, self.on_open = app, on_open
+        self.is_client = False                      # a caller's, not the demo upstream's own
         self.transport: Any = None
         self.buffer = bytearray()                   # what came and was not taken
         self.ended = False                          # nothing more will come
@@ -5169,7 +5201,8 @@ class Wire(asyncio.BufferedProtocol):
 # connections or fresh, through a proxy where the environment names one, with
 # TLS always verified and redirects never followed.  A pooled connection that
 # turns out dead before one byte of an answer came is replaced silently; every
-# other repetition is the relay's decision.
+# other repetition is RETRIES' decision.  Side calls (the model list, npm) are at
+# the end.
 
 
 @dataclass
@@ -5941,7 +5974,7 @@ async def respond_json(app: App, exchange: Exchange, status: int, value: Json,
 
 async def read_body(app: App, exchange: Exchange) -> bytes:
     """The request's body, decoded.  Raises ProxyError 400, 408, 411, 413, 415 or 503."""
-    head, limits, most = exchange.head, app.limits, app.config.max_body_bytes
+    head, most = exchange.head, app.config.max_body_bytes
     if head.framing == Framing(False, 0) and "content-length" not in head.fields:
         raise ProxyError("length_required", "A POST needs a body with Content-Length or chunked.")
     if (head.framing.length or 0) > most:
@@ -6070,23 +6103,30 @@ def choose_reader(face: Face, body: Json) -> Face:
     return CHAT if face is RESPONSES and "messages" in body and "input" not in body else face
 
 
-def read_prompt(app: App, face: Face, key: str, data: bytes, notes: List[str]) -> Prompt:
-    """A request's body as a Prompt that is fit to be sent.  Raises ProxyError."""
-    body = parse_object(data, notes)
-    recall_items(app, key, body)
-    reader = choose_reader(face, body)
-    prompt = reader.parse(body, notes)
+def suit_face(app: App, prompt: Prompt, face: Face, reader: Face, body: Json) -> None:
+    """What the answering face shows, where another face's reader could not know it."""
     if face is CHAT:
         prompt.show_thinking = prompt.show_thinking and app.config.include_reasoning
     elif face is MESSAGES and reader is not MESSAGES:
         prompt.show_thinking = bool(prompt.effort)
     elif face is RESPONSES and reader is not RESPONSES:
         prompt.echo = echo_request(body)
+
+
+def read_prompt(app: App, face: Face, key: str, data: bytes, notes: List[str]) -> Prompt:
+    """A request's body as a Prompt that is fit to be sent.  Raises ProxyError."""
+    body = parse_object(data, notes)
+    recall_items(app, key, body)
+    reader = choose_reader(face, body)
+    prompt = reader.parse(body, notes)
+    suit_face(app, prompt, face, reader, body)
     model = resolve_model(prompt.asked, app.models, app.config, notes)
     prompt.model = model.id
     prompt.effort = fit_effort(prompt.effort, model, notes)
     prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
     repair_prompt(prompt)
+    if not model.vision and images_of(prompt):
+        add_note(notes, "pictures", "%s takes text alone and may not see them" % model.id)
     return prompt
 
 
@@ -6098,10 +6138,15 @@ def count_input(app: App, prompt: Prompt) -> Tuple[int, int, str]:
     return count, raw, "" if images_of(prompt) else family      # pictures teach nothing of text
 
 
+def is_asked(head: RequestHead, name: str) -> bool:
+    """Whether a header of ours says yes."""
+    return BOOLEAN_WORDS.get(head.fields.get(name, "").lower(), False)
+
+
 def refuse_notes(exchange: Exchange, notes: List[str]) -> None:
     """x-ccproxy-strict: what would be a note is a 400."""
     unique = [note for note in dict.fromkeys(notes) if not note.startswith("json_format=")]
-    if unique and exchange.head.fields.get("x-ccproxy-strict") == "1":
+    if unique and is_asked(exchange.head, "x-ccproxy-strict"):
         raise ProxyError("invalid", "Refused because of x-ccproxy-strict: " + format_notes(unique),
                          details={"notes": unique[:100]})
 
@@ -6162,7 +6207,9 @@ def learn_usage(app: App, reply: Reply) -> None:
     known = app.calibrations
     if reply.usage is None or not reply.usage.input or not reply.family:
         return
-    if reply.family in known or len(known) < MAX_FAMILIES:
+    if reply.family not in known and len(known) >= MAX_FAMILIES:
+        del known[min(known, key=lambda name: known[name].weight)]      # the least known
+    if reply.family:
         known[reply.family] = learn_count(known.get(reply.family, Calibration()),
                                           reply.raw_estimate, reply.usage.input)
 
@@ -6177,12 +6224,13 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     if prompt is None or violation is None:
         return answer
     add_repair_turns(prompt, answer.reply, violation)
-    payload = ALPHA.build(prompt, prompt.session)
-    length = b"content-length: %d\r\n" % len(payload)
-    head = re.sub(rb"content-length: [0-9]+\r\n", length, job.spec.head)
     second = new_answer(app, answer.face, prompt)
-    relay = Relay(app, exchange.wire, second, CallSpec(head, payload), lambda: b"")
+    relay = Relay(app, exchange.wire, second, CallSpec(b"", b""), lambda: b"")
     try:
+        payload = ALPHA.build(prompt, prompt.session)
+        length = b"content-length: %d\r\n" % len(payload)
+        relay.spec.head = re.sub(rb"content-length: [0-9]+\r\n", length, job.spec.head)
+        relay.spec.payload = payload
         await run_calls(relay, exchange.record)
         await finish_reading(relay)
     except ProxyError as error:
@@ -6476,7 +6524,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     head = exchange.head
     exchange.face = face_of_path(head)
     exchange.dry_run = re.match("/+explain/", head.path) is not None or \
-        head.fields.get("x-ccproxy-dry-run") == "1"
+        is_asked(head, "x-ccproxy-dry-run")
     exchange.record.update(method=head.method, path=unquote(head.path))
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
@@ -6636,7 +6684,8 @@ def log_exchange(app: App, exchange: Exchange) -> None:
     if app.log.isEnabledFor(level):
         total = asyncio.get_running_loop().time() - exchange.started
         if "api" in record:
-            record.pop("method", None), record.pop("path", None)
+            record = {name: value for name, value in record.items()
+                      if name not in ("method", "path")}
         error = record.pop("error", None)
         app.log.log(level, "%d %s", status, log_line({**record, "total": total, "error": error}))
 
@@ -6649,7 +6698,10 @@ async def linger(app: App, wire: Wire) -> None:
     if wire.ended or not wire.transport.can_write_eof():
         return
     deadline = asyncio.get_running_loop().time() + app.limits.linger
-    wire.transport.write_eof()
+    try:
+        wire.transport.write_eof()
+    except OSError:         # it has just gone
+        return
     wire.on_data = ignore_data
     wire.release()
     try:
@@ -6673,6 +6725,7 @@ def accept(app: App, wire: Wire) -> None:
         wire.close()
         return
     app.clients += 1
+    wire.is_client = True
     spawn(app, serve_connection(app, wire))
 
 
@@ -6694,7 +6747,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     app.draining = True
     busy = {exchange.wire for exchange in app.exchanges}
     for wire in list(app.wires):
-        if wire.on_open is not None and wire not in busy:
+        if wire.is_client and wire not in busy:
             wire.abort()        # an idle client connection
     await wait_for_exchanges(app, app.config.drain_seconds, hurry)
     app.ending.set_result(None)
@@ -6794,7 +6847,8 @@ async def serve_demo_call(app: App, wire: Wire, head: RequestHead) -> None:
         await wire.drain()
     if answer.cut:
         wire.abort()
-    wire.write(LAST_CHUNK)
+    else:
+        wire.write(LAST_CHUNK)
 
 
 async def serve_demo_connection(app: App, wire: Wire) -> None:

@@ -691,3 +691,9 @@ def test_numbers_go_on_over_a_restart():
     answer.restart()
     more = read_frames(run(answer, recorded("02")))
     assert [frame["sequence_number"] for frame in more] == list(range(count, count + len(more)))
+
+
+def test_a_flood_of_bad_lines_is_noted_once():
+    answer = new_answer("chat")
+    answer.feed(b'{"type":"start"}\n' + b"{\n" * 10_000)
+    assert len(answer.reply.notes) == 1

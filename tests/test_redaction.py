@@ -67,7 +67,7 @@ def test_no_cut_shows_a_part_of_a_key(place):
     ("word", "word"), ("a/b:c,d->e", "a/b:c,d->e"), ("two words", '"two words"'), ("a=b", '"a=b"'),
     ('say "hi"', '"say \\"hi\\""'), ("a;b", '"a;b"'), ("", '""'),
     ("a\nstatus=200", '"a?status=200"'),
-    ("\u2028", "\\u2028"), (KEY, NAME), ("x" * 1000, "x" * 297 + "..."),
+    ("\u2028", "\\u2028"), (KEY, NAME), ("x" * 2000, "x" * 1097 + "..."),
 ])
 def test_log_values(value, expected):
     assert ccproxy.log_value(value) == expected

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
+import struct
 import time
 import zlib
 
@@ -395,3 +397,15 @@ def test_a_next_request_may_wait(make_proxy, upstream):
         answers = parse_answers(read_all(sock))
     assert [answer.json["choices"][0]["message"]["content"] for answer in answers] == [
         "one", "Hello there"]
+
+
+def test_clients_that_reset_while_their_refusal_goes_out(proxy):
+    """The goodbye to a connection that has just gone is no fault of anybody's."""
+    bad = b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"
+    for _ in range(120):
+        sock = proxy.connect()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall(bad)
+        sock.close()
+    wait_until(lambda: not proxy.app.clients)
+    assert proxy.request("GET", "/health").status == 200
