@@ -12,7 +12,7 @@
     python3 ccproxy.py selftest        every feature tried against that, one line each
 
 One file, no dependency but Python 3.9 or newer.  A client's request comes in at the top of an
-hourglass, passes its waist, and the answer goes out at the bottom in the client's own dialect:
+hourglass, passes its waist, and the answer goes out at the bottom in the client's own API:
 
     a client's request                                      the client's answer
       OpenAI chat        \\                                  /  SSE frames or one JSON body
@@ -1561,15 +1561,23 @@ SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "ses
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def find_key(fields: Fields) -> str:
-    """The caller's Command Code key: Authorization first, then x-api-key (R1).
-
-    Raises ProxyError `authentication` that says what is expected, never what was sent.
-    """
+def key_in(fields: Fields) -> str:
+    """The caller's Command Code key, Authorization first, then x-api-key (R1); "" for none."""
     for name in ("authorization", "x-api-key"):
         found = KEY_PATTERN.search(fields.get(name, ""))
         if found:
             return found[0]
+    return ""
+
+
+def find_key(fields: Fields) -> str:
+    """The caller's key.
+
+    Raises ProxyError `authentication` that says what is expected, never what was sent.
+    """
+    key = key_in(fields)
+    if key:
+        return key
     given = fields.get("authorization", "") or fields.get("x-api-key", "")
     problem = ("The key sent is not a Command Code key" if given.strip()
                else "No key was sent")
@@ -2088,7 +2096,7 @@ def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
 # its path; what cannot be passed on leaves a note.  Nothing is ever fetched.
 
 JSON_TYPES: Dict[str, Any] = {"a string": str, "a list": list, "an object": dict,
-                              "a boolean": bool, "a number": (int, float), "a whole number": int}
+                              "a boolean": bool, "a number": (int, float)}
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.ASCII)
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 BILLING_LINE = "x-anthropic-billing-header:"        # changes on every request: breaks the cache
@@ -2348,7 +2356,7 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
 # left out with a note: refusing it would refuse the whole request.
 
 
-def read_schema(given: Any, name: str, path: str, notes: List[str]) -> Json:
+def read_schema(given: Any, name: str, notes: List[str]) -> Json:
     """A tool's parameters as an object schema; the author's own one where it is one."""
     if given is None:
         return {"type": "object", "properties": {}}
@@ -2370,7 +2378,7 @@ def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
         raise wrong(where + ".name", "must be a string that is not empty")
     schema = tool.get("input_schema", tool.get("parameters"))
     return [Tool(name, get(tool, "description", "a string", where) or "",
-                 read_schema(schema, name, where, notes), read_cache(entry, path))]
+                 read_schema(schema, name, notes), read_cache(entry, path))]
 
 
 RAW_SCHEMA: Json = {"type": "object", "properties": {"input": {
@@ -6298,12 +6306,9 @@ def open_stream(app: App, exchange: Exchange, job: Job) -> bytes:
 
 def caller_key(app: App, exchange: Exchange) -> str:
     """The caller's key; the demo takes any or none.  Raises ProxyError 401."""
-    try:
-        return find_key(exchange.head.fields)
-    except ProxyError:
-        if app.demo:
-            return DEMO_KEY
-        raise
+    if app.demo:
+        return key_in(exchange.head.fields) or DEMO_KEY
+    return find_key(exchange.head.fields)
 
 
 async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
@@ -6390,9 +6395,7 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
     """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
     exchange.face = face
     exchange.record["api"] = face.name
-    found = KEY_PATTERN.search("%s %s" % (exchange.head.fields.get("authorization", ""),
-                                          exchange.head.fields.get("x-api-key", "")))
-    key = found[0] if found else ""         # wanted for references alone
+    key = key_in(exchange.head.fields)      # "" will do: it is wanted for references alone
     data = await read_body(app, exchange)
     try:
         return count_input(app, read_prompt(app, face, key, data, []))[0]
@@ -6421,9 +6424,6 @@ async def refuse_websocket(app: App, exchange: Exchange) -> None:
 async def refuse_stored(app: App, exchange: Exchange) -> None:
     raise ProxyError("not_found", "Responses are not stored here: there is no %s."
                      % shown_path(exchange.head))
-
-
-# Everything else.
 
 
 async def fresh_models(app: App) -> List[Model]:
