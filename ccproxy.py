@@ -7103,6 +7103,20 @@ def works_with(check: Callable[..., bool], *given: Any) -> bool:
         return False
 
 
+def say(text: str) -> bool:
+    """Print, if standard output takes it; a closed pipe or a full disk costs one line."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return True
+    except OSError as error:
+        sys.stdout = None       # else the interpreter complains once more at the end
+        sys.stderr.write("ccproxy: standard output: %s\n" % error.strerror)
+        return False
+
+
 def run_features(port: int) -> bool:
     """Try every feature and print a line for each; whether all work."""
     failed = 0
@@ -7116,17 +7130,16 @@ def run_features(port: int) -> bool:
         works = works_with(plain, port)
         failed += not works
         show_feature(works, name)
-    sys.stdout.write("%d failed\n" % failed if failed else "all features work\n")
+    say("%d failed\n" % failed if failed else "all features work\n")
     return not failed
 
 
 def show_feature(works: bool, name: str) -> None:
     mark = "\u2713" if works else "\u2717"
     try:
-        sys.stdout.write("%s %s\n" % (mark, name))
+        say("%s %s\n" % (mark, name))
     except UnicodeEncodeError:      # a terminal without these signs
-        sys.stdout.write("%s %s\n" % ("ok  " if works else "FAIL", name))
-    sys.stdout.flush()
+        say("%s %s\n" % ("ok  " if works else "FAIL", name))
 
 
 async def selftest(app: App) -> bool:
@@ -7211,6 +7224,21 @@ def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     return path, entries
 
 
+def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
+    """What to do about a line that cannot be written: a full disk costs log lines, never requests,
+    and is said once on standard error."""
+    said: List[str] = []
+
+    def handle(record: logging.LogRecord) -> None:
+        if file_name and not said:
+            said.append("ccproxy: logFile %s: %s; lines are lost\n" % (
+                file_name, sys.exc_info()[1]))
+            if sys.stderr is not None:
+                sys.stderr.write(said[0])
+
+    return handle
+
+
 def open_log(config: Config) -> logging.Logger:
     """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
     written."""
@@ -7225,7 +7253,7 @@ def open_log(config: Config) -> logging.Logger:
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    logging.raiseExceptions = False     # a full disk costs log lines, never requests
+    handler.handleError = lost_line(config.log_file)
     for logger in (log, logging.getLogger("asyncio")):
         logger.handlers = [handler]
         logger.propagate = False
@@ -7292,8 +7320,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         file_name, entries = read_config_file(given.config)
         config, sources = read_config(flags, os.environ, entries, file_name)
         if given.check:
-            sys.stdout.write(describe_config(config, sources))
-            return 0
+            return 0 if say(describe_config(config, sources)) else 1
         check_certificates()
         app = new_app(config, Limits(), open_log(config), Pool())
     except ProxyError as error:
@@ -7303,8 +7330,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     source = file_name if entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
-        sys.stdout.write(welcome(app, source, host, port))
-        sys.stdout.flush()
+        say(welcome(app, source, host, port))
 
     try:
         asyncio.run(run_proxy(app, given.demo, announce))
@@ -7318,5 +7344,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
+def leave(status: int) -> None:
+    """End the process without the interpreter's own clean-up: a thread that still asks for the
+    list of models may wake in the middle of that and crash (CPython before 3.14)."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):   # a closed pipe; no console
+            pass
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

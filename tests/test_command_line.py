@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from unittest import mock
 
 import ccproxy
@@ -355,3 +357,29 @@ def test_nobody_is_called_at_start(start_program):
     assert {request.line.split(" ")[1] for request in fake.requests + fake.side_requests} == {
         "/alpha/generate", "/provider/v1/models"}
     fake.close()
+
+
+# Outputs that cannot be written.
+
+full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+
+
+@full
+@pytest.mark.parametrize("arguments,code", [(["--check"], 1), (["selftest"], 0)])
+def test_a_full_standard_output(arguments, code):
+    """One line, no traceback."""
+    with open("/dev/full", "w") as out:
+        done = subprocess.run([sys.executable, PROGRAM, *arguments], stdout=out,
+                              stderr=subprocess.PIPE, encoding="utf-8", env=clean_environment(),
+                              timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
+    assert "standard output: " in done.stderr
+
+
+@full
+def test_a_full_disk_costs_log_lines_only(start_program):
+    program = start_program("--log-file", "/dev/full", "--log-level", "debug")
+    assert [program.post(CHAT).status for _ in range(5)] == [200] * 5
+    code, words = program.stop()
+    assert code == 0
+    assert len(words.splitlines()) == 1 and "lines are lost" in words
