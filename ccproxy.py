@@ -121,6 +121,8 @@ CHUNK_OVERHEAD_FACTOR = 16          # framing bytes allowed per data byte, plus 
 CHUNK_OVERHEAD_BYTES = 16 * KIB
 MAX_INTERIM_HEADS = 8               # 1xx answers skipped before the real one
 MAX_LINE_BYTES = 32 * MIB           # one upstream event; start-step lines (skipped) echo requests
+MAX_CALLS = 1000                    # tool calls of one answer; more is an upstream gone wild
+MAX_KEPT_BYTES = 64 * MIB           # of one answer, where it is kept whole until its end
 MAX_GZIP_MEMBERS = 64               # each copies what is behind it: many would be quadratic
 MAX_JSON_DEPTH = 500                # deeper than any schema; the same on every Python
 MAX_INFLATED_BYTES = 32 * MIB       # what one upstream read may become when it was compressed
@@ -136,6 +138,7 @@ MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's c
 READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
 READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
 BUFFER_BYTES = 256 * KIB            # unread input at which a connection stops reading
+MAX_REFUSALS = 32                   # closed with patience at once; the rest may see a reset
 DISCARD_BYTES = 64 * KIB            # of an unwanted body that is read rather than hung up on
 
 MAX_OUTPUT_TOKENS = 200_000         # the upstream answers 400 above this, for every model
@@ -831,10 +834,11 @@ class ChunkedBody:
     """Takes the chunked coding off (RFC 9112 7.1).
 
     `feed(data)` gives the content that is complete so far.  Once `done`, `rest` holds what came
-    behind the body.  Trailers are checked and dropped, never merged into the head.
+    behind the body.  Trailers are checked and dropped, never merged into the head.  A fault behind
+    good content is in `broken`, so that no cut of the bytes changes what is read before it.
     """
 
-    __slots__ = ("fault", "tail", "left", "done", "rest", "spent", "carried", "trailers")
+    __slots__ = ("fault", "tail", "left", "done", "rest", "spent", "carried", "trailers", "broken")
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
@@ -844,18 +848,24 @@ class ChunkedBody:
         self.rest = b""
         self.spent = self.carried = 0       # bytes of framing, bytes of content
         self.trailers = -1          # lines of them read; -1: still in the chunks
+        self.broken: Optional[ProxyError] = None
 
     def feed(self, data: bytes) -> bytes:
         data, self.tail = self.tail + data if self.tail else data, b""
         pieces: List[bytes] = []
         at, end = 0, len(data)
-        while at < end and not self.done and not self.tail:
-            if self.left != -2:
-                at = self.read_content(data, at, pieces)
-            elif self.trailers < 0:
-                at = self.read_chunk(data, at, pieces)
-            else:
-                at = self.read_trailer(data, at)
+        try:
+            while at < end and not self.done and not self.tail:
+                if self.left != -2:
+                    at = self.read_content(data, at, pieces)
+                elif self.trailers < 0:
+                    at = self.read_chunk(data, at, pieces)
+                else:
+                    at = self.read_trailer(data, at)
+        except ProxyError as error:
+            if not pieces:
+                raise
+            self.broken = error
         if self.done:
             self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -939,6 +949,7 @@ class PlainBody:
     """A body of `length` bytes, or one that ends with the connection; the API of ChunkedBody."""
 
     __slots__ = ("fault", "left", "done", "rest")
+    broken: Optional[ProxyError] = None         # no byte of it can be wrong
 
     def __init__(self, length: Optional[int], fault: Fault) -> None:
         self.fault, self.left = fault, length
@@ -1002,6 +1013,10 @@ class InflatedBody:
     @property
     def rest(self) -> bytes:
         return self.framed.rest
+
+    @property
+    def broken(self) -> Optional[ProxyError]:
+        return self.framed.broken
 
     def feed(self, data: bytes) -> bytes:
         try:
@@ -1092,6 +1107,8 @@ class LineBuffer:
         if not end:
             self.hold(data)
             return b""
+        if self.size + data.find(b"\n") > MAX_LINE_BYTES:
+            raise upstream_fault("a line longer than %d bytes" % MAX_LINE_BYTES)
         whole = b"".join(self.pieces + [data[:end]])
         self.pieces, self.size = [], 0
         if end < len(data):
@@ -1988,6 +2005,9 @@ def start_call(reading: Reading, call_id: str, name: str) -> None:
     """Learn of a tool call, once per id.  Its block opens with its first argument: clients run a
     call that is closed without any as if it had none."""
     if call_id not in reading.calls:
+        if len(reading.calls) >= MAX_CALLS:
+            raise ProxyError("upstream", "The upstream's answer holds more than %d tool calls."
+                             % MAX_CALLS)
         reading.calls[call_id] = Block(TOOL, call_id, name)
 
 
@@ -3090,12 +3110,11 @@ def resolve_reference(reference: Any, root: Any) -> Any:
     found = root
     for step in reference[1:].split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and step.isdigit() and int(step) < len(found):
-            found = found[int(step)]
-        elif isinstance(found, dict) and step in found:
-            found = found[step]
-        else:
+        if isinstance(found, list):
+            found = {str(index): item for index, item in enumerate(found)}
+        if not isinstance(found, dict) or step not in found:
             return True
+        found = found[step]
     return found
 
 
@@ -3562,7 +3581,7 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     if status < 400:
         return ProxyError("upstream_final", "The upstream answered %d; redirects are not "
                           "followed (is apiBase right?)." % status, trace_id=trace_id)
-    readable = fields.get("content-encoding", "").strip().lower() in CODINGS
+    readable = fields.get("content-encoding", "").strip(" \t").lower() in CODINGS
     text = body.decode("utf-8", "replace").strip() if readable else ""
     said: Json = {}
     try:
@@ -3608,8 +3627,10 @@ def find_signature(raw: Json) -> str:
 
 def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
     """Thinking, and the signature that may come with its last, empty delta."""
+    if reading.mute_thinking:       # another's was shown, which its signature does not sign
+        return
     text = raw.get("text")
-    if isinstance(text, str) and text and not reading.mute_thinking:
+    if isinstance(text, str) and text:
         yield from extend(reading, THINKING, text)
     signature = find_signature(raw)
     block = reading.waiting[-1] if reading.waiting else reading.live
@@ -4515,6 +4536,18 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
+def cut_frame(face: Face, reply: Reply, block: Block) -> Tuple[bytes, bytes, bytes]:
+    """What stands before and behind the text, and behind the number, in a delta's frame."""
+    number = reply.frames_sent
+    frame = face.frames(reply, Delta(block, LANE_MARK))
+    reply.frames_sent = number
+    prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
+    if not face.numbered:
+        return prefix, suffix, b""
+    start, _, end = suffix.rpartition(b"%d" % number)
+    return prefix, start, end
+
+
 # === ANSWER (pure) ==========================================================
 # The one read loop: bytes of an upstream's body in, frames for the client out,
 # in any pieces.  It does not know who drives it.  A streaming answer shows each
@@ -4546,6 +4579,7 @@ class Answer:
         self.unclosed: Optional[Block] = None       # the block in which the answer failed
         self.noted = 0              # late notes that went out as comments
         self.lines_read = 0         # feeds that held a whole line: signs of life
+        self.kept = 0               # bytes of lines whose text is kept
 
     def feed(self, data: bytes) -> bytes:
         """Frames for some more bytes of the upstream's body."""
@@ -4553,6 +4587,8 @@ class Answer:
         if not lines:
             return b""
         self.lines_read += 1
+        if not self.stream or self.face.keeps:
+            self.count_kept(len(lines))
         clean = lines.isascii() or is_utf8(lines)
         frames: List[bytes] = []
         at, end = 0, len(lines)
@@ -4562,9 +4598,17 @@ class Answer:
                 if at >= end:
                     break
             stop = lines.index(b"\n", at)
-            self.read_line(lines[at:stop], frames)
+            if stop > at:
+                self.read_line(lines[at:stop], frames)
             at = stop + 1
         return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def count_kept(self, size: int) -> None:
+        """Bound what one answer may take in memory."""
+        self.kept += size
+        if self.kept > MAX_KEPT_BYTES:
+            raise ProxyError("upstream_final", "The upstream's answer is longer than %d bytes."
+                             % MAX_KEPT_BYTES)
 
     def eof(self) -> bytes:
         """Frames for the end of the upstream's body; without a `finish` that is a failure."""
@@ -4602,7 +4646,7 @@ class Answer:
                                mute_thinking=self.stream and self.shown)
         self.unclosed = None
         self.lines, self.filters = LineBuffer(self.upstream.skip), self.new_filters()
-        self.over, self.error, self.lane = False, None, None
+        self.over, self.error, self.lane, self.kept = False, None, None, 0
 
     def failure(self, error: ProxyError) -> bytes:
         """The frames that end an open stream with an error, behind all text that was held back."""
@@ -4750,19 +4794,9 @@ class Answer:
         if self.lane is not None and self.lane.block is block:
             return self.lane
         name = block.call_id.encode("utf-8", "replace") if block.kind == TOOL else b""
-        prefix, suffix, end = self.cut_frame(block) if self.stream else (b"", b"", b"")
+        prefix, suffix, end = cut_frame(self.face, self.reply, block) if self.stream else \
+            (b"", b"", b"")
         return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix, end)
-
-    def cut_frame(self, block: Block) -> Tuple[bytes, bytes, bytes]:
-        """What stands before and behind the text, and behind the number, in a delta's frame."""
-        number = self.reply.frames_sent
-        frame = self.face.frames(self.reply, Delta(block, LANE_MARK))
-        self.reply.frames_sent = number
-        prefix, _, suffix = frame.rpartition(LANE_MARK.encode())
-        if not self.face.numbered:
-            return prefix, suffix, b""
-        start, _, end = suffix.rpartition(b"%d" % number)
-        return prefix, start, end
 
 
 # === DEMO ANSWERS (pure) ====================================================
@@ -5008,6 +5042,7 @@ class App:
     relays: Set["Relay"] = field(default_factory=set)           # answers being relayed
     tasks: Set["asyncio.Task[Any]"] = field(default_factory=set)
     clients: int = 0                            # open client connections
+    refusals: int = 0                           # connections that were too many, closing
     max_clients: int = 0
     bodies: int = 0                             # bytes of request bodies in memory
     draining: bool = False
@@ -5039,6 +5074,27 @@ def spawn(app: App, work: Any) -> "asyncio.Task[Any]":
     app.tasks.add(task)
     task.add_done_callback(app.tasks.discard)
     return task
+
+
+def stopping_error() -> ProxyError:
+    return ProxyError("busy", "The proxy is shutting down.", retry_after=1)
+
+
+async def within(app: App, seconds: float, work: Any) -> Any:
+    """Await work for at most so long.  Raises asyncio.TimeoutError, and ProxyError `busy` when the
+    proxy ends before.  (asyncio.wait_for can lose a cancellation in Python before 3.12.)"""
+    task = spawn(app, work)
+    task.add_done_callback(lambda one: one.cancelled() or one.exception())     # seen by somebody
+    try:
+        await asyncio.wait([task, app.ending], timeout=seconds,
+                           return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if app.ending.done():
+            raise stopping_error()
+        raise asyncio.TimeoutError
+    finally:
+        task.cancel()
 
 
 def random_hex(digits: int) -> str:
@@ -5327,7 +5383,7 @@ async def open_wire(app: App) -> Wire:
     """A fresh connection to the upstream.  Raises ProxyError."""
     wire = Wire(app)
     try:
-        await asyncio.wait_for(connect_wire(app, wire), app.config.upstream_connect_seconds)
+        await within(app, app.config.upstream_connect_seconds, connect_wire(app, wire))
     except (OSError, asyncio.TimeoutError) as error:
         wire.abort()
         raise connect_error(app, error) from None
@@ -5422,7 +5478,7 @@ async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
     except asyncio.TimeoutError:
         raise ProxyError("late", "The upstream did not answer within %g seconds "
                          "(upstreamIdleSeconds)." % seconds) from None
-    coding = head.fields.get("content-encoding", "").strip().lower()
+    coding = head.fields.get("content-encoding", "").strip(" \t").lower()
     if head.status != 200 and coding not in CODINGS:
         coding = ""         # its status counts; read_upstream_failure ignores its body
     return UpstreamCall(wire, head, open_body(head.framing, coding, upstream_fault))
@@ -5463,6 +5519,8 @@ async def read_error_body(app: App, call: UpstreamCall) -> bytes:
             if not call.wire.buffer and not await call.wire.fill(deadline):
                 break
             body += call.body.feed(call.wire.take())
+            if call.body.broken is not None:
+                break
     except (asyncio.TimeoutError, ProxyError):
         app.log.debug("the body of an upstream error was cut off")
     return body[:MAX_ERROR_BODY_BYTES]
@@ -5567,7 +5625,7 @@ async def ask_npm(app: App) -> Optional[str]:
         npm, "view", "command-code", "version", stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), app.limits.npm)
+        output, _ = await within(app, app.limits.npm, process.communicate())
     except asyncio.TimeoutError:
         return None
     finally:
@@ -5652,7 +5710,9 @@ class Relay:
             return
         try:
             frames = answer.feed(call.body.feed(data))
-            if call.body.done and not answer.over:
+            if call.body.broken is not None:
+                frames += answer.stop(call.body.broken)
+            elif call.body.done and not answer.over:
                 frames += answer.eof()
         except ProxyError as error:
             frames = answer.stop(error)
@@ -5798,10 +5858,6 @@ async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
     if relay.answer.error is not None:
         relay.answer.error.trace_id = relay.answer.error.trace_id or trace_id
         raise relay.answer.error
-
-
-def stopping_error() -> ProxyError:
-    return ProxyError("busy", "The proxy is shutting down.", retry_after=1)
 
 
 def may_repeat(relay: Relay, error: ProxyError) -> bool:
@@ -5990,7 +6046,7 @@ async def read_body(app: App, exchange: Exchange) -> bytes:
     if head.fields.get("expect") and head.minor:
         exchange.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     pieces = [piece async for piece in body_pieces(app, exchange, most)]
-    coding = head.fields.get("content-encoding", "").strip().lower()
+    coding = head.fields.get("content-encoding", "").strip(" \t").lower()
     return decode_body(b"".join(pieces), coding, most)
 
 
@@ -6013,8 +6069,10 @@ async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
         if not alive:
             raise ConnectionResetError("the client left in the middle of its request")
         piece = reader.feed(wire.take())
+        if reader.broken is not None:
+            raise reader.broken
         size += len(piece)
-        if size > most:
+        if size + max(reader.left or 0, 0) > most:      # what a chunk announces counts at once
             raise too_large(most)
         reserve_body(app, exchange, len(piece))
         yield piece
@@ -6654,7 +6712,7 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     if face is RESPONSES and is_for_codex(exchange.head.fields, error):
         await show_codex_error(app, exchange, error)
         return
-    if error.status in (408, 413):
+    if error.status in (408, 411, 413):
         exchange.keep = False       # the rest of that body is not worth waiting for
     fields = error_fields(error)
     notes = exchange.record.get("notes")
@@ -6715,6 +6773,15 @@ def ignore_data(data: bytes) -> None:
     """What comes behind the last answer is nobody's."""
 
 
+async def refuse(app: App, wire: Wire) -> None:
+    """Let a client that was not served read why."""
+    try:
+        await linger(app, wire)
+    finally:
+        wire.close()
+        app.refusals -= 1
+
+
 def accept(app: App, wire: Wire) -> None:
     """A new connection: serve it, or say that there are too many."""
     if app.draining or app.clients >= app.max_clients:
@@ -6722,7 +6789,12 @@ def accept(app: App, wire: Wire) -> None:
         body = to_json(CHAT.error(error))
         fields = [JSON_TYPE, ("content-length", str(len(body))), ("connection", "close")]
         wire.write(response_head(error.status, fields + error_fields(error)) + body)
-        wire.close()
+        wire.on_data = ignore_data
+        if app.refusals < MAX_REFUSALS:
+            app.refusals += 1
+            spawn(app, refuse(app, wire))
+        else:
+            wire.close()
         return
     app.clients += 1
     wire.is_client = True

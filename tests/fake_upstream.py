@@ -128,6 +128,28 @@ def stall(data: bytes = b"", seconds: float = 30.0) -> Script:
     return run
 
 
+def in_pieces(pieces: Iterable[bytes], pause: float = 0.001, close: bool = False) -> Script:
+    """Each piece in a segment of its own, and after the last one perhaps a FIN."""
+    def run(sock: socket.socket, request: Request) -> None:
+        for piece in pieces:
+            sock.sendall(piece)
+            time.sleep(pause)
+        if close:
+            sock.close()
+    return run
+
+
+def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Script:
+    """These bytes and then a piece again and again, until the other side leaves."""
+    def run(sock: socket.socket, request: Request) -> None:
+        sock.sendall(head)
+        while True:
+            sock.sendall(piece)
+            if pause:
+                time.sleep(pause)
+    return run
+
+
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -138,7 +160,7 @@ def chunked(data: bytes) -> bytes:
 class FakeUpstream:
     """The listening socket and what arrived there."""
 
-    def __init__(self, tls: Optional[ssl.SSLContext] = None) -> None:
+    def __init__(self, tls: Optional[ssl.SSLContext] = None, port: int = 0) -> None:
         self.scripts: List[Script] = []
         self.default: Script = stream(text_answer("Hello", " there"))
         self.models: Any = MODELS
@@ -151,7 +173,7 @@ class FakeUpstream:
         self.lock = threading.Lock()
         self.socket = socket.socket()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.bind(("127.0.0.1", port))
         self.socket.listen(512)
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()

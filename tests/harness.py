@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -187,6 +188,31 @@ def parse_answers(data: bytes, head_only: bool = False) -> List[Answer]:
             body, data = data, b""
         answers.append(Answer(status, fields, body))
     return answers
+
+
+class FakeClock:
+    """The clock on the wall, as the whole process sees it; `now` may be anything."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.now = time.time()
+        monkeypatch.setattr(time, "time", lambda: self.now)
+
+
+@contextlib.contextmanager
+def full_listener() -> Iterator[Tuple[str, int]]:
+    """An address that answers no SYN: somebody listens, but the backlog is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as held:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        for _ in range(8):
+            sock = held.enter_context(socket.socket())
+            sock.settimeout(0.05)
+            try:
+                sock.connect(address)
+            except OSError:             # timed out: so will all that follow
+                break
+        yield address
 
 
 def read_until(sock: socket.socket, mark: bytes) -> bytes:

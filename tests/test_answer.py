@@ -470,6 +470,15 @@ def test_restart_after_thinking(face, cuts):
     assert folded["usage"]["output_tokens"] == 17
 
 
+def test_the_signature_of_thinking_that_is_not_shown_signs_nothing():
+    answer = new_answer("messages")
+    frames = answer.feed(ndjson({"type": "start"}, delta("Hmm", "reasoning"), BROKEN))
+    answer.restart()
+    frames += run(answer, recorded("09"))
+    thinking = check_frames("messages", answer, frames)["content"][0]
+    assert (thinking["thinking"], thinking["signature"]) == ("Hmm", ccproxy.DEFAULT_SIGNATURE)
+
+
 @pytest.mark.parametrize("face", FACE_NAMES)
 @pytest.mark.parametrize("first", [
     b"", ndjson({"type": "start"}), ndjson({"type": "start"}, BROKEN),
@@ -697,3 +706,38 @@ def test_a_flood_of_bad_lines_is_noted_once():
     answer = new_answer("chat")
     answer.feed(b'{"type":"start"}\n' + b"{\n" * 10_000)
     assert len(answer.reply.notes) == 1
+
+
+# What an upstream gone wild may cost.
+
+def test_blank_lines_are_nothing():
+    answer = new_answer("chat")
+    assert answer.feed(b"\n" * 65536) == b"" and not answer.reading.began
+    assert check_frames("chat", answer, run(answer, text_answer("a")))["message"]["content"] == "a"
+
+
+def test_tool_calls_are_bounded():
+    """Ever new ids, whether or not anything of them is shown."""
+    answer = new_answer("chat")
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        for number in range(ccproxy.MAX_CALLS + 1):
+            answer.feed(ndjson({"type": "tool-input-start", "id": "c%d" % number,
+                                "toolName": "t"}))
+    assert caught.value.status == 502 and len(answer.reading.calls) == ccproxy.MAX_CALLS
+
+
+@pytest.mark.parametrize("face,stream", [("chat", False), ("responses", True), ("chat", True)])
+def test_what_is_kept_of_an_answer_is_bounded(monkeypatch, face, stream):
+    """A stream of an API that needs no text again may go on for ever."""
+    monkeypatch.setattr(ccproxy, "MAX_KEPT_BYTES", 10_000)
+    answer, line = new_answer(face, stream=stream), ndjson(delta("x" * 100))
+
+    def run_on():
+        for _ in range(100):
+            answer.feed(line)
+    if face == "chat" and stream:
+        run_on()
+        return
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        run_on()
+    assert caught.value.status == 502 and not caught.value.retryable

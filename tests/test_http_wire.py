@@ -446,6 +446,14 @@ def test_an_answer_with_doubtful_framing_is_not_kept_alive(head):
 # Bodies.
 
 
+def feed(body, piece):
+    """Content; a fault behind it is raised at once."""
+    content = body.feed(piece)
+    if body.broken is not None:
+        raise body.broken
+    return content
+
+
 def read_body(make, pieces):
     """(content, what came behind it) of a body fed piece by piece; rest is taken when done."""
     body, content, behind = make(), b"", b""
@@ -453,7 +461,7 @@ def read_body(make, pieces):
         if body.done:
             behind += piece
             continue
-        content += body.feed(piece)
+        content += feed(body, piece)
         if body.done:
             behind += body.rest
     if not body.done:
@@ -497,6 +505,18 @@ def test_a_chunked_body_without_its_end_is_a_fault(data, content):
         assert status_of(body.eof) == 502
 
 
+def test_content_before_a_fault_is_read_however_it_is_cut():
+    for pieces in cuts(b"5\r\nhello\r\n6\r\n world\r\nnonsense\r\n"):
+        body, content, fault = ccproxy.ChunkedBody(UPSTREAM), b"", None
+        while fault is None:
+            try:
+                content += body.feed(pieces.pop(0))
+                fault = body.broken
+            except ccproxy.ProxyError as error:
+                fault = error
+        assert (content, fault.status, body.done) == (b"hello world", 502, False)
+
+
 BAD_CHUNKS = [
     # size lines
     b"\r\n\r\n", b"g\r\n", b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"-1\r\n", b"1_0\r\n",
@@ -536,7 +556,7 @@ def test_a_chunk_line_of_more_than_4_kib_is_refused_however_it_is_cut(before):
     endless = before + b"1;" + b"a" * 5000
     for pieces in cuts(endless, times=3):
         body = ccproxy.ChunkedBody(CLIENT)
-        assert status_of(lambda: [body.feed(piece) for piece in pieces]) == 400
+        assert status_of(lambda: [feed(body, piece) for piece in pieces]) == 400
 
 
 def test_chunks_with_much_more_framing_than_content_are_refused():
@@ -888,7 +908,7 @@ def read_messages(pieces):
                     body, content = ccproxy.open_body(head.framing, "", CLIENT), b""
             if head is not None:
                 if not body.done:
-                    content += body.feed(bytes(buffer))
+                    content += feed(body, bytes(buffer))
                     buffer[:] = body.rest if body.done else b""
                 if body.done:
                     messages.append((head.path, content))

@@ -218,3 +218,9 @@ def test_comparisons_are_bounded(schema, value, monkeypatch):
 
 def test_a_long_violation_is_told_short():
     assert len(violation({"enum": ["x" * 1000] * 100}, 1)) < 400
+
+
+@pytest.mark.parametrize("step", ["\u00b2", "\u0663", "9" * 5000, "-1", "+1", "01", "1_0", " 1"])
+def test_only_plain_numbers_point_into_lists(step):
+    """No odd digit raises, none is taken for an index."""
+    assert ccproxy.resolve_reference("#/anyOf/" + step, {"anyOf": [{}] * 20}) is True

@@ -311,3 +311,14 @@ def test_no_bytes_make_parsing_raise_anything_but_400():
             assert error.status == 400
             refused += 1
     assert 1000 < refused < 3000
+
+
+@pytest.mark.parametrize("cut", [10, 1000, 1020, 1023, 1024])
+def test_the_longest_line_is_as_long_however_it_comes(monkeypatch, cut):
+    monkeypatch.setattr(ccproxy, "MAX_LINE_BYTES", 1024)
+    for size, good in ((1024, True), (1025, False)):
+        buffer, line = ccproxy.LineBuffer(b"no"), b"x" * size + b"\n"
+        try:
+            assert buffer.feed(line[:cut]) + buffer.feed(line[cut:]) == line and good
+        except ccproxy.ProxyError as error:
+            assert error.status == 502 and not good
