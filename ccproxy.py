@@ -63,6 +63,8 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ANSWER (pure)
     DEMO ANSWERS (pure)
     THE SHELL
+    SOCKETS
+    LISTENING AND CONNECTING
     WIRE
     UPSTREAM CALLS
     RELAY
@@ -74,6 +76,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
+    PROCESSES
     SELFTEST FEATURES
     SELFTEST
     COMMAND LINE
@@ -83,6 +86,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import copy
 import errno
 import hashlib
 import hmac
@@ -90,20 +94,24 @@ import json
 import logging
 import os
 import re
+import select
 import signal
+import socket
 import ssl
 import sys
 import time
 import zlib
 from collections import namedtuple
-from dataclasses import dataclass, field, replace
-from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+from dataclasses import dataclass, field
+from sys import intern
+from typing import (Any, Awaitable, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
 
 __version__ = "0.1.0"
 
 Json = Dict[str, Any]        # a decoded JSON object
+SLOTS: Dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}   # small instances
 
 # === CONSTANTS & LIMITS (pure) ==============================================
 # Every number and fixed string that more than one function needs, with its
@@ -136,9 +144,15 @@ MAX_ITEMS = 500                     # of Responses that are remembered for refer
 MAX_ITEM_BYTES = 64 * KIB           # a longer one is not
 MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's clock
 READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
+SEND_BYTES = 256 * KIB              # at most this in one call
+TLS_SEND_BYTES = 16 * KIB           # one record: OpenSSL wants a call repeated as it was
+HIGH_WATER_BYTES = 64 * KIB         # unsent output at which whoever writes must wait,
+LOW_WATER_BYTES = 16 * KIB          # and at which it goes on
+BACKLOG = 1024                      # connections that the system holds until they are accepted
+ACCEPTS_PER_TURN = 16
 READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
 BUFFER_BYTES = 256 * KIB            # unread input at which a connection stops reading
-MAX_REFUSALS = 32                   # closed with patience at once; the rest may see a reset
+MAX_REFUSALS = 16                   # closed with patience at once; the rest may see a reset
 DISCARD_BYTES = 64 * KIB            # of an unwanted body that is read rather than hung up on
 
 MAX_OUTPUT_TOKENS = 200_000         # the upstream answers 400 above this, for every model
@@ -387,6 +401,8 @@ OPTIONS = (
            ("REQUEST_BODY_LIMIT_BYTES",), (1024, 1024 * MIB)),
     Option("maxConnections", "int", 4096, "client connections at once; more get a 503", (),
            (1, 1_000_000)),
+    Option("workers", "int", 1, "processes that share the port (not on Windows); limits hold for "
+           "each of them", (), (1, 256)),
     Option("upstreamConnectSeconds", "seconds", 10, "time to connect to the upstream", (),
            (0.01, 3600)),
     Option("upstreamIdleSeconds", "seconds", 300, "an upstream silent for this long is given up",
@@ -729,7 +745,7 @@ def parse_fields(lines: List[bytes], fault: Fault) -> List[Tuple[str, str]]:
         found = FIELD_LINE.fullmatch(line)
         if not found:
             raise fault("header line %d is not `name: value`" % (len(pairs) + 1))
-        pairs.append((found[1].decode("ascii").lower(),
+        pairs.append((intern(found[1].decode("ascii").lower()),
                       found[2].strip(b" \t").decode("latin-1")))
     return pairs
 
@@ -1177,6 +1193,11 @@ REQUEST_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=r
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether JSON text may hold an escaped surrogate (a plain search comes first: it is fast)."""
+    return ("\\ud" in text or "\\uD" in text) and ESCAPED_SURROGATE.search(text) is not None
+
+
 def clean_text(text: str) -> str:
     """Text with every lone surrogate made U+FFFD (json joins those that are pairs)."""
     return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
@@ -1214,12 +1235,20 @@ def finite_value(value: Any) -> Any:
     return value
 
 
+def decode_anyhow(text: str) -> Any:
+    """JSON with null for numbers beyond all floats; text that is not JSON as it is."""
+    try:
+        return finite_value(DECODER.decode(text))
+    except (ValueError, RecursionError):
+        return text
+
+
 def parse_object(data: bytes, notes: List[str]) -> Json:
     """A request body as a JSON object.  Raises ProxyError `invalid` (RFC 8259)."""
     try:
         text = data.decode("utf-8-sig")
         value = REQUEST_DECODER.decode(text)
-        if ESCAPED_SURROGATE.search(text):
+        if has_surrogates(text):
             cleaned = clean_value(value)
             if cleaned != value:
                 add_note(notes, "replaced", "lone surrogates by U+FFFD")
@@ -1235,7 +1264,7 @@ def parse_object(data: bytes, notes: List[str]) -> Json:
         raise ProxyError("invalid", "The body is not usable: nested too deeply.") from None
     if not isinstance(value, dict):
         raise ProxyError("invalid", "The body must be a JSON object.")
-    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and is_too_deep(value):
+    if data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH and is_too_deep(value):
         raise ProxyError("invalid", "The body is not usable: nested too deeply.")
     return value
 
@@ -1730,7 +1759,7 @@ class Choice(NamedTuple):
     namespace: str = ""
 
 
-@dataclass
+@dataclass(**SLOTS)
 class Prompt:
     """A request in our own terms, from whichever face it came."""
 
@@ -1782,7 +1811,7 @@ class Usage(NamedTuple):
     reasoning: Optional[int] = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, **SLOTS)
 class Block:
     """One run of text, of thinking, or one tool call, as it grows."""
 
@@ -1866,7 +1895,7 @@ class Fail(NamedTuple):
 Event = Union[Begin, Open, Delta, Close, End, Fail]
 
 
-@dataclass
+@dataclass(**SLOTS)
 class Reply:
     """The answer so far as it is shown to the client."""
 
@@ -1893,14 +1922,14 @@ class Reply:
         return [block for block in self.blocks if block.kind == kind]
 
 
-@dataclass
+@dataclass(**SLOTS)
 class Reading:
     """What the waist remembers of an upstream's answer between two lines."""
 
     live: Optional[Block] = None                # the open block
     waiting: List[Block] = field(default_factory=list)      # began while a call was unfinished
     calls: Dict[str, Block] = field(default_factory=dict)   # by the upstream's id
-    ignored: Set[str] = field(default_factory=set)          # calls that the upstream runs itself
+    ignored: FrozenSet[str] = frozenset()       # calls that the upstream runs itself
     began: bool = False
     over: bool = False
     mute_thinking: bool = False                 # a repeated call's thinking was shown already
@@ -2269,13 +2298,12 @@ def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
         return given or {}
     check(given, "a string", path)
     try:
-        decoded = DECODER.decode(given) if given.strip() else {}
+        decoded = REQUEST_DECODER.decode(given) if given.strip() else {}
     except (ValueError, RecursionError):
-        decoded = given     # a call that was cut off: the model may see what it was
-    if finite_value(decoded) != decoded:
-        decoded = finite_value(decoded)
-        add_note(notes, "replaced", "numbers beyond all bounds by null at %s" % path)
-    if ESCAPED_SURROGATE.search(given):
+        decoded = decode_anyhow(given)      # cut off: the model may see what it was
+        if decoded != given:
+            add_note(notes, "replaced", "numbers beyond all bounds by null at %s" % path)
+    if has_surrogates(given):
         decoded = clean_value(decoded)
         add_note(notes, "replaced", "lone surrogates by U+FFFD at %s" % path)
     if not isinstance(decoded, dict):
@@ -2628,9 +2656,8 @@ def read_stops(given: Any, name: str) -> List[str]:
 
 def note_ignored(body: Json, neutral: Mapping[str, Any], notes: List[str]) -> None:
     """A note for each known field that cannot be honoured and asks for more than its default."""
-    for name, harmless in neutral.items():
-        given = body.get(name)
-        if given is not None and given != harmless and given not in ([], {}):
+    for name, given in body.items():
+        if name in neutral and given not in (None, neutral[name], [], {}):
             add_note(notes, "ignored", name)
 
 
@@ -3326,6 +3353,9 @@ def add_usage(one: Optional[Usage], other: Optional[Usage]) -> Optional[Usage]:
 # unless the answer failed in that block: what was not shown can be repeated.
 
 
+NO_KINDS: FrozenSet[str] = frozenset()
+
+
 class Filter(NamedTuple):
     """A filter, and the kinds of block whose deltas it may change."""
 
@@ -3506,6 +3536,13 @@ def choose_filters(prompt: Prompt, raw_tools: bool = False) -> List[Filter]:
     return filters
 
 
+def without_body(prompt: Prompt) -> Prompt:
+    """A prompt for as long as its answer streams: without what takes memory."""
+    light = copy.copy(prompt)
+    light.turns, light.system, light.tools, light.echo = [], [], [], {}
+    return light
+
+
 # === UPSTREAM ERRORS (pure) =================================================
 # What an upstream says when it fails, in a status with a body or inside its
 # stream, made a ProxyError: its own message, code and trace id are kept, keys
@@ -3655,7 +3692,7 @@ def call_name(raw: Json) -> str:
 def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
     name = known_call_id(reading, raw.get("id"))
     if raw.get("providerExecuted"):
-        reading.ignored.add(name)
+        reading.ignored = reading.ignored | {name}
     elif name not in reading.ignored:
         start_call(reading, name, call_name(raw))
     return iter(())
@@ -4524,8 +4561,10 @@ JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
 
 def escaped_length(strings: List[bytes]) -> int:
     """How many characters escaped JSON strings hold."""
-    text = b"".join(strings).decode()
-    return len(JSON_ESCAPE.sub("x", text)) if "\\" in text else len(text)
+    escaped = strings[0] if len(strings) == 1 else b"".join(strings)
+    if b"\\" not in escaped and escaped.isascii():      # nearly always
+        return len(escaped)
+    return len(JSON_ESCAPE.sub("x", escaped.decode()))
 
 
 def is_utf8(data: bytes) -> bool:
@@ -4562,14 +4601,18 @@ class Answer:
     call was shown, after which nothing can be repeated.
     """
 
+    __slots__ = ("face", "upstream", "reply", "stream", "allow_empty", "filters", "touched",
+                 "asked", "lines", "reading", "lane", "counts", "begun", "over", "visible",
+                 "shown", "error", "unclosed", "noted", "lines_read", "kept")
+
     def __init__(self, face: Face, upstream: UpstreamFormat, reply: Reply, prompt: Prompt,
                  allow_empty: bool) -> None:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
-        light = replace(prompt, turns=[], system=[], tools=[])      # a long stream keeps no body
-        self.new_filters = lambda: choose_filters(light, face.raw_tools)
-        self.filters = self.new_filters()
-        self.touched = frozenset().union(*(one.touches for one in self.filters))
+        self.filters = choose_filters(prompt, face.raw_tools)
+        self.touched = frozenset().union(*(one.touches for one in self.filters)) \
+            if self.filters else NO_KINDS
+        self.asked = without_body(prompt) if self.filters else None     # to make them anew
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes)
         self.lane: Optional[Lane] = None
@@ -4645,7 +4688,8 @@ class Answer:
         self.reading = Reading(live=unclosed, began=self.reading.began, notes=self.reading.notes,
                                mute_thinking=self.stream and self.shown)
         self.unclosed = None
-        self.lines, self.filters = LineBuffer(self.upstream.skip), self.new_filters()
+        self.lines = LineBuffer(self.upstream.skip)
+        self.filters = choose_filters(self.asked, self.face.raw_tools) if self.asked else []
         self.over, self.error, self.lane, self.kept = False, None, None, 0
 
     def failure(self, error: ProxyError) -> bytes:
@@ -5037,6 +5081,7 @@ class App:
     pool: "Pool"
     models: Models                              # the newest list that is known
     receive: memoryview                         # where every connection reads to, one at a time
+    bare: bool = sys.platform != "win32"        # sockets are watched by ourselves, see SOCKETS
     wires: Set["Wire"] = field(default_factory=set)             # every open connection
     exchanges: Set["Exchange"] = field(default_factory=set)     # requests being served
     relays: Set["Relay"] = field(default_factory=set)           # answers being relayed
@@ -5050,6 +5095,8 @@ class App:
     started: float = 0.0                        # loop time
     models_due: float = 0.0                     # loop time at which the list is asked for again
     models_task: Optional["asyncio.Task[Any]"] = None
+    worker: int = 0                             # which of several processes this is, from 1
+    parent: int = -1                            # a worker's descriptor that ends with its parent
     cli_version: str = DEFAULT_CLI_VERSION
     proxy: Optional[Origin] = None              # HTTP proxy on the way to the upstream
     proxy_authorization: str = ""
@@ -5099,6 +5146,328 @@ async def within(app: App, seconds: float, work: Any) -> Any:
 
 def random_hex(digits: int) -> str:
     return os.urandom((digits + 1) // 2).hex()[:digits]
+
+
+# === SOCKETS ================================================================
+# A connection's socket, plain or TLS, watched by the loop itself: the part of
+# asyncio's transports that a Wire uses, cheaper per event and in memory, above
+# all for TLS, whose every record asyncio copies through two buffers more.
+# Windows' loop cannot watch sockets (`App.bare`): there asyncio's own
+# transports stand in the same place.
+
+NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Channel:
+    """A connected socket that feeds a protocol and sends what it writes.  Its owner closes it."""
+
+    __slots__ = ("loop", "sock", "number", "protocol", "out", "waiting", "most", "paused",
+                 "closing", "blocked", "finishing", "waiter")
+
+    def __init__(self, sock: socket.socket, protocol: asyncio.BufferedProtocol) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.sock, self.protocol = sock, protocol
+        self.number = sock.fileno()
+        self.out: List[memoryview] = []             # what the socket did not take yet
+        self.waiting = 0                            # bytes in `out`
+        self.most = SEND_BYTES                      # for one call
+        self.closing = False                        # nothing more is written or read
+        self.blocked = False                        # more waits than should
+        self.finishing = False                      # a FIN is to follow what waits
+        self.waiter: Any = None                     # future: of the TLS handshake
+        self.paused = True
+        protocol.connection_made(self)              # type: ignore[arg-type]
+        if not self.closing:
+            self.resume_reading()
+
+    def readable(self) -> None:
+        """One read, at most as much as the protocol's buffer holds: fairness between streams."""
+        protocol = self.protocol
+        try:
+            count = self.sock.recv_into(protocol.get_buffer(-1))
+        except NOT_NOW:
+            return
+        except OSError:
+            self.abort()
+            return
+        if not count:
+            protocol.eof_received()
+            self.close()
+            return
+        protocol.buffer_updated(count)
+        if self.most == TLS_SEND_BYTES and not self.paused and self.sock.pending():
+            self.loop.call_soon(self.read_rest)
+
+    def read_rest(self) -> None:
+        """Read what OpenSSL holds already: the loop cannot know of it."""
+        if not self.paused:
+            self.readable()
+
+    def pause_reading(self) -> None:
+        if not self.paused:
+            self.paused = True
+            self.loop.remove_reader(self.number)
+
+    def resume_reading(self) -> None:
+        if self.paused and not self.closing:
+            self.paused = False
+            self.loop.add_reader(self.number, self.readable)
+            if self.most == TLS_SEND_BYTES and self.sock.pending():
+                self.loop.call_soon(self.read_rest)
+
+    def write(self, data: Union[bytes, memoryview]) -> None:
+        """Send now what the socket takes, the rest when it is ready."""
+        if self.closing:
+            return
+        if not self.out and len(data) <= self.most:     # nearly always
+            try:
+                sent = self.sock.send(data)
+            except NOT_NOW:
+                sent = 0
+            except OSError:
+                self.abort()
+                return
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        self.out.append(memoryview(data))
+        self.waiting += len(data)
+        if len(self.out) == 1:
+            self.loop.add_writer(self.number, self.flush)
+        if self.waiting > HIGH_WATER_BYTES and not self.blocked:
+            self.blocked = True
+            self.protocol.pause_writing()
+
+    def flush(self) -> None:
+        """Send of what waits as much as the socket takes."""
+        try:
+            while self.out:
+                piece = self.out[0]
+                sent = self.sock.send(piece[:self.most])
+                self.waiting -= sent
+                if sent < len(piece):
+                    self.out[0] = piece[sent:]
+                else:
+                    del self.out[0]
+        except NOT_NOW:
+            pass
+        except OSError:
+            self.abort()
+            return
+        if self.blocked and self.waiting <= LOW_WATER_BYTES:
+            self.blocked = False
+            self.protocol.resume_writing()
+        if not self.out:
+            self.loop.remove_writer(self.number)
+            self.end_writing()
+
+    def end_writing(self) -> None:
+        """What was to follow the last byte: a FIN, or the end of it all."""
+        if self.closing:
+            self.loop.call_soon(self.lose)
+        elif self.finishing:
+            self.finishing = False
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:         # the other side has just gone
+                self.abort()
+
+    def can_write_eof(self) -> bool:
+        return self.most != TLS_SEND_BYTES
+
+    def write_eof(self) -> None:
+        self.finishing = True
+        if not self.out:
+            self.end_writing()
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def close(self) -> None:
+        """Read no more, send what waits, then let go."""
+        if not self.closing:
+            self.pause_reading()
+            self.closing = True
+            if not self.out:
+                self.end_writing()
+
+    def abort(self) -> None:
+        """Let go now; what waits is lost."""
+        if self.out:
+            self.out.clear()
+            self.waiting = 0
+            if self.closing:        # `close` waited for that
+                self.loop.call_soon(self.lose)
+        self.close()
+
+    def lose(self) -> None:
+        """The end, once."""
+        if self.number >= 0:
+            self.loop.remove_reader(self.number)
+            self.loop.remove_writer(self.number)
+            self.number = -1
+            self.sock.close()
+            self.wake()
+            self.protocol.connection_lost(None)
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Go on over TLS, the server's name checked.  Raises OSError."""
+        self.pause_reading()
+        tls = context.wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+        self.sock, self.most = tls, TLS_SEND_BYTES
+        while not self.closing:
+            try:
+                tls.do_handshake()
+                self.resume_reading()
+                return
+            except ssl.SSLWantReadError:
+                await self.ready(self.loop.add_reader, self.loop.remove_reader)
+            except ssl.SSLWantWriteError:
+                await self.ready(self.loop.add_writer, self.loop.remove_writer)
+        raise ConnectionAbortedError("closed in the middle of the TLS handshake")
+
+    async def ready(self, watch: Callable[..., Any], forget: Callable[..., Any]) -> None:
+        """Wait until the socket can be read (or written), or is closed."""
+        self.waiter = self.loop.create_future()
+        watch(self.number, self.wake)
+        try:
+            await self.waiter
+        finally:
+            if self.number >= 0:
+                forget(self.number)
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+# === LISTENING AND CONNECTING ===============================================
+# How sockets come to be: accepted, a few at a time, or connected, by name or by
+# address, without ever blocking the loop.  `in_thread` is for what the system
+# offers in no other way.
+
+
+class Listener:
+    """Listening sockets whose connections become Channels.  Its owner closes it."""
+
+    def __init__(self, app: App, sockets: List[socket.socket],
+                 protocol: Callable[[], asyncio.BufferedProtocol]) -> None:
+        self.app, self.sockets, self.protocol = app, sockets, protocol
+        self.loop = asyncio.get_running_loop()
+        self.closed = False
+        for sock in sockets:
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+            self.watch(sock)
+
+    def watch(self, sock: socket.socket) -> None:
+        if not self.closed:
+            self.loop.add_reader(sock.fileno(), self.accept, sock)
+
+    def accept(self, listening: socket.socket) -> None:
+        """Take some of the connections that wait."""
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, _address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:        # out of descriptors or memory: a pause may help
+                self.app.log.warning("connections wait for a second: %s", error.strerror)
+                self.loop.remove_reader(listening.fileno())
+                self.loop.call_later(1.0, self.watch, listening)
+                return
+            set_options(sock)
+            Channel(sock, self.protocol())
+
+    def close(self) -> None:
+        self.closed = True
+        for sock in self.sockets:
+            self.loop.remove_reader(sock.fileno())
+            sock.close()
+
+
+def set_options(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:         # it has gone already; reading will tell
+        pass
+
+
+async def open_listener(app: App, host: str, port: int,
+                        protocol: Callable[[], asyncio.BufferedProtocol]) -> Any:
+    """Listen on all addresses of a host: an object with `sockets` and `close()`.
+
+    Raises OSError.
+    """
+    loop = asyncio.get_running_loop()
+    if not app.bare:
+        return await loop.create_server(protocol, host, port, backlog=BACKLOG)
+    server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False,
+                                      reuse_port=bool(app.worker))
+    sockets = [sock.dup() for sock in server.sockets]       # asyncio knows how to bind; we accept
+    server.close()
+    return Listener(app, sockets, protocol)
+
+
+async def in_thread(work: Callable[[], Any]) -> Any:
+    """Run blocking work in a thread that does not keep the program from ending."""
+    import threading
+    loop = asyncio.get_running_loop()
+    done: "asyncio.Future[Any]" = loop.create_future()
+
+    def settle(result: Any, error: Optional[Exception]) -> None:
+        if not done.done():
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:      # handed on to whoever awaits
+            failure = error
+        if not loop.is_closed():        # else nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
+async def connect_socket(host: str, port: int) -> socket.socket:
+    """A connection to the first address of a host that takes one.  Raises OSError."""
+    loop = asyncio.get_running_loop()
+
+    def resolve(flags: int = 0) -> List[Any]:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+
+    try:
+        found = resolve(socket.AI_NUMERICHOST)      # an address needs no thread
+    except socket.gaierror:
+        found = await in_thread(resolve)
+    failure: Optional[OSError] = None
+    for family, kind, protocol, _, address in found:
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:
+            failure = error
+            continue
+        try:
+            set_options(sock)
+            await loop.sock_connect(sock, address)
+            return sock
+        except OSError as error:
+            failure = error
+            sock.close()
+        except BaseException:       # cancelled: nobody waits for it any more
+            sock.close()
+            raise
+    raise failure or OSError("no address of %s" % host)
 
 
 # === WIRE ===================================================================
@@ -5269,7 +5638,7 @@ class Wire(asyncio.BufferedProtocol):
 # the end.
 
 
-@dataclass
+@dataclass(**SLOTS)
 class UpstreamCall:
     """An upstream that has answered with a head; `body` takes the framing off what follows."""
 
@@ -5278,7 +5647,7 @@ class UpstreamCall:
     body: Body
 
 
-@dataclass
+@dataclass(**SLOTS)
 class CallSpec:
     """What a call sends, the same on every attempt; emptied once it can never be sent again."""
 
@@ -5396,16 +5765,19 @@ async def open_wire(app: App) -> Wire:
 async def connect_wire(app: App, wire: Wire) -> None:
     """Connect, through the proxy where there is one, and start TLS where it is wanted."""
     loop = asyncio.get_running_loop()
-    origin, proxy = app.origin, app.proxy
-    secure = tls_context(app) if origin.scheme == "https" else None
-    if proxy is None:
-        await loop.create_connection(lambda: wire, origin.host, origin.port, ssl=secure,
-                                     server_hostname=origin.host if secure else None)
+    origin, first = app.origin, app.proxy or app.origin
+    if app.bare:
+        Channel(await connect_socket(first.host, first.port), wire)
+    else:
+        await loop.create_connection(lambda: wire, first.host, first.port)
+    if origin.scheme != "https":
         return
-    await loop.create_connection(lambda: wire, proxy.host, proxy.port)
-    if secure is not None:
+    if app.proxy is not None:
         await open_tunnel(app, wire)
-        wire.transport = await loop.start_tls(wire.transport, wire, secure,
+    if app.bare:
+        await wire.transport.start_tls(tls_context(app), origin.host)
+    else:
+        wire.transport = await loop.start_tls(wire.transport, wire, tls_context(app),
                                               server_hostname=origin.host)
 
 
@@ -5559,32 +5931,6 @@ def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> A
         raise OSError("malformed HTTP: %s" % type(error).__name__) from None
 
 
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Run blocking work in a thread that does not keep the program from ending."""
-    import threading
-    loop = asyncio.get_running_loop()
-    done: "asyncio.Future[Any]" = loop.create_future()
-
-    def settle(result: Any, error: Optional[Exception]) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as error:      # handed on to whoever awaits
-            failure = error
-        if not loop.is_closed():        # else nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done
-
-
 async def refresh_models(app: App) -> None:
     """Ask the upstream for its list of models; on failure the known one stays for a minute."""
     loop = asyncio.get_running_loop()
@@ -5672,7 +6018,7 @@ class Relay:
     """One answer on its way to one client."""
 
     __slots__ = ("app", "client", "answer", "spec", "head", "framed", "call", "opened", "sent",
-                 "heard", "lines", "done", "over", "first")
+                 "heard", "lines", "done", "over", "first", "clock")
 
     def __init__(self, app: App, client: Wire, answer: Answer, spec: CallSpec,
                  head: Callable[[], bytes]) -> None:
@@ -5681,7 +6027,8 @@ class Relay:
         self.framed = True              # chunked; else (HTTP/1.0) the end is the connection's
         self.call: Optional[UpstreamCall] = None
         self.opened = False             # the response head went out
-        self.sent = self.heard = asyncio.get_running_loop().time()
+        self.clock = asyncio.get_running_loop().time
+        self.sent = self.heard = self.clock()
         self.first = 0.0                # loop time of the first frame
         self.lines = 0
         self.done: Any = None           # future: this call's answer is over
@@ -5693,7 +6040,7 @@ class Relay:
         """Let a call's answer flow, beginning with what already came behind its head."""
         loop = asyncio.get_running_loop()
         self.done, self.over = loop.create_future(), loop.create_future()
-        self.call, self.heard = call, loop.time()
+        self.call, self.heard = call, self.clock()
         wire = call.wire
         wire.on_data, wire.on_end = self.receive, self.end
         if self.client.blocked_since:
@@ -5722,10 +6069,11 @@ class Relay:
             return
         if answer.lines_read != self.lines:
             self.lines = answer.lines_read
-            self.heard = asyncio.get_running_loop().time()
+            self.heard = self.clock()
         if frames:
             self.send(frames)
-            self.first = self.first or self.sent
+            if not self.first:
+                self.first = self.sent
         if answer.visible:
             self.spec.payload = b""     # nothing can be repeated any more
         if answer.over:
@@ -5770,7 +6118,6 @@ class Relay:
 
     def send(self, frames: bytes, last: bool = False) -> None:
         """Write frames, behind the response head where that has not gone out."""
-        now = asyncio.get_running_loop().time()
         last = last or (self.answer.over and self.answer.error is None)
         data = frames
         if self.framed:
@@ -5778,7 +6125,7 @@ class Relay:
         if not self.opened:
             data = self.open() + data
         self.client.write(data)
-        self.sent = now
+        self.sent = self.clock()
 
     def open(self) -> bytes:
         self.opened = True
@@ -5791,7 +6138,7 @@ class Relay:
         if blocked:
             self.call.wire.hold()
         else:
-            self.heard = asyncio.get_running_loop().time()
+            self.heard = self.clock()
             self.call.wire.release()
 
     def tick(self, now: float) -> None:
@@ -5975,7 +6322,7 @@ def inflate_libzstd(data: bytes, most: int) -> bytes:
 JSON_TYPE = ("content-type", "application/json")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, **SLOTS)
 class Exchange:
     """One request and what became of it; `record` is its line in the log."""
 
@@ -6324,7 +6671,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
 class Route(NamedTuple):
     """A path's methods; `quiet` routes are logged at debug level only."""
 
-    methods: Dict[str, Callable[[App, Exchange], Any]]
+    methods: Dict[str, Callable[[App, Exchange], Awaitable[None]]]
     quiet: bool = False
 
 
@@ -6437,16 +6784,16 @@ def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
     record["cost"] = reply.cost
 
 
-async def serve_chat(app: App, exchange: Exchange) -> None:
-    await serve_answer(app, exchange, CHAT)
+def serve_chat(app: App, exchange: Exchange) -> Awaitable[None]:
+    return serve_answer(app, exchange, CHAT)
 
 
-async def serve_messages(app: App, exchange: Exchange) -> None:
-    await serve_answer(app, exchange, MESSAGES)
+def serve_messages(app: App, exchange: Exchange) -> Awaitable[None]:
+    return serve_answer(app, exchange, MESSAGES)
 
 
-async def serve_responses(app: App, exchange: Exchange) -> None:
-    await serve_answer(app, exchange, RESPONSES)
+def serve_responses(app: App, exchange: Exchange) -> Awaitable[None]:
+    return serve_answer(app, exchange, RESPONSES)
 
 
 async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
@@ -6518,6 +6865,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "status": "draining" if app.draining else "ok", "version": __version__,
         "upstream": "demo" if app.demo else app.config.api_base + ALPHA.path,
         "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
+        "worker": app.worker or 1, "workers": app.config.workers,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
                            for family, known in sorted(app.calibrations.items())}})
@@ -6577,8 +6925,8 @@ def find_route(head: RequestHead) -> Route:
     return route
 
 
-async def serve_request(app: App, exchange: Exchange) -> None:
-    """Find a request's route and method and run it.  Raises ProxyError 404 or 405."""
+def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
+    """Find a request's route and method and start it.  Raises ProxyError 404 or 405."""
     head = exchange.head
     exchange.face = face_of_path(head)
     exchange.dry_run = re.match("/+explain/", head.path) is not None or \
@@ -6587,8 +6935,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
     if head.method == "OPTIONS":
-        await serve_options(app, exchange)
-        return
+        return serve_options(app, exchange)
     route = find_route(head)
     exchange.record["quiet"] = route.quiet
     method = "GET" if head.method == "HEAD" else head.method
@@ -6597,7 +6944,7 @@ async def serve_request(app: App, exchange: Exchange) -> None:
         raise ProxyError("method", "%s is not for %s; use %s." % (
             printable(head.method, 20), shown_path(head), " or ".join(route.methods)),
             details={"allow": ", ".join(allowed)})
-    await route.methods[method](app, exchange)
+    return route.methods[method](app, exchange)
 
 
 # === SERVER =================================================================
@@ -6849,45 +7196,12 @@ async def listen(app: App) -> Any:
     """Open the listening socket.  Raises OSError."""
     loop = asyncio.get_running_loop()
     app.started, app.ending = loop.time(), loop.create_future()
-    server = await loop.create_server(lambda: Wire(app, lambda wire: accept(app, wire)),
-                                      app.config.host, app.config.port, backlog=1024)
+    server = await open_listener(app, app.config.host, app.config.port,
+                                 lambda: Wire(app, lambda wire: accept(app, wire)))
     spawn(app, sweep(app))
     if app.config.cli_version == "auto":
         spawn(app, keep_version_fresh(app))
     return server
-
-
-def raise_descriptor_limit(app: App) -> None:
-    """Use all descriptors that the system grants; a relayed answer takes two."""
-    try:
-        import resource
-    except ImportError:         # Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * app.config.max_connections + 64
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-        except (OSError, ValueError) as error:
-            app.log.debug("descriptor limit stays at %d: %s", soft, error)
-    if soft != resource.RLIM_INFINITY:
-        app.max_clients = max(1, min(app.config.max_connections, (soft - 64) // 2))
-
-
-def watch_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    """SIGINT and SIGTERM: the first stops in order, the second at once."""
-    loop = asyncio.get_running_loop()
-
-    def received() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, received)
-        except NotImplementedError:     # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
 
 
 # === DEMO UPSTREAM ==========================================================
@@ -6939,18 +7253,67 @@ async def serve_demo_connection(app: App, wire: Wire) -> None:
 
 async def start_demo(app: App) -> None:
     """Listen on a free port of loopback and make that the upstream."""
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: Wire(app, lambda wire: ignore_result(spawn(app, serve_demo_connection(app, wire)))),
-        "127.0.0.1", 0)
+    server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
+        app, lambda wire: ignore_result(spawn(app, serve_demo_connection(app, wire)))))
     app.origin = Origin("http", "127.0.0.1", server.sockets[0].getsockname()[1], "")
     app.proxy_known = True          # loopback is never reached through a proxy
     app.models_due = float("inf")   # and has no list of models
     app.demo = True
 
 
-def ignore_result(task: Any) -> None:
-    """The task is the app's; nobody waits for it."""
+def ignore_result(result: Any) -> None:
+    """Nobody waits for it (a task is the app's)."""
+
+
+# === PROCESSES ==============================================================
+# One process, or (`workers`) several that listen on one port, each with a loop
+# of its own: the system spreads connections among them.  Their parent does no
+# work: it starts a worker anew that has died, and passes signals on.  Workers
+# share nothing; ids of conversations are derived, so any of them will do.
+
+PARENT_SIGNALS = {number for number in (getattr(signal, name, None) for name in (
+    "SIGINT", "SIGTERM", "SIGCHLD")) if number is not None}
+
+
+def raise_descriptor_limit(app: App) -> None:
+    """Use all descriptors that the system grants; a relayed answer takes two."""
+    try:
+        import resource
+    except ImportError:         # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * app.config.max_connections + 64
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError) as error:
+            app.log.debug("descriptor limit stays at %d: %s", soft, error)
+    if soft != resource.RLIM_INFINITY:
+        app.max_clients = max(1, min(app.config.max_connections, (soft - 64) // 2))
+
+
+def watch_signals(app: App, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """SIGINT and SIGTERM: the first stops in order, the second at once.  A worker's parent that is
+    gone is a signal too."""
+    loop = asyncio.get_running_loop()
+
+    def received() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    def orphaned() -> None:
+        loop.remove_reader(app.parent)
+        received()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, received)
+        except NotImplementedError:     # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
+    if app.worker:
+        loop.add_reader(app.parent, orphaned)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENT_SIGNALS)
 
 
 async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) -> None:
@@ -6961,13 +7324,102 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     if demo:
         await start_demo(app)
     server = await listen(app)
-    watch_signals(stop, hurry)
+    watch_signals(app, stop, hurry)
     host, port = server.sockets[0].getsockname()[:2]
     announce(host, port)
     await stop.wait()
     server.close()
     app.log.info("stopping: %d requests still run", len(app.exchanges))
     await drain(app, hurry)
+
+
+def leave(status: int) -> None:
+    """End the process without the interpreter's own clean-up: a thread that still asks for the
+    list of models may wake in the middle of that and crash (CPython before 3.14)."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):   # a closed pipe; no console
+            pass
+    os._exit(status)
+
+
+def reserve_port(config: Config) -> socket.socket:
+    """A bound socket that does not listen: it holds the port for the workers.  Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind, protocol) as alone:    # nobody else may have the port,
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(address)
+    held = socket.socket(family, kind, protocol)            # not even by sharing it
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(address)
+    return held
+
+
+class Ties(NamedTuple):
+    """What joins a parent with its workers: one pipe ends with the parent, through the other a
+    worker says that it listens."""
+
+    life: Tuple[int, int]
+    ready: Tuple[int, int]
+
+
+def start_worker(app: App, demo: bool, number: int, ties: Ties) -> int:
+    """Fork a worker; its process id.  The worker itself never returns from here."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.setpgid(0, 0)        # a terminal's Ctrl-C goes to the parent alone, which passes it on
+        os.close(ties.life[1])
+        app.worker, app.parent = number, ties.life[0]
+        asyncio.run(run_proxy(app, demo, lambda host, port: ignore_result(
+            os.write(ties.ready[1], b"1"))))
+        status = 0
+    except OSError as error:
+        app.log.error("worker %d: %s", number, error)
+    finally:
+        leave(status)
+    return 0
+
+
+def run_workers(app: App, demo: bool, announce: Callable[[str, int], None]) -> None:
+    """Start all workers and look after them until a signal has ended them.  Raises OSError."""
+    held = reserve_port(app.config)
+    host, port = held.getsockname()[:2]
+    app.config, app.demo = app.config._replace(port=port), demo
+    signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+    ties = Ties(os.pipe(), os.pipe())
+    born: Dict[int, float] = {}
+    workers: Dict[int, int] = {}        # process id -> number
+
+    def start(number: int) -> None:
+        process = start_worker(app, demo, number, ties)
+        workers[process], born[process] = number, time.monotonic()
+
+    for number in range(1, app.config.workers + 1):
+        start(number)
+        if select.select([ties.ready[0]], [], [], 10.0)[0]:
+            os.read(ties.ready[0], 1)
+    announce(host, port)
+    stopping = False
+    while workers:
+        received = signal.sigwait(PARENT_SIGNALS)
+        if received != signal.SIGCHLD:
+            stopping = True
+            for process in workers:
+                os.kill(process, received)
+        for process in [one for one in workers if os.waitpid(one, os.WNOHANG)[0]]:
+            number = workers.pop(process)
+            if not stopping:
+                app.log.error("worker %d (process %d) ended; another is started", number, process)
+                time.sleep(max(0.0, born.pop(process) + 1.0 - time.monotonic()))
+                start(number)
+    held.close()
 
 
 # === SELFTEST FEATURES ======================================================
@@ -7322,7 +7774,10 @@ def open_log(config: Config) -> logging.Logger:
         except OSError as error:
             raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
                 from None
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    words = "%(asctime)s %(levelname)s %(message)s"
+    if config.workers > 1:
+        words = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
+    formatter = logging.Formatter(words, "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     handler.handleError = lost_line(config.log_file)
@@ -7394,6 +7849,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if given.check:
             return 0 if say(describe_config(config, sources)) else 1
         check_certificates()
+        if config.workers > 1 and not hasattr(os, "fork"):
+            raise ProxyError("config", "workers: this platform has no fork; only 1 can run.")
         app = new_app(config, Limits(), open_log(config), Pool())
     except ProxyError as error:
         complain(error.message)
@@ -7405,7 +7862,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         say(welcome(app, source, host, port))
 
     try:
-        asyncio.run(run_proxy(app, given.demo, announce))
+        if config.workers > 1:
+            run_workers(app, given.demo, announce)
+        else:
+            asyncio.run(run_proxy(app, given.demo, announce))
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (
@@ -7414,18 +7874,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:       # Windows, before the signals are watched
         return 0
     return 0
-
-
-def leave(status: int) -> None:
-    """End the process without the interpreter's own clean-up: a thread that still asks for the
-    list of models may wake in the middle of that and crash (CPython before 3.14)."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):   # a closed pipe; no console
-            pass
-    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import ccproxy  # noqa: E402
 
 KEY = "user_testkey123"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+BARE = sys.platform != "win32" and not os.environ.get("CCPROXY_TEST_TRANSPORTS")
 FAST = ccproxy.Limits(backoff=(0.01, 0.02), sweep=0.05, linger=0.5)
 
 
@@ -57,7 +58,8 @@ class Answer(NamedTuple):
 class Proxy:
     """ccproxy in a thread with a loop of its own."""
 
-    def __init__(self, limits: Any = FAST, **options: Any) -> None:
+    def __init__(self, limits: Any = FAST, bare: bool = BARE, **options: Any) -> None:
+        """`bare` False: with asyncio's own transports, as on Windows."""
         self.log = io.StringIO()
         logger = logging.Logger("ccproxy-test")
         handler = logging.StreamHandler(self.log)
@@ -69,6 +71,7 @@ class Proxy:
         self.handler = handler
         config = make_config(**{"port": 0, **options})
         self.app = ccproxy.new_app(config, limits, logger, ccproxy.Pool())
+        self.app.bare = bare
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)
         self.thread.start()
@@ -77,7 +80,7 @@ class Proxy:
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
-        server = await ccproxy.listen(self.app)
+        server = self.server = await ccproxy.listen(self.app)
         self.port = server.sockets[0].getsockname()[1]
         self.ready.set()
         await self.stop.wait()

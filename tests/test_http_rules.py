@@ -65,7 +65,10 @@ def test_connections_stay_below_the_descriptor_limit(proxy, monkeypatch):
     assert proxy.app.max_clients == 100
 
 
-def test_write_buffers_have_their_high_water_at_64_kib(proxy):
+def test_write_buffers_have_their_high_water_at_64_kib(make_proxy):
+    """Ours, and asyncio's where that is used."""
+    assert ccproxy.HIGH_WATER_BYTES == 64 * 1024
+    proxy = make_proxy(bare=False)
     with proxy.connect():
         wait_until(lambda: proxy.app.clients == 1)
         wire = next(iter(proxy.app.wires))

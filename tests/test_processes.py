@@ -1,0 +1,122 @@
+"""PROCESSES: several workers on one port, and their parent."""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from harness import CHAT, PROGRAM, clean_environment, run_program, wait_until
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"),
+                                reason="needs fork and /proc")
+
+
+def children_of(process):
+    with open("/proc/%d/task/%d/children" % (process, process)) as file:
+        return sorted(map(int, file.read().split()))
+
+
+def health(program):
+    return program.request("GET", "/health").json
+
+
+@pytest.fixture
+def pair(start_program):
+    return start_program("--workers", "2", "--use-provider-models", "false")
+
+
+def test_all_workers_answer(pair, upstream):
+    """Connections are spread, and each worker says who it is."""
+    seen = set()
+    wait_until(lambda: seen.add(health(pair)["worker"]) or seen == {1, 2})
+    assert health(pair)["workers"] == 2
+    assert [pair.post(CHAT).status for _ in range(10)] == [200] * 10
+
+
+def test_a_conversation_has_one_id_in_all_workers(pair, upstream):
+    for _ in range(12):
+        assert pair.post(CHAT).status == 200
+    assert len({request.field("x-session-id") for request in upstream.requests}) == 1
+
+
+def test_a_dead_worker_is_replaced(pair):
+    first = children_of(pair.process.pid)
+    os.kill(first[0], signal.SIGKILL)
+    wait_until(lambda: len(set(children_of(pair.process.pid)) - {first[0]}) == 2)
+    seen = set()
+    wait_until(lambda: seen.add(health(pair)["worker"]) or seen == {1, 2})
+    assert "another is started" in pair.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_them_all(pair, number):
+    wait_until(lambda: len(children_of(pair.process.pid)) == 2)
+    workers = children_of(pair.process.pid)
+    code, words = pair.stop(number)
+    assert code == 0 and "Traceback" not in words
+    assert not any(os.path.exists("/proc/%d" % worker) for worker in workers)
+
+
+def test_running_answers_are_finished_first(pair, upstream):
+    """A signal to the parent drains its workers."""
+    import threading
+    go = threading.Event()
+
+    def late(sock, request):
+        go.wait(10)
+        upstream_answer(sock, request)
+    upstream_answer, upstream.default = upstream.default, late
+    with pair.send_post(CHAT, stream=True) as sock:
+        wait_until(lambda: upstream.requests)
+        pair.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: 1 requests" in pair.log)
+        go.set()
+        data = b""
+        while not data.endswith(b"0\r\n\r\n"):
+            piece = sock.recv(65536)
+            assert piece, data
+            data += piece
+    assert b"[DONE]" in data
+    assert pair.wait()[0] == 0
+
+
+def test_workers_end_with_their_parent(pair):
+    wait_until(lambda: len(children_of(pair.process.pid)) == 2)
+    workers = children_of(pair.process.pid)
+    pair.process.kill()
+    pair.process.wait()
+
+    def gone(process):
+        try:
+            with open("/proc/%d/stat" % process) as file:
+                return file.read().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+    wait_until(lambda: all(map(gone, workers)))
+
+
+@pytest.mark.parametrize("holder", ["1", "2"])
+def test_a_busy_port(start_program, holder):
+    """Also one that other workers share among themselves."""
+    first = start_program("--workers", holder)
+    done = run_program("--workers", "2", "--port", str(first.port))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "in use" in done.stderr
+
+
+def test_a_fixed_port_is_free_again(start_program):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    for _ in range(2):
+        done = subprocess.Popen([sys.executable, PROGRAM, "--workers", "2", "--port", port],
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                env=clean_environment())
+        while b"note" not in done.stdout.readline():
+            assert done.poll() is None
+        done.send_signal(signal.SIGTERM)
+        assert done.wait(20) == 0
+        done.stdout.close()
