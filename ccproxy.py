@@ -88,6 +88,7 @@ import base64
 import binascii
 import copy
 import errno
+import gc
 import hashlib
 import hmac
 import json
@@ -143,6 +144,7 @@ MAX_FAMILIES = 64                   # of models whose token counts are learned
 MAX_ITEMS = 500                     # of Responses that are remembered for references
 MAX_ITEM_BYTES = 64 * KIB           # a longer one is not
 MAX_RETRY_AFTER_SECONDS = 24 * 3600  # a longer one is a mistake of somebody's clock
+GC_THRESHOLDS = (20_000, 20, 20)    # a request makes ~1000 objects and hardly a cycle: -15 % CPU
 READ_BYTES = 64 * KIB               # at most this per read and turn: fairness between streams
 SEND_BYTES = 256 * KIB              # at most this in one call
 TLS_SEND_BYTES = 16 * KIB           # one record: OpenSSL wants a call repeated as it was
@@ -664,6 +666,7 @@ FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)")
 HOST_VALUE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?")
 ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
+SHORT_SIZES = {b"%x" % size: size for size in range(1, 1024)}     # read without a pattern
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
 
 REASONS = {100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
@@ -867,7 +870,12 @@ class ChunkedBody:
         self.broken: Optional[ProxyError] = None
 
     def feed(self, data: bytes) -> bytes:
-        data, self.tail = self.tail + data if self.tail else data, b""
+        if self.tail:
+            data, self.tail = self.tail + data, b""
+        elif self.left == -2 and self.trailers < 0:
+            content = self.only_chunk(data)
+            if content:
+                return content
         pieces: List[bytes] = []
         at, end = 0, len(data)
         try:
@@ -885,6 +893,16 @@ class ChunkedBody:
         if self.done:
             self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def only_chunk(self, data: bytes) -> bytes:
+        """The content of a read that is one short chunk, as most reads are; else b""."""
+        end = data.find(b"\r\n", 0, 5)
+        size = SHORT_SIZES.get(data[:end])
+        if size is None or len(data) != end + size + 4 or data[-2:] != b"\r\n":
+            return b""
+        self.carried += size
+        self.spent += end + 4
+        return data[end + 2:-2]
 
     def most_framing(self) -> int:
         return CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES
@@ -1112,14 +1130,14 @@ class LineBuffer:
         self.skipping = False
 
     def feed(self, data: bytes) -> bytes:
+        if data[-1:] == b"\n" and not self.pieces and not self.skipping:
+            return data             # nearly always
         if self.skipping:
             end = data.find(b"\n") + 1
             if not end:
                 return b""
             data, self.skipping = data[end:], False
         end = data.rfind(b"\n") + 1
-        if end == len(data) and not self.pieces:
-            return data
         if not end:
             self.hold(data)
             return b""
@@ -4731,6 +4749,8 @@ class Answer:
     def copied_frames(self, lane: Lane, strings: List[bytes]) -> bytes:
         """A frame for each string, between the lane's prefix and suffix."""
         if not self.face.numbered:
+            if len(strings) == 1:
+                return lane.prefix + strings[0] + lane.suffix
             return lane.prefix + (lane.suffix + lane.prefix).join(strings) + lane.suffix
         first = self.reply.frames_sent
         self.reply.frames_sent += len(strings)
@@ -6067,13 +6087,14 @@ class Relay:
         except Exception as fault:      # a callback has nobody to raise to
             self.crash(fault)
             return
-        if answer.lines_read != self.lines:
-            self.lines = answer.lines_read
-            self.heard = self.clock()
         if frames:
             self.send(frames)
+            self.heard = self.sent
             if not self.first:
                 self.first = self.sent
+        elif answer.lines_read != self.lines:
+            self.heard = self.clock()
+        self.lines = answer.lines_read
         if answer.visible:
             self.spec.payload = b""     # nothing can be repeated any more
         if answer.over:
@@ -6119,9 +6140,9 @@ class Relay:
     def send(self, frames: bytes, last: bool = False) -> None:
         """Write frames, behind the response head where that has not gone out."""
         last = last or (self.answer.over and self.answer.error is None)
-        data = frames
-        if self.framed:
-            data = (chunk(frames) if frames else b"") + (LAST_CHUNK if last else b"")
+        data = chunk(frames) if frames and self.framed else frames
+        if last and self.framed:
+            data += LAST_CHUNK
         if not self.opened:
             data = self.open() + data
         self.client.write(data)
@@ -7321,6 +7342,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     address cannot be had."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     raise_descriptor_limit(app)
+    gc.set_threshold(*GC_THRESHOLDS)
     if demo:
         await start_demo(app)
     server = await listen(app)
