@@ -28,6 +28,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
 
     CONSTANTS & LIMITS (pure)
     ERRORS (pure)
+    OPTIONS (pure)
     CONFIG (pure)
     REDACTION & LOG LINES (pure)
     HTTP WIRE (pure)
@@ -38,6 +39,8 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     MODELS (pure)
     MODEL LISTS (pure)
     KEYS (pure)
+    KEY RINGS (pure)
+    OPERATOR KEYS (pure)
     PROMPT (pure)
     EVENTS (pure)
     GRAMMAR (pure)
@@ -55,24 +58,35 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     UPSTREAM ERRORS (pure)
     ALPHA EVENTS (pure)
     UPSTREAM FORMAT: ALPHA (pure)
+    PROVIDER STREAMS (pure)
+    UPSTREAM FORMAT: OPENAI (pure)
+    UPSTREAM FORMAT: ANTHROPIC (pure)
+    UPSTREAMS (pure)
     FACE: CHAT (pure)
     FACE: MESSAGES (pure)
     RESPONSES ITEMS (pure)
     FACE: RESPONSES (pure)
     FAST LANE (pure)
     ANSWER (pure)
+    ACCOUNT FIGURES (pure)
+    KEY STATE (pure)
+    KEY ROUTING (pure)
+    CALLER LIMITS (pure)
+    USAGE REPORT (pure)
     DEMO ANSWERS (pure)
     THE SHELL
     SOCKETS
     LISTENING AND CONNECTING
     WIRE
     UPSTREAM CALLS
+    ACCOUNTS
     RELAY
     RETRIES
     COMPRESSED BODIES
     EXCHANGES
     ITEM MEMORY
     JOBS
+    GENERATION
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -191,6 +205,7 @@ class Limits(NamedTuple):
     backoff: Tuple[float, ...] = (0.5, 1.5)     # before the 2nd and 3rd attempt
     short_retry_after: float = 2.0  # a longer wait is the client's decision, not ours
     side_call: float = 10.0         # the model list
+    figures_wait: float = 0.3       # a request waits this long for accounts not known yet
     list_wait: float = 3.0          # a client's /v1/models waits this long for a fresh list
     npm: float = 20.0               # `npm view`, for cliVersion auto
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
@@ -255,6 +270,7 @@ FAILURES = (
             BOTH),
     Failure("upstream", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
     # From here on: what is not told by an upstream's status or words.
+    Failure("unreachable", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
     Failure("upstream_final", (), "", 502, "api_error", "server_error", "upstream_error", NEVER),
     Failure("empty", (), "", 502, "api_error", "server_error", "empty_response", NEVER),
     Failure("late", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
@@ -353,11 +369,9 @@ def error_extras(error: ProxyError) -> Json:
     return extras
 
 
-# === CONFIG (pure) ==========================================================
-# One row of OPTIONS is one option: its flag, its environment names, its entry
-# in config.json, its line in --help and in the README's table all come from
-# that row.  Reading the file and the environment is the command line's work;
-# here they are dicts.  Nothing but the rows knows an option by name.
+# === OPTIONS (pure) =========================================================
+# One row is one option: its flag, its environment names, its entry in
+# config.json, its line in --help and in the README's table all come from it.
 
 BOOLEAN_WORDS = {"1": True, "true": True, "yes": True, "on": True,
                  "0": False, "false": False, "no": False, "off": False}
@@ -381,6 +395,8 @@ OPTIONS = (
            ("HOST",)),
     Option("apiBase", "url", "https://api.commandcode.ai", "base URL of Command Code",
            ("COMMANDCODE_API_BASE",)),
+    Option("upstream", "choice", "alpha", "alpha: what the vendor's CLI uses; provider: the "
+           "documented API, which not every plan has", (), ("alpha", "provider")),
     Option("defaultModel", "str", DEFAULT_MODEL,
            'model for requests that name none, or "default"', ("COMMANDCODE_DEFAULT_MODEL",)),
     Option("modelAliases", "map", {}, "names of your own for models; * stands for anything "
@@ -411,12 +427,44 @@ OPTIONS = (
            (), (0.01, 86_400)),
     Option("drainSeconds", "seconds", 30, "how long running answers may go on after SIGTERM", (),
            (0, 86_400)),
+    Option("routingPolicy", "choice", "daily_burn_priority", "which key of a ring serves "
+           "(depletion_aware: daily_burn_priority)", ("COMMANDCODE_ROUTING_POLICY",),
+           ("daily_burn_priority", "depletion_aware", "balance_priority", "round_robin",
+            "drain_first")),
+    Option("fallbackPolicy", "choice", "round_robin", "the same where account figures are "
+           "missing", ("COMMANDCODE_FALLBACK_POLICY",), ("round_robin", "drain_first")),
+    Option("maxInFlightPerKey", "int", 0, "requests at once on one key (0: 4 in a ring while "
+           "another key is free, any number on a single key)",
+           ("COMMANDCODE_MAX_IN_FLIGHT_PER_CREDENTIAL",), (0, 100_000)),
+    Option("maxTotalInFlight", "int", 0, "requests at once in all (0: any number); more get a "
+           "503", ("COMMANDCODE_MAX_TOTAL_IN_FLIGHT",), (0, 1_000_000)),
+    Option("keyCooldownSeconds", "seconds", 60, "how long a key of a ring is passed over after "
+           "429, 5xx or a timeout", (), (0, 86_400)),
+    Option("accountRefreshSeconds", "seconds", 300, "how old a ring's account figures may "
+           "become", (), (10, 86_400)),
+    Option("accountTimeoutSeconds", "seconds", 10, "time to ask for an account's figures", (),
+           (0.01, 600)),
+    Option("clientKey", "secret", "", "callers that present this use the operator's keys",
+           ("BRIDGE_API_KEY",)),
+    Option("operatorKeys", "choice", "off", "loopback: without a clientKey, callers on this "
+           "machine use the operator's keys", (), ("off", "loopback")),
+    Option("credentialsFile", "str", "", "JSON file of the operator's keys, mode 0600",
+           ("COMMANDCODE_CREDENTIALS_FILE",)),
+    Option("rateLimitMax", "int", 0, "POST requests of one caller per rateLimitWindow (0: any "
+           "number); more get a 429", ("RATE_LIMIT_MAX",), (0, 1_000_000)),
+    Option("rateLimitWindow", "seconds", 60, "that window", ("RATE_LIMIT_WINDOW",), (1, 86_400)),
     Option("projectSlug", "str", "project", "x-project-slug sent upstream", ("PROJECT_SLUG",)),
     Option("cliVersion", "str", DEFAULT_CLI_VERSION, "x-command-code-version sent upstream; auto: "
            "ask an installed npm once a day", ("COMMANDCODE_CLI_VERSION",)),
     Option("logLevel", "choice", "info", "least level that is logged", ("LOG_LEVEL",), LOG_LEVELS),
     Option("logFile", "str", "", "log to this file instead of standard error", ("LOG_FILE",)),
 )
+
+
+# === CONFIG (pure) ==========================================================
+# Options read from flags, the environment and the file, all given as dicts, in
+# this order; reading the file itself is the command line's work.  Nothing here
+# knows an option by name.
 
 
 def snake_case(name: str) -> str:
@@ -462,11 +510,22 @@ def parse_origin(url: str) -> Origin:
     return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
 
 
+def read_span(given: str) -> Any:
+    """Seconds of `1 minute`, `90s`, `500 ms`, as other bridges write spans; else as it is."""
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h)[a-z]*", given.strip().lower())
+    if not found or not re.fullmatch("ms|s|m|h|sec(ond)?s?|min(ute)?s?|hours?",
+                                     re.sub("[0-9 ]", "", found[0])):
+        return given
+    return int(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def read_number(option: Option, given: Any) -> Any:
     """An int or a span of seconds within the option's bounds."""
     convert = int if option.kind == "int" else float
     if isinstance(given, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", given, re.ASCII):
         given = float(given) if "." in given else int(given)
+    elif isinstance(given, str) and option.kind == "seconds":
+        given = read_span(given)
     least, most = option.choices
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError("must be a number")
@@ -536,6 +595,7 @@ def read_map(option: Option, given: Any) -> Dict[str, str]:
 
 
 VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
+    "secret": read_string,
     "int": read_number, "seconds": read_number, "bool": read_boolean, "str": read_string,
     "host": read_host,
     "choice": read_choice, "url": read_url, "list": read_list, "map": read_map}
@@ -548,8 +608,9 @@ def read_value(option: Option, given: Any, source: str) -> Any:
     except RecursionError:
         raise ProxyError("config", "%s: %s is nested too deeply" % (source, option.name)) from None
     except ValueError as error:
-        raise ProxyError("config", "%s: %s %s (it is %s)" % (
-            source, option.name, error, json.dumps(given)[:100])) from None
+        shown = "" if option.kind == "secret" else " (it is %s)" % json.dumps(given)[:100]
+        raise ProxyError("config", "%s: %s %s%s" % (
+            source, option.name, error, shown)) from None
 
 
 def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
@@ -1691,6 +1752,288 @@ def choose_traceparent(given: str, fresh: str) -> str:
     return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
 
 
+# === KEY RINGS (pure) =======================================================
+# A caller may bring several keys at once, in either header: `user_a,user_b` or
+# `work=user_a,home=user_b;weight=2`.  They are that caller's ring for that one
+# request.  A header that holds one key is read as tolerantly as ever (R1); a
+# list of several is read strictly, for a slip would silently leave an account
+# unused.  What is wrong is told by its place in the list, never as it was sent.
+
+MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
+MAX_RING_WEIGHT = 1000
+RING_SHAPE = "[name=]user_...[;weight=N], ..."
+RING_ENTRY = re.compile(
+    r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?"?(?P<key>user_[A-Za-z0-9_-]+)"?'
+    r'(?:\s*;\s*weight\s*=\s*(?P<weight>[0-9]{1,4}(?:\.[0-9]{1,3})?))?')
+
+
+@dataclass(frozen=True)
+class RingKey:
+    """One key that may serve; its repr holds neither the key nor its digest."""
+
+    key: str = field(repr=False)
+    digest: str = field(repr=False)         # the whole SHA-256: what is learned is kept under it
+    name: str = ""                          # the caller's or operator's own word for it
+    weight: float = 1.0
+    max_in_flight: int = 0                  # 0: as the option says
+    allowed_models: Tuple[str, ...] = ()    # lower case; (): all
+
+    @property
+    def shown(self) -> str:
+        return "key:" + self.digest[:6]     # the same as key_name(key)
+
+
+def new_ring_key(key: str, **known: Any) -> RingKey:
+    return RingKey(key, hashlib.sha256(key.encode()).hexdigest(), **known)
+
+
+def bare_entry(entry: str) -> str:
+    """An entry without the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
+    return re.sub(r"(?i)^bearer\s+", "", entry.strip())
+
+
+def parse_ring_entry(entry: str, place: str) -> RingKey:
+    """One entry of a list of keys; `place` says which in errors.  Raises ProxyError `invalid`."""
+    found = RING_ENTRY.fullmatch(bare_entry(entry))
+    if found is None or KEY_LIKE.search(found["name"] or ""):
+        raise ProxyError("invalid", "%s is not understood. A ring of keys is written %s with "
+                         "names of up to 32 letters, digits, dots, dashes." % (place, RING_SHAPE))
+    weight = float(found["weight"] or 1)
+    if not 0 < weight <= MAX_RING_WEIGHT:
+        raise ProxyError("invalid", "%s: weight must be above 0 and at most %d."
+                         % (place, MAX_RING_WEIGHT))
+    return new_ring_key(found["key"], name=found["name"] or "", weight=weight)
+
+
+def merge_ring(keys: Iterable[RingKey], where: str,
+               fault: str = "invalid") -> Tuple[RingKey, ...]:
+    """Each key once, as its first entry has it.  Raises ProxyError of kind `fault` for two keys
+    of one name: nobody could tell them apart."""
+    merged: Dict[str, RingKey] = {}
+    for key in keys:
+        merged.setdefault(key.digest, key)
+    names = [key.name for key in merged.values() if key.name]
+    if len(names) != len(set(names)):
+        raise ProxyError(fault, "%s gives one name to two keys." % where)
+    return tuple(merged.values())
+
+
+def parse_ring(value: str, where: str) -> Tuple[RingKey, ...]:
+    """The keys in a header's value, in its order; () when it holds none at all.
+
+    Raises ProxyError `invalid` for a list that is not wholly understood.
+    """
+    found = KEY_PATTERN.findall(value)
+    if not found:
+        return ()
+    entries = [entry for entry in value.split(",") if entry.strip()]    # RFC 9110 5.6.1
+    listed = len(entries) > 1 and len(set(found)) > 1
+    if not listed and not all(map(RING_ENTRY.fullmatch, map(bare_entry, entries))):
+        return (new_ring_key(found[0]),)        # a key with something around it (R1)
+    if len(entries) > MAX_RING_KEYS:
+        raise ProxyError("invalid", "%s: a ring holds at most %d keys." % (where, MAX_RING_KEYS))
+    return merge_ring([parse_ring_entry(entry, "%s, entry %d" % (where, number))
+                       for number, entry in enumerate(entries, 1)], where)
+
+
+def ring_in(fields: Fields) -> Tuple[RingKey, ...]:
+    """The caller's own keys, Authorization first, then x-api-key (R1); () for none."""
+    return parse_ring(fields.get("authorization", ""), "Authorization") or \
+        parse_ring(fields.get("x-api-key", ""), "x-api-key")
+
+
+# === OPERATOR KEYS (pure) ===================================================
+# Keys that whoever runs the proxy lends to callers without one of their own:
+# off by default, for a person alone or a small team.  Here: reading them from
+# the texts of their sources, and the decision who may use them.  A caller's own
+# key always wins.  Reading files and the environment is the shell's work.
+
+MAX_OPERATOR_KEYS = 256
+LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
+CLI_FILES = ("~/.commandcode/auth.json", "~/.config/commandcode/auth.json")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The operator's keys and who may use them."""
+
+    keys: Tuple[RingKey, ...] = ()
+    client_key: str = field(default="", repr=False)
+    loopback: bool = False
+    source: str = ""                        # where the keys came from
+
+
+class Caller(NamedTuple):
+    """Whose request it is: the keys that may serve it, the digest under which its rate is
+    limited, and whether the keys are the operator's."""
+
+    keys: Tuple[RingKey, ...]
+    digest: str
+    operator: bool = False
+
+
+def credential_fault(source: str, place: str, problem: str) -> ProxyError:
+    return ProxyError("config", "%s: %s %s" % (source, place, problem))
+
+
+def is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+# Members of a credential besides its key and id: name here, name there, default, what it must be.
+CREDENTIAL_MEMBERS: Tuple[Tuple[str, str, Any, Callable[[Any], bool], str], ...] = (
+    ("weight", "weight", 1, lambda value: is_number(value, int, float) and
+     0 < value <= MAX_RING_WEIGHT, "a number above 0, at most %d" % MAX_RING_WEIGHT),
+    ("max_in_flight", "maxInFlight", 0, lambda value: is_number(value, int) and value >= 0,
+     "a whole number, 0 or more"),
+    ("enabled", "enabled", True, lambda value: isinstance(value, bool), "true or false"),
+    ("allowed_models", "allowedModels", [], lambda value: isinstance(value, list) and all(
+        isinstance(one, str) for one in value), "a list of model ids"))
+
+
+def credential_members(row: Json, source: str, place: str) -> Json:
+    """The members besides key and id, by our names.  Raises ProxyError `config`."""
+    known: Json = {}
+    for ours, theirs, default, fits, words in CREDENTIAL_MEMBERS:
+        known[ours] = default if row.get(theirs) is None else row[theirs]
+        if not fits(known[ours]):
+            raise credential_fault(source, place, "%s must be %s" % (theirs, words))
+    known["allowed_models"] = tuple(one.strip().lower() for one in known["allowed_models"])
+    return known
+
+
+def read_credential(row: Any, source: str, place: str) -> Optional[RingKey]:
+    """One row: {"id", "apiKey", "weight", "enabled", "maxInFlight", "allowedModels"} or a key
+    alone; None when it is not enabled.  Raises ProxyError `config`, never with the key in it."""
+    row = {"apiKey": row} if isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise credential_fault(source, place, "must be an object or a key")
+    key, name = row.get("apiKey", row.get("key")), row.get("id", "")
+    if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key.strip()):
+        raise credential_fault(source, place, "must have an apiKey that begins with user_")
+    if not isinstance(name, str) or KEY_LIKE.search(name):
+        raise credential_fault(source, place, "must have an id that is a name")
+    known = credential_members(row, source, place)
+    enabled = known.pop("enabled")
+    return new_ring_key(key.strip(), name=printable(name, 64), **known) if enabled else None
+
+
+def decode_credentials(text: str, source: str) -> Any:
+    """The JSON of a source.  Raises ProxyError `config` that quotes none of it."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise credential_fault(source, "is not JSON:", "%s at line %d, column %d" % (
+            error.msg, error.lineno, error.colno)) from None
+    except (ValueError, RecursionError):
+        raise credential_fault(source, "is not usable", "JSON") from None
+
+
+def credential_rows(text: str, source: str) -> List[Any]:
+    """The rows in a source's text: JSON (a list, {"credentials": [...]} or the CLI's {"apiKey"})
+    or keys as `user_a,home=user_b`.  Raises ProxyError `config`."""
+    text = text.strip().lstrip("\ufeff")
+    if not text.startswith(("[", "{")):
+        pairs = [entry.rpartition("=") for entry in re.split(r"[,\n]", text) if entry.strip()]
+        return [{"id": name.strip(), "apiKey": key.strip()} for name, _, key in pairs]
+    value = decode_credentials(text, source)
+    if isinstance(value, dict):
+        alone = [value["apiKey"]] if value.get("apiKey") else []
+        value = value.get("credentials", value.get("apiKeys", alone))
+    if not isinstance(value, list):
+        raise credential_fault(source, "must hold", "a list of credentials")
+    return value
+
+
+def read_credentials(sources: Iterable[Tuple[str, str]]) -> Tuple[str, Tuple[RingKey, ...]]:
+    """(source, keys) of the first of (name, text) that holds a key; ("", ()) for none.
+
+    Raises ProxyError `config` that names source and row, never a key.
+    """
+    for source, text in sources:
+        rows = credential_rows(text, source)
+        if len(rows) > MAX_OPERATOR_KEYS:
+            raise credential_fault(source, "holds", "more than %d keys" % MAX_OPERATOR_KEYS)
+        keys = [read_credential(row, source, "credential %d" % number)
+                for number, row in enumerate(rows, 1)]
+        if keys:        # rows that are all switched off are the operator's word too
+            return source, merge_ring([key for key in keys if key is not None], source, "config")
+    return "", ()
+
+
+def check_operator(operator: Operator, host: str) -> str:
+    """What the start-up screen says of operator keys that lie unused, "" for nothing.
+
+    Raises ProxyError `config` where anybody on the net could spend them.
+    """
+    if KEY_PATTERN.search(operator.client_key):
+        raise ProxyError("config", "clientKey looks like a Command Code key (user_...): choose "
+                         "another, or callers' requests would be taken for ones with own keys")
+    if not operator.keys or operator.client_key:
+        return ""
+    if not LOOPBACK.fullmatch(host):
+        raise ProxyError("config", "%s holds keys, and host %s is reachable from other machines: "
+                         "set clientKey (BRIDGE_API_KEY) for callers to present, or unset the keys"
+                         % (operator.source, host))
+    return "" if operator.loopback else (
+        "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
+
+
+def is_same_secret(one: str, other: str) -> bool:
+    """Compare in a time that tells neither content nor length."""
+    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
+    return hmac.compare_digest(*digests)
+
+
+def presents_client_key(fields: Fields, client_key: str) -> bool:
+    given = [re.sub(r"(?i)^bearer\s+", "", fields.get("authorization", "").strip()),
+             fields.get("x-api-key", "").strip()]
+    return any([is_same_secret(one, client_key) for one in given])     # a list: always both
+
+
+def loopback_fault(fields: Fields, peer: str, method: str) -> str:
+    """Why a request does not count as one of this machine's own user, "" when it does.
+
+    A web page can make a browser send requests here: its Origin, its host name (DNS rebinding)
+    and the content types that it may send unasked give it away.
+    """
+    host = re.sub(r":[0-9]*$", "", fields.get("host", ""))
+    origin = fields.get("origin", "")
+    media = fields.get("content-type", "").partition(";")[0].strip().lower()
+    faults = (
+        (not LOOPBACK.fullmatch(peer) or any(name in fields for name in FORWARDED),
+         "it comes from another machine"),
+        (not LOOPBACK.fullmatch(host), "its Host is not this machine"),
+        (bool(origin) and origin.lower() != "http://" + fields.get("host", "").lower(),
+         "its Origin is foreign"),
+        (fields.get("sec-fetch-site", "none") not in ("none", "same-origin"),
+         "a page of another site sends it"),
+        (method == "POST" and media != "application/json",
+         "its Content-Type is not application/json"))
+    return next((words for fault, words in faults if fault), "")
+
+
+def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> Caller:
+    """Whose request it is.  Raises ProxyError 400 for a malformed ring, 401 without a key that
+    counts, 403 where operatorKeys: loopback does not hold for this request."""
+    own = ring_in(fields)
+    if own:
+        return Caller(own, own[0].digest)
+    if operator.keys and operator.client_key and presents_client_key(fields, operator.client_key):
+        name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
+        return Caller(operator.keys, name, True)
+    if operator.keys and operator.loopback and not operator.client_key:
+        fault = loopback_fault(fields, peer, method)
+        if fault:
+            raise ProxyError("permission", "The operator's keys are not for this request: %s "
+                             "(operatorKeys: loopback). Send your own key." % fault)
+        return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
+    find_key(fields)        # says what is expected
+    raise ProxyError("authentication", "No usable key was sent.")
+
+
 # === PROMPT (pure) ==========================================================
 # The upper half of the waist: `Prompt` is what is asked, in our own terms, and
 # all that a face and an upstream format share of a request.  Its parts are
@@ -1713,9 +2056,10 @@ class Image(NamedTuple):
 
 
 class Thinking(NamedTuple):
-    """The model's thinking of an earlier turn; its signature is not needed upstream."""
+    """The model's thinking of an earlier turn, and its provider's signature where one came."""
 
     text: str
+    signature: str = ""
 
 
 class Call(NamedTuple):
@@ -1804,6 +2148,7 @@ class Prompt:
     carry_thinking: bool = False                # Responses: reasoning items carry their text
     echo: Json = field(default_factory=dict)    # Responses: members that the answer repeats
     remember: bool = False                      # Responses: items may be referred to later
+    budget: Optional[int] = None                # thinking was asked for: tokens, 0 for any number
 
 
 # === EVENTS (pure) ==========================================================
@@ -1845,6 +2190,7 @@ class Block:
     signature: str = ""
     namespace: str = ""
     raw: bool = False           # a call whose one argument is free text
+    mark: str = ""              # of a call: how the upstream's deltas name it
     pieces: List[Union[str, bytes]] = field(default_factory=list)   # bytes: escaped JSON
 
     @property
@@ -1946,10 +2292,11 @@ class Reading:
 
     live: Optional[Block] = None                # the open block
     waiting: List[Block] = field(default_factory=list)      # began while a call was unfinished
-    calls: Dict[str, Block] = field(default_factory=dict)   # by the upstream's id
+    calls: Dict[str, Block] = field(default_factory=dict)   # by their marks
     ignored: FrozenSet[str] = frozenset()       # calls that the upstream runs itself
     began: bool = False
     over: bool = False
+    reason: str = ""                            # the upstream's word, where the end comes later
     mute_thinking: bool = False                 # a repeated call's thinking was shown already
     usage: Optional[Usage] = None
     cost: Optional[str] = None
@@ -1980,6 +2327,7 @@ class UpstreamFormat(NamedTuple):
     read_line: Callable[[Reading, bytes], Iterator[Event]]
     read_failure: Callable[[int, Fields, bytes], ProxyError]
     lanes: Mapping[str, Any]                    # block kind -> pattern of one whole delta line
+    fields: Tuple[Tuple[str, str], ...] = ()    # headers of its own that never change
 
 
 # === GRAMMAR (pure) =========================================================
@@ -2048,14 +2396,15 @@ def extend(reading: Reading, kind: str, text: str) -> Iterator[Event]:
         last.pieces.append(text)
 
 
-def start_call(reading: Reading, call_id: str, name: str) -> None:
-    """Learn of a tool call, once per id.  Its block opens with its first argument: clients run a
-    call that is closed without any as if it had none."""
-    if call_id not in reading.calls:
+def start_call(reading: Reading, call_id: str, name: str, mark: str = "") -> None:
+    """Learn of a tool call, once per mark (its id, where deltas name it by that).  Its block opens
+    with its first argument: clients run a call that is closed without any as if it had none."""
+    mark = mark or call_id
+    if mark not in reading.calls:
         if len(reading.calls) >= MAX_CALLS:
             raise ProxyError("upstream", "The upstream's answer holds more than %d tool calls."
                              % MAX_CALLS)
-        reading.calls[call_id] = Block(TOOL, call_id, name)
+        reading.calls[mark] = Block(TOOL, call_id, name, mark=mark)
 
 
 def begin_call(reading: Reading, block: Block) -> Iterator[Event]:
@@ -2306,8 +2655,11 @@ def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 
 def read_thinking(part: Json, path: str, notes: List[str]) -> List[Part]:
-    text = get(part, "thinking", "a string", path)
-    return [Thinking(text)] if text else []
+    """Thinking with its signature, which may stand alone: its text may have been withheld."""
+    text = get(part, "thinking", "a string", path) or ""
+    signature = get(part, "signature", "a string", path) or ""
+    signature = "" if signature == DEFAULT_SIGNATURE else signature
+    return [Thinking(text, signature)] if text or signature else []
 
 
 def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
@@ -2399,21 +2751,6 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
         reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
         parts += reader(part, here, notes)
     return parts
-
-
-def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
-    """System texts in order, without Claude Code's billing line; other parts leave a note."""
-    texts = []
-    for part in read_content(content, path, notes):
-        if not isinstance(part, Text):
-            add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
-            continue
-        text = part.text
-        if text.startswith(BILLING_LINE):
-            text = text.partition("\n")[2]
-        if text:
-            texts.append(part._replace(text=text))
-    return texts
 
 
 # === TOOLS (pure) ===========================================================
@@ -2530,6 +2867,21 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
 # A list of messages of Chat Completions or Messages, or a mixture, as system
 # texts and turns.  Roles are a table.  Results of tools become parts of a user
 # turn; putting the history in order is PROMPT REPAIR's work.
+
+
+def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
+    """System texts in order, without Claude Code's billing line; other parts leave a note."""
+    texts = []
+    for part in read_content(content, path, notes):
+        if not isinstance(part, Text):
+            add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
+            continue
+        text = part.text
+        if text.startswith(BILLING_LINE):
+            text = text.partition("\n")[2]
+        if text:
+            texts.append(part._replace(text=text))
+    return texts
 
 
 def read_role_content(message: Json, path: str, kinds: Tuple[Any, ...],
@@ -2745,6 +3097,14 @@ def read_any_effort(body: Json) -> Optional[str]:
     return effort
 
 
+def read_any_budget(body: Json) -> Optional[int]:
+    """thinking.budget_tokens where thinking was asked for, 0 where that was left open."""
+    if read_thinking_kind(body) not in ("enabled", "adaptive"):
+        return None
+    budget = get(body["thinking"], "budget_tokens", "a number", "thinking") or 0
+    return int(min(max(budget, 0), MAX_OUTPUT_TOKENS))
+
+
 # === STRUCTURED OUTPUT (pure) ===============================================
 # The upstream has no response_format: the model is told in words what form its
 # answer must have, behind all the rest of the system texts.
@@ -2923,10 +3283,10 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
 
 def settle_assistant(turn: Turn, taken: Dict[str, int],
                      notes: List[str]) -> Tuple[Turn, List[Tuple[str, Call]]]:
-    """An assistant's turn in order, and its calls under unique ids beside the client's own."""
+    """An assistant's turn, and its calls under unique ids beside the client's own."""
     parts: List[Part] = []
     calls: List[Tuple[str, Call]] = []
-    for part in order_parts(turn.parts):
+    for part in turn.parts:
         if isinstance(part, Call):
             own_id, unique = part.id, unique_id(part.id, taken)
             if own_id != unique:
@@ -3925,6 +4285,18 @@ def alpha_choice(choice: Choice) -> Json:
     return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
 
 
+def alpha_messages(turns: List[Turn]) -> List[Json]:
+    """All messages, an assistant's parts in order; thinking whose text was withheld is left out."""
+    messages = []
+    for turn in turns:
+        parts = order_parts(turn.parts) if turn.role == "assistant" else turn.parts
+        content = [alpha_part(part) for part in parts
+                   if not isinstance(part, Thinking) or part.text]
+        if content:
+            messages.append({"role": turn.role, "content": content})
+    return messages
+
+
 def build_alpha(prompt: Prompt, session: str) -> bytes:
     """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.
 
@@ -3932,8 +4304,7 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
     """
     params: Json = {
         "model": prompt.model,
-        "messages": [{"role": turn.role, "content": [alpha_part(part) for part in turn.parts]}
-                     for turn in prompt.turns],
+        "messages": alpha_messages(prompt.turns),
         "tools": [alpha_tool(tool, prompt.model) for tool in prompt.tools],
         "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
     optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
@@ -3964,6 +4335,685 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read
                        {TEXT: lane_pattern(b"text-delta", b"text"),
                         THINKING: lane_pattern(b"reasoning-delta", b"text"),
                         TOOL: lane_pattern(b"tool-input-delta", b"delta")})
+
+
+# === PROVIDER STREAMS (pure) ================================================
+# What the two documented APIs have in common on the upstream's side: data lines
+# of SSE, errors inside a stream, and calls, of which neither says for certain
+# that they are complete: their JSON tells.  Stop sequences are not sent in
+# either, for the answer's filters find them, and which one it was.
+
+NOTHING_SKIPPED = b"\n"     # no line begins with its own end
+FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
+                "model_context_window_exceeded": LENGTH}
+BROKEN_WORDS = ("error", "network_error", "insufficient_system_resource")
+ERROR_STATUSES = {      # an error's type or code inside a stream, which has no status of its own
+    "invalid_request_error": 400, "authentication_error": 401, "invalid_api_key": 401,
+    "billing_error": 402, "insufficient_quota": 402, "permission_error": 403,
+    "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429,
+    "rate_limit_exceeded": 429, "timeout_error": 504, "overloaded_error": 529,
+    "service_unavailable": 503}
+NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
+NO_ACCESS_ADVICE = (" (ccproxy: this plan does not include the documented API, which was chosen by "
+                    "`upstream: provider`; there is no falling back to another upstream.)")
+UNKNOWN_TOOL = "unknown"
+
+
+def fit_sampling(prompt: Prompt, refused: Tuple[str, ...]) -> Json:
+    """temperature and top_p without those that the model refuses, and a note for each of these."""
+    given: Json = {"temperature": prompt.temperature, "top_p": prompt.top_p}
+    for name in refused:
+        if given[name] is not None:
+            add_note(prompt.notes, "ignored", "%s, which %s refuses" % (name, prompt.model))
+            given[name] = None
+    return given
+
+
+def body_bytes(body: Json) -> bytes:
+    """A body as it is sent, without what is not set.  Raises ProxyError `invalid` for numbers that
+    JSON has no words for."""
+    try:
+        return to_json({name: value for name, value in body.items() if value not in (None, [])})
+    except ValueError:
+        raise ProxyError("invalid", "A number in the request is out of range.") from None
+
+
+def sse_object(reading: Reading, line: bytes) -> Optional[Json]:
+    """The JSON object of a `data:` line (or of an error sent without one), None for all others."""
+    if line.startswith(b"data:"):
+        line = line[5:]
+    line = line.strip(b" \t\r\n")
+    if not line.startswith(b"{"):       # event names, comments, the empty line between frames
+        return None
+    try:
+        raw: Json = DECODER.decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        add_note(reading.notes, "ignored", "an upstream line that is not JSON")
+        return None
+    return raw
+
+
+def object_in(holder: Json, name: str) -> Json:
+    value = holder.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(given: Any) -> List[Json]:
+    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+
+
+def begin_answer(reading: Reading) -> Iterator[Event]:
+    if not reading.began:
+        reading.began = True
+        yield Begin()
+
+
+def read_stream_error(reading: Reading, said: Any) -> Iterator[Event]:
+    """An error inside a stream; its code or type tells which status it would have had."""
+    status, said = decode_error(said)
+    words = [said.get("code"), said.get("type")]
+    found = [word for word in words if isinstance(word, int) and 400 <= word <= 599] + [
+        ERROR_STATUSES[word] for word in words if isinstance(word, str) and word in ERROR_STATUSES]
+    yield from fail_answer(reading, upstream_error(found[0] if found else status, said, None, None))
+
+
+def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
+    """An answer whose status is not 200, in OpenAI's or in Anthropic's shape (UPSTREAM 7.3)."""
+    error = read_upstream_failure(status, fields, body)
+    if status == 403 and NO_ACCESS.search("%s %s" % (error.code, error.message)):
+        return ProxyError("plan", error.message + NO_ACCESS_ADVICE, code="upgrade_required",
+                          trace_id=error.trace_id)
+    return error
+
+
+def whole_arguments(text: str) -> Optional[str]:
+    """A call's arguments where they are complete JSON, healed to an object; None where not."""
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return call_arguments({"input": text})
+
+
+def settle_call(reading: Reading, block: Block, nothing: Optional[str]) -> Iterator[Event]:
+    """Finish a call whose arguments are complete JSON; `nothing` is what none at all amount to."""
+    if block.whole:
+        return
+    text = block.text
+    arguments = whole_arguments(text) if text.strip() else nothing
+    if arguments is not None:
+        if not block.begun:
+            block.pieces = []           # told by its start, and not shown yet
+        yield from finish_call(reading, block.mark, block.name, arguments)
+
+
+def settle_calls(reading: Reading, word: str) -> Iterator[Event]:
+    """Finish what calls are complete, at the answer's end; one without any arguments takes none,
+    unless the answer was cut.  What is left is half a call, which nobody must run."""
+    for block in list(reading.calls.values()):
+        yield from settle_call(reading, block, None if word == LENGTH else "{}")
+
+
+def settle_live(reading: Reading) -> Iterator[Event]:
+    """Finish the open call, before another block begins, where its arguments are a whole object:
+    nothing can follow that.  Looked at once, for then the other block waits."""
+    live = reading.live
+    if live is None or live.kind != TOOL or live.whole or reading.waiting:
+        return
+    text = live.text.strip()
+    if text.endswith("}") and text.startswith("{") and whole_arguments(text) == text:
+        yield from settle_call(reading, live, None)
+
+
+def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
+    """Some more text, or some more thinking unless a repeated call's is left out."""
+    if isinstance(text, str) and text and not (kind == THINKING and reading.mute_thinking):
+        yield from settle_live(reading)
+        yield from extend(reading, kind, text)
+
+
+def own_call_id(reading: Reading, given: Any) -> str:
+    """The id given to a call, or one that no other call of the answer has."""
+    taken = {block.call_id for block in reading.calls.values()}
+    if isinstance(given, str) and given and given not in taken:
+        return given
+    number = len(taken)
+    while "call_%d" % number in taken:
+        number += 1
+    return "call_%d" % number
+
+
+# === UPSTREAM FORMAT: OPENAI (pure) =========================================
+# OpenAI's Chat Completions as an upstream: a Prompt becomes its body, the
+# chunks of its SSE become events.  Written for any service that speaks it: what
+# some of them add or leave out is taken as it comes.  A chunk's finish_reason
+# tells how the answer ends, `data: [DONE]` that it has: a stream without both
+# was cut.
+
+REASONING_GPT = re.compile(r"(?:.*/)?(?:gpt-(?:[5-9]|[1-9][0-9])|o[1-9])(?![0-9a-z])", re.I)
+
+
+def joined_text(parts: Iterable[Any], kind: Any, between: str) -> str:
+    return between.join(part.text for part in parts if isinstance(part, kind) and part.text)
+
+
+def openai_user(turn: Turn) -> Json:
+    """A user's message: plain text as a string, which every service takes."""
+    if len(turn.parts) == 1 and isinstance(turn.parts[0], Text):
+        return {"role": "user", "content": turn.parts[0].text}
+    content: List[Json] = []
+    for part in turn.parts:
+        if isinstance(part, Image):
+            content.append({"type": "image_url", "image_url": {"url": part.url}})
+        elif isinstance(part, Text):
+            content.append({"type": "text", "text": part.text})
+    return {"role": "user", "content": content}
+
+
+def openai_assistant(turn: Turn) -> Json:
+    """An assistant's message; its thinking goes back to models that think between calls and refuse
+    a history without it (UPSTREAM 4.2)."""
+    calls = [{"id": part.id, "type": "function", "function": {
+        "name": part.name, "arguments": ENCODER.encode(part.arguments)}}
+        for part in turn.parts if isinstance(part, Call)]
+    message: Json = {"role": "assistant",
+                     "content": joined_text(turn.parts, Text, "\n\n") or (None if calls else "")}
+    thinking = joined_text(turn.parts, Thinking, "\n\n")
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def openai_messages(prompt: Prompt) -> List[Json]:
+    """All messages; cache_control has no place here, for these services cache by themselves."""
+    messages: List[Json] = []
+    if prompt.system:
+        messages.append({"role": "system", "content": joined_text(prompt.system, Text, "\n\n")})
+    for turn in prompt.turns:
+        if turn.role == "tool":
+            messages += [{"role": "tool", "tool_call_id": part.id, "content": result_text(part)}
+                         for part in turn.parts if isinstance(part, Result)]
+            continue
+        message = (openai_assistant if turn.role == "assistant" else openai_user)(turn)
+        if len(message) > 2 or message["content"]:      # else thinking alone, its text withheld
+            messages.append(message)
+    return messages
+
+
+def openai_tool(tool: Tool, model: str) -> Json:
+    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
+    return {"type": "function", "function": {"name": tool.name, "description": tool.description,
+                                             "parameters": schema}}
+
+
+def openai_choice(choice: Optional[Choice]) -> Any:
+    if choice is None:
+        return None
+    if choice.kind == "tool":
+        return {"type": "function", "function": {"name": choice.name}}
+    return "required" if choice.kind == "any" else choice.kind
+
+
+def build_openai(prompt: Prompt, session: str) -> bytes:
+    """Body of POST .../chat/completions (OpenAI's API reference).
+
+    OpenAI's reasoning models refuse max_tokens (it is max_completion_tokens there) and sampling;
+    the other services know max_tokens alone.  Raises ProxyError `invalid`.
+    """
+    refused: Tuple[str, ...] = ()
+    limit = "max_tokens"
+    if REASONING_GPT.match(prompt.model):
+        limit, refused = "max_completion_tokens", ("temperature", "top_p")
+    try:
+        messages = openai_messages(prompt)
+    except ValueError:
+        raise ProxyError("invalid", "A number in the request is out of range.") from None
+    return body_bytes({
+        "model": prompt.model, "messages": messages,
+        "tools": [openai_tool(tool, prompt.model) for tool in prompt.tools],
+        "tool_choice": openai_choice(prompt.choice), limit: prompt.max_tokens,
+        "reasoning_effort": prompt.effort, **fit_sampling(prompt, refused),
+        "stream": True, "stream_options": {"include_usage": True}})
+
+
+def call_mark(reading: Reading, call: Json, named: bool) -> str:
+    """How a call is known: by its index; services that send none, or the same for all, tell calls
+    apart by their ids (an id that changes without a name is none of those)."""
+    index, given = call.get("index"), call.get("id")
+    mark = str(index) if isinstance(index, int) else ""
+    block = reading.calls.get(mark)
+    if isinstance(given, str) and given and (named and block.call_id != given if block
+                                             else not mark):
+        return given
+    return mark or next(reversed(list(reading.calls)), "0")
+
+
+def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
+    """A piece of a call: id and name with the first, its arguments' text bit by bit."""
+    said = object_in(call, "function")
+    name, piece = said.get("name"), said.get("arguments")
+    mark = call_mark(reading, call, bool(name))
+    if mark not in reading.calls:
+        start_call(reading, own_call_id(reading, call.get("id")), UNKNOWN_TOOL, mark)
+    block = reading.calls[mark]
+    if isinstance(name, str) and name and not block.begun:
+        block.name = name
+    if isinstance(piece, dict):
+        piece = call_arguments({"input": piece})
+    if isinstance(piece, str) and piece:
+        if not block.begun:
+            yield from settle_live(reading)
+        yield from extend_call(reading, mark, piece)
+
+
+def openai_usage(given: Any) -> Optional[Usage]:
+    """Token counts; prompt_tokens include cached ones, which DeepSeek tells by another name."""
+    used, sent = read_count(given, "prompt_tokens"), read_count(given, "completion_tokens")
+    if used is None and sent is None:
+        return None
+    inputs = given.get("prompt_tokens_details")
+    cached = read_count(inputs, "cached_tokens")
+    if cached is None:
+        cached = read_count(given, "prompt_cache_hit_tokens")
+    return Usage(used or 0, sent or 0, cached, read_count(inputs, "cache_write_tokens"),
+                 read_count(given.get("completion_tokens_details"), "reasoning_tokens"))
+
+
+def read_answer_choice(reading: Reading, choice: Json) -> Iterator[Event]:
+    """One chunk's part of the answer; thinking goes by either of two names."""
+    delta = object_in(choice, "delta")
+    thinking = delta.get("reasoning_content") or delta.get("reasoning")
+    yield from read_words(reading, THINKING, thinking)
+    yield from read_words(reading, TEXT, delta.get("content"))
+    yield from read_words(reading, TEXT, delta.get("refusal"))
+    for call in objects_in(delta.get("tool_calls")):
+        yield from read_call_delta(reading, call)
+    reason = choice.get("finish_reason")
+    if isinstance(reason, str) and reason:
+        reading.reason = reason
+    reading.usage = openai_usage(choice.get("usage")) or reading.usage
+
+
+def read_chunk(reading: Reading, raw: Json) -> Iterator[Event]:
+    """One chunk: usage, and what there is of the one answer that was asked for."""
+    reading.usage = openai_usage(raw.get("usage")) or reading.usage
+    for choice in objects_in(raw.get("choices")):
+        if choice.get("index") in (0, None):
+            yield from read_answer_choice(reading, choice)
+
+
+def read_openai_done(reading: Reading) -> Iterator[Event]:
+    """The end of the stream; without a finish_reason before it, something went wrong there."""
+    if not reading.reason or reading.reason in BROKEN_WORDS:
+        yield from fail_answer(reading, ProxyError("upstream", "The upstream ended its answer "
+                               + ("with an error." if reading.reason else "without a reason.")))
+        return
+    word = FINISH_WORDS.get(reading.reason, STOP)
+    yield from settle_calls(reading, word)
+    yield from end_answer(reading, word)
+
+
+def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
+    """The events of one line of the stream."""
+    if line.startswith(b"data:") and line[5:].strip() == b"[DONE]" and not reading.over:
+        yield from read_openai_done(reading)
+        return
+    raw = None if reading.over else sse_object(reading, line)
+    if raw is not None:
+        yield from begin_answer(reading)
+        yield from (read_stream_error(reading, raw["error"]) if raw.get("error")
+                    else read_chunk(reading, raw))
+
+
+# A chunk that is one delta and nothing else, whatever scalars of no consequence stand around it.
+# Names are spelled out, so that no error, usage or second delta can hide among them.
+LANE_PLAIN = rb'"[^"\\\x00-\x1f]*"'
+LANE_HEAD = (rb'data: ?\{(?:"(?:id|object|created|model|system_fingerprint|service_tier|provider)":'
+             rb'(?:' + LANE_PLAIN + rb'|[0-9]+|null),)*"choices":\[\{')
+LANE_ASIDE = (rb'"(?:index":0|(?:logprobs|finish_reason|native_finish_reason|stop_reason'
+              rb'|token_ids)":null)')
+LANE_TAIL = (rb'\}(?:,' + LANE_ASIDE + rb')*\}\](?:,"(?:usage|system_fingerprint|service_tier|'
+             rb'obfuscation)":(?:' + LANE_PLAIN + rb'|null))*\}(?:\r?\n)+')
+
+
+def openai_lane(before: bytes, member: bytes, others: bytes, behind: bytes = b"") -> Any:
+    """A line with one delta: (its call's index or nothing, escaped string that is not empty)."""
+    other = rb'"(?:' + others + rb')":(?:null|"")'
+    delta = (rb'(?:"role":"assistant",)?(?:' + other + rb',)*' + before + member + rb':"(?!")('
+             + LANE_STRING + rb')"' + behind + rb'(?:,' + other + rb')*')
+    return re.compile(LANE_HEAD + rb'(?:' + LANE_ASIDE + rb',)*"delta":\{' + delta + LANE_TAIL)
+
+
+OPENAI_LANES = {
+    TEXT: openai_lane(b"()", rb'"content"', rb'reasoning(?:_content)?|refusal|tool_calls'),
+    THINKING: openai_lane(b"()", rb'"reasoning(?:_content)?"', rb'content|refusal|tool_calls'),
+    TOOL: openai_lane(rb'"tool_calls":\[\{"index":([0-9]+)(?:,"id":(?:null|""))?'
+                      rb'(?:,"type":(?:"function"|null))?,"function":\{(?:"name":(?:null|""),)?',
+                      rb'"arguments"', rb'content|reasoning(?:_content)?|refusal', rb'\}\}\]')}
+OPENAI = UpstreamFormat("openai", "/provider/v1/chat/completions", build_openai, NOTHING_SKIPPED,
+                        read_openai_line, read_provider_failure, OPENAI_LANES)
+
+
+# === UPSTREAM FORMAT: ANTHROPIC (pure) ======================================
+# Anthropic's Messages as an upstream: a Prompt becomes its body, its SSE becomes
+# events.  `type` in the data tells what a line is, so the `event:` lines above
+# it say nothing new.  message_delta tells why the answer ends, message_stop that
+# it has: a stream without that was cut.  Which way a Claude model thinks, and
+# whether it takes a temperature, is told by its version alone; a name that is
+# none of Claude's gets what the API had first.
+
+CLAUDE_NAME = re.compile(r"(?:.*/)?claude-(?:[a-z]+-)?([0-9]{1,2})(?:[-.]([0-9]{1,2}))?(?![0-9])")
+ADAPTIVE_SINCE = (4, 6)     # thinks as it sees fit, steered by effort; before that, by a budget
+NO_BUDGET_SINCE = (4, 7)    # a budget, a temperature or top_p is a 400; thinking text is withheld
+ONE_SAMPLER_SINCE = (4, 1)  # temperature and top_p together are a 400
+EFFORT_BUDGETS = {"low": 2_000, "medium": 5_000, "high": 10_000, "xhigh": 20_000, "max": 32_000}
+MIN_BUDGET = 1024           # of thinking tokens; it must also leave room within max_tokens
+PLAIN_CALL_ID = re.compile(r"[A-Za-z0-9_-]+")
+SILENT_EVENT = re.compile(rb'data: ?\{"type": ?"ping"')
+
+
+def claude_version(model: str) -> Tuple[int, int]:
+    """(major, minor) of a Claude model's name, (0, 0) of any other."""
+    found = CLAUDE_NAME.match(model.lower())
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+def plain_call_id(call_id: str) -> str:
+    """A call's id in the letters that this API takes; other providers' have dots and colons."""
+    if PLAIN_CALL_ID.fullmatch(call_id):
+        return call_id
+    digest = hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:8]
+    return "%s_%s" % (re.sub(r"[^A-Za-z0-9_-]", "_", call_id)[:48], digest)
+
+
+def anthropic_result(part: Result) -> Json:
+    block: Json = {"type": "tool_result", "tool_use_id": plain_call_id(part.id)}
+    if part.text.strip():
+        block["content"] = part.text
+    return {**block, "is_error": True} if part.is_error else block
+
+
+def anthropic_block(part: Part) -> Optional[Json]:
+    """One content block; None for what the API refuses: blank text, thinking nobody signed."""
+    if isinstance(part, Thinking):
+        return {"type": "thinking", "thinking": part.text,
+                "signature": part.signature} if part.signature else None
+    if isinstance(part, Text):
+        block: Json = {"type": "text", "text": part.text}
+        if not part.text.strip():
+            return None
+    elif isinstance(part, Image):
+        block = {"type": "image", "source": {"type": "base64", "media_type": part.mime,
+                                             "data": part.url.partition(",")[2]}}
+    elif isinstance(part, Call):
+        block = {"type": "tool_use", "id": plain_call_id(part.id), "name": part.name,
+                 "input": part.arguments}
+    else:
+        block = anthropic_result(part)
+    return with_cache_control(block, part.cache)
+
+
+def is_signed(turn: Turn) -> bool:
+    return any(isinstance(part, Thinking) and part.signature for part in turn.parts)
+
+
+def anthropic_blocks(turn: Turn, notes: List[str]) -> List[Json]:
+    """A turn's content.  With signed thinking it keeps its own order, for what was signed must come
+    back as it was; what nobody signed cannot."""
+    unsigned = any(isinstance(part, Thinking) and not part.signature for part in turn.parts)
+    if unsigned:
+        add_note(notes, "dropped", "earlier thinking without its provider's signature")
+    ordered = turn.role == "assistant" and not is_signed(turn)
+    parts = order_parts(turn.parts) if ordered else turn.parts
+    return [block for block in map(anthropic_block, parts) if block]
+
+
+def anthropic_messages(prompt: Prompt) -> List[Json]:
+    """All messages, neighbours of one role made one, as the API itself would."""
+    messages: List[Json] = []
+    for turn in prompt.turns:
+        role = "assistant" if turn.role == "assistant" else "user"
+        blocks = anthropic_blocks(turn, prompt.notes)
+        if blocks and messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    return messages
+
+
+def anthropic_tool(tool: Tool) -> Json:
+    said = {"description": tool.description} if tool.description else {}
+    return with_cache_control({"name": tool.name, **said, "input_schema": tool.schema}, tool.cache)
+
+
+def can_go_on_thinking(prompt: Prompt) -> bool:
+    """Whether a budget may be given: amid tool calls only where their turn began with thinking."""
+    turns = [turn for turn in prompt.turns if turn.role == "assistant"][-1:]
+    return all(is_signed(turn) for turn in turns
+               if any(isinstance(part, Call) for part in turn.parts))
+
+
+def budget_thinking(prompt: Prompt) -> Json:
+    """Thinking within a budget, for models before ADAPTIVE_SINCE and for other services'."""
+    budget = prompt.budget or EFFORT_BUDGETS.get(prompt.effort or "medium", MIN_BUDGET)
+    budget = min(max(budget, MIN_BUDGET), (prompt.max_tokens or 0) - 1)
+    if budget < MIN_BUDGET or not can_go_on_thinking(prompt):
+        add_note(prompt.notes, "ignored", "thinking, which does not fit into this request")
+        return {}
+    return {"thinking": {"type": "enabled", "budget_tokens": budget}}
+
+
+def anthropic_thinking(prompt: Prompt) -> Json:
+    """How the model is told to think: not at all unless it was asked for, nor beside a forced call,
+    which excludes it."""
+    version = claude_version(prompt.model)
+    asked = prompt.budget is not None or prompt.effort is not None
+    asked = asked and (prompt.choice is None or prompt.choice.kind == "auto")
+    if version < ADAPTIVE_SINCE:
+        return budget_thinking(prompt) if asked else {}
+    members: Json = {"output_config": {"effort": prompt.effort}} if prompt.effort else {}
+    if asked:
+        members["thinking"] = {"type": "adaptive"}
+        if prompt.show_thinking and version >= NO_BUDGET_SINCE:
+            members["thinking"]["display"] = "summarized"
+    return members
+
+
+def refused_sampling(prompt: Prompt, thinks: bool) -> Tuple[str, ...]:
+    """What of temperature and top_p the model would answer with a 400."""
+    version = claude_version(prompt.model)
+    if thinks or version >= NO_BUDGET_SINCE:
+        return ("temperature", "top_p")
+    both = version >= ONE_SAMPLER_SINCE and prompt.temperature is not None
+    return ("top_p",) if both else ()
+
+
+def build_anthropic(prompt: Prompt, session: str) -> bytes:
+    """Body of POST .../messages (Anthropic's API reference).  Raises ProxyError `invalid`."""
+    thinking = anthropic_thinking(prompt)
+    sampling = fit_sampling(prompt, refused_sampling(prompt, "thinking" in thinking))
+    if (sampling["temperature"] or 0) > 1:
+        add_note(prompt.notes, "clamped", "temperature %g -> 1" % sampling["temperature"])
+        sampling["temperature"] = 1
+    choice = prompt.choice
+    return body_bytes({
+        "model": prompt.model, "max_tokens": prompt.max_tokens,
+        "system": [block for block in map(anthropic_block, prompt.system) if block],
+        "messages": anthropic_messages(prompt),
+        "tools": [anthropic_tool(tool) for tool in prompt.tools],
+        "tool_choice": alpha_choice(choice) if choice else None, **thinking,
+        **sampling, "stream": True})
+
+
+def greater(one: Optional[int], other: Optional[int]) -> Optional[int]:
+    known = [count for count in (one, other) if count is not None]
+    return max(known) if known else None
+
+
+def anthropic_usage(given: Any, before: Optional[Usage]) -> Optional[Usage]:
+    """Token counts so far, with all input in one figure.  They are cumulative, and each event tells
+    only some of them: the greatest that was told counts."""
+    told = [read_count(given, name) for name in (
+        "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")]
+    if told == [None] * 4:
+        return before
+    old = before or Usage(0, 0)
+    fresh = old.input - (old.cache_read or 0) - (old.cache_write or 0)
+    known = (old.cache_read, old.cache_write, fresh, old.output)
+    read, write, fresh, output = map(greater, known, told)      # type: ignore[assignment]
+    return Usage(fresh + (read or 0) + (write or 0), output or 0, read, write)
+
+
+def read_message_start(reading: Reading, raw: Json) -> Iterator[Event]:
+    reading.usage = anthropic_usage(object_in(raw, "message").get("usage"), reading.usage)
+    return iter(())
+
+
+def block_mark(raw: Json) -> str:
+    index = raw.get("index")
+    return str(index) if isinstance(index, int) else "0"
+
+
+def read_signature(reading: Reading, signature: Any) -> Iterator[Event]:
+    """The signature of the open thinking, whose text may be withheld.  Where a repeated call's
+    thinking is left out, so is its signature: it is not of what was shown."""
+    if not isinstance(signature, str) or not signature or reading.mute_thinking:
+        return
+    yield from extend(reading, THINKING, "")
+    block = reading.waiting[-1] if reading.waiting else reading.live
+    if block is not None:
+        block.signature += signature
+
+
+def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
+    """A block begins: a call tells id and name, the others may hold their first text.  What the
+    service runs itself is not the client's."""
+    block, mark = object_in(raw, "content_block"), block_mark(raw)
+    kind = block.get("type")
+    if kind == "tool_use":
+        name, given = block.get("name"), block.get("input")
+        start_call(reading, own_call_id(reading, block.get("id")),
+                   name if isinstance(name, str) and name else UNKNOWN_TOOL, mark)
+        if isinstance(given, dict) and given:       # counts where no deltas follow
+            reading.calls[mark].pieces = [call_arguments({"input": given})]
+    elif kind in ("text", "thinking"):
+        yield from read_words(reading, kind, block.get(kind))
+        yield from read_signature(reading, block.get("signature"))
+    else:
+        add_note(reading.notes, "ignored", "a block of type %s in the answer" % kind)
+
+
+def read_block_delta(reading: Reading, raw: Json) -> Iterator[Event]:
+    """A block grows; text and thinking come one block after another, calls go by their index."""
+    delta, mark = object_in(raw, "delta"), block_mark(raw)
+    kind, piece = delta.get("type"), delta.get("partial_json")
+    if kind == "text_delta":
+        yield from read_words(reading, TEXT, delta.get("text"))
+    elif kind == "thinking_delta":
+        yield from read_words(reading, THINKING, delta.get("thinking"))
+    elif kind == "signature_delta":
+        yield from read_signature(reading, delta.get("signature"))
+    elif isinstance(piece, str) and piece and mark in reading.calls:
+        if not reading.calls[mark].begun:
+            reading.calls[mark].pieces = []
+        yield from extend_call(reading, mark, piece)
+
+
+def read_block_stop(reading: Reading, raw: Json) -> Iterator[Event]:
+    """A block ends: thinking is closed, so that the next gets a signature of its own.  A call that
+    max_tokens cut is stopped too, so its JSON decides."""
+    block = reading.calls.get(block_mark(raw))
+    if block is not None:
+        yield from settle_call(reading, block, None)
+    elif reading.live is not None and reading.live.kind != TOOL:
+        yield from close_live(reading)
+
+
+def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
+    reason = object_in(raw, "delta").get("stop_reason")
+    if isinstance(reason, str):
+        reading.reason = reason
+    reading.usage = anthropic_usage(raw.get("usage"), reading.usage)
+    return iter(())
+
+
+def read_message_stop(reading: Reading, raw: Json) -> Iterator[Event]:
+    """The end; a reason nobody knows is an ordinary one."""
+    word = FINISH_WORDS.get(reading.reason, STOP)
+    yield from settle_calls(reading, word)
+    yield from end_answer(reading, word)
+
+
+def read_error_event(reading: Reading, raw: Json) -> Iterator[Event]:
+    yield from read_stream_error(reading, raw.get("error") or {"message": "an unnamed error"})
+
+
+ANTHROPIC_READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
+    "message_start": read_message_start, "content_block_start": read_block_start,
+    "content_block_delta": read_block_delta, "content_block_stop": read_block_stop,
+    "message_delta": read_message_delta, "message_stop": read_message_stop,
+    "error": read_error_event}
+
+
+def read_anthropic_line(reading: Reading, line: bytes) -> Iterator[Event]:
+    """The events of one line of the stream."""
+    raw = {} if SILENT_EVENT.match(line) else sse_object(reading, line)
+    if raw is None or reading.over:
+        return
+    yield from begin_answer(reading)
+    kind = raw.get("type")
+    if not isinstance(kind, str) and raw.get("error"):
+        kind = "error"              # OpenAI's shape, from a gateway in between
+    reader = ANTHROPIC_READERS.get(kind) if isinstance(kind, str) else None
+    if reader is not None:
+        yield from reader(reading, raw)
+
+
+def anthropic_lane(kind: bytes, member: bytes) -> Any:
+    """A frame with one delta, or its data line alone: (index, escaped string that is not empty).
+    Anthropic pads some lines with blanks before the last brace."""
+    return re.compile(rb'(?:event: ?content_block_delta\r?\n)?data: ?\{"type":"content_block_delta"'
+                      rb',"index":([0-9]+),"delta":\{"type":"' + kind + rb'","' + member
+                      + rb'":"(?!")(' + LANE_STRING + rb')" *\} *\}(?:\r?\n)+')
+
+
+ANTHROPIC = UpstreamFormat(
+    "anthropic", "/provider/v1/messages", build_anthropic, NOTHING_SKIPPED, read_anthropic_line,
+    read_provider_failure, {TEXT: anthropic_lane(b"text_delta", b"text"),
+                            THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
+                            TOOL: anthropic_lane(b"input_json_delta", b"partial_json")},
+    (("anthropic-version", "2023-06-01"),))
+
+
+# === UPSTREAMS (pure) =======================================================
+# Which upstream serves a request: one row for each word of the option
+# `upstream` and of x-ccproxy-upstream.  `provider` is two formats: the list of
+# models tells which endpoints a model has, else its name does.  A further service
+# that speaks either API would be one more row.
+
+
+def provider_format(model: str, endpoints: Iterable[str]) -> UpstreamFormat:
+    """The documented endpoint of a model: Messages for Claude, Chat Completions for the others."""
+    known = {path.rstrip("/").rpartition("/")[2] for path in endpoints}
+    known &= {"messages", "completions"}
+    if len(known) == 1:
+        return ANTHROPIC if "messages" in known else OPENAI
+    return ANTHROPIC if model.lower().rpartition("/")[2].startswith("claude") else OPENAI
+
+
+UPSTREAMS: Dict[str, Callable[[str, Iterable[str]], UpstreamFormat]] = {
+    "alpha": lambda model, endpoints: ALPHA, "provider": provider_format}
+
+
+def parse_upstream(given: str, default: str) -> str:
+    """The word of x-ccproxy-upstream, else the option's.  Raises ProxyError 400."""
+    word = given.strip().lower() or default
+    if word not in UPSTREAMS:
+        raise ProxyError("invalid", "x-ccproxy-upstream must be one of: %s."
+                         % ", ".join(UPSTREAMS))
+    return word
 
 
 # === FACE: CHAT (pure) ======================================================
@@ -3998,7 +5048,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
         choice=chat_choice(body, notes),
         max_tokens=read_any_limit(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=read_any_effort(body), stops=read_any_stops(body),
+        effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
         include_usage=bool(get(options, "include_usage", "a boolean", "stream_options")))
@@ -4138,7 +5188,7 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
         tools=read_any_tools(body, notes), choice=read_choice_of_tool(given, notes),
         max_tokens=read_any_limit(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=read_any_effort(body), stops=read_any_stops(body),
+        effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body), stream=bool(get(body, "stream", "a boolean")),
         show_thinking=shown, user_id=get(metadata, "user_id", "a string", "metadata"))
     read_messages(body, prompt)
@@ -4391,7 +5441,8 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
         choice=read_choice_of_tool(body.get("tool_choice"), notes),
         max_tokens=read_any_limit(body), stops=read_any_stops(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
-        effort=read_any_effort(body), json_format=read_any_format(body),
+        effort=read_any_effort(body), budget=read_any_budget(body),
+        json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
         carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body),
         remember=body.get("store") is not False)
@@ -4857,10 +5908,667 @@ class Answer:
             return None
         if self.lane is not None and self.lane.block is block:
             return self.lane
-        name = block.call_id.encode("utf-8", "replace") if block.kind == TOOL else b""
+        name = block.mark.encode("utf-8", "replace") if block.kind == TOOL else b""
         prefix, suffix, end = cut_frame(self.face, self.reply, block) if self.stream else \
             (b"", b"", b"")
         return Lane(self.upstream.lanes[block.kind], block, name, prefix, suffix, end)
+
+
+# === ACCOUNT FIGURES (pure) =================================================
+# What an account has left, as the upstream's billing answers tell it (UPSTREAM
+# 2.1 to 2.3), and what follows from it: burn, score, windows.  The answers are
+# nobody's promise: whatever is missing or of another type counts as not told.
+
+DAY_SECONDS = 86_400.0
+MIN_DAYS = 0.25             # to the period's end: the last hours must not score without bound
+UNKNOWN_DAYS = 30.0         # where no end is told
+RESERVE_DAYS = 365.0        # purchased credits are good for about a year
+MAX_RESET_SECONDS = 32 * DAY_SECONDS    # a window's reset later than this is a mistake
+STALE_SECONDS = 3600.0      # figures older than this are not known any more
+ISO_MOMENT = re.compile(
+    r"([0-9-]{10})[T ]([0-9:]{8})(?:\.[0-9]+)?(?:Z|([+-][0-9]{2}):?([0-9]{2}))?")
+ACCOUNT_PATHS = ("/alpha/whoami", "/alpha/billing/credits", "/alpha/billing/subscriptions")
+
+
+class Window(NamedTuple):
+    """A usage window in USD; `resets` is an epoch second, 0 when not told."""
+
+    used: float
+    cap: float
+    exceeded: bool
+    resets: float = 0.0
+
+
+class Figures(NamedTuple):
+    """An account at epoch second `at`; None is not told."""
+
+    at: float
+    monthly: Optional[float] = None         # USD left, as are the next two
+    free: Optional[float] = None
+    purchased: Optional[float] = None
+    plan: str = ""
+    status: str = ""
+    period_end: Optional[float] = None      # epoch second
+    five_hour: Optional[Window] = None
+    weekly: Optional[Window] = None
+
+    @property
+    def known(self) -> bool:
+        return (self.monthly, self.free, self.purchased) != (None, None, None)
+
+    @property
+    def expiring(self) -> float:
+        return max(self.monthly or 0.0, 0.0) + max(self.free or 0.0, 0.0)
+
+    @property
+    def balance(self) -> float:
+        return self.expiring + max(self.purchased or 0.0, 0.0)
+
+
+def read_amount(value: Any) -> Optional[float]:
+    """A number, also one written as a string; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(
+            r"-?[0-9]{1,15}(\.[0-9]{1,20})?([eE]-?[0-9]{1,2})?", value, re.ASCII):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+        return None
+    return float(value)
+
+
+def read_iso(text: str) -> float:
+    """The epoch second of ISO 8601, UTC where no zone is told; 0.0 for anything else."""
+    found = ISO_MOMENT.fullmatch(text.strip())
+    if found is None:
+        return 0.0
+    from datetime import datetime       # rarely wanted, so not at start
+    try:
+        return datetime.fromisoformat("%sT%s%s:%s" % (
+            found[1], found[2], found[3] or "+00", found[4] or "00")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def read_moment(value: Any) -> Optional[float]:
+    """An epoch second from seconds, milliseconds (by their size) or ISO 8601; None for none."""
+    moment = read_iso(value) if isinstance(value, str) else read_amount(value) or 0.0
+    if moment <= 0:
+        return None
+    return moment / 1000 if moment > 1e11 else moment
+
+
+def read_window(given: Any, now: float) -> Optional[Window]:
+    """One of windowLimits' members; None when it limits nothing."""
+    if not isinstance(given, dict):
+        return None
+    used, cap = read_amount(given.get("used")) or 0.0, read_amount(given.get("cap")) or 0.0
+    resets = read_moment(given.get("resetAt")) or 0.0
+    if resets > now + MAX_RESET_SECONDS:
+        resets = 0.0
+    exceeded = given.get("exceeded") is True or used >= cap > 0
+    return Window(used, cap, exceeded, resets) if cap > 0 or exceeded else None
+
+
+def inner_object(value: Any, name: str) -> Json:
+    """An object's member that is an object, also one level down in `data`; {} for none."""
+    for place in (value, value.get("data") if isinstance(value, dict) else None):
+        if isinstance(place, dict) and isinstance(place.get(name), dict):
+            return place[name]
+    return {}
+
+
+def read_org(whoami: Any) -> str:
+    """The organisation's id for ?orgId=; "" where the key belongs to a person."""
+    name = inner_object(whoami, "org").get("id")
+    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) else ""
+
+
+def read_figures(billing: Any, subscription: Any, now: float) -> Optional[Figures]:
+    """An account by its answers of /billing/credits and /billing/subscriptions; either may be
+    None or anything.  None when they tell nothing."""
+    credits, limits = inner_object(billing, "credits"), inner_object(billing, "windowLimits")
+    plan = inner_object(subscription, "data")
+    if limits.get("limited") is False:
+        limits = {}
+    figures = Figures(
+        now, *(read_amount(credits.get(name))
+               for name in ("monthlyCredits", "freeCredits", "purchasedCredits")),
+        plan=printable(str(plan.get("planId") or ""), 40),
+        status=printable(str(plan.get("status") or ""), 20),
+        period_end=read_moment(plan.get("currentPeriodEnd")),
+        five_hour=read_window(limits.get("fiveHour"), now),
+        weekly=read_window(limits.get("weekly"), now))
+    return figures if figures != Figures(now) else None
+
+
+def days_left(figures: Figures, now: float) -> float:
+    """Days to the period's end as they divide, never below MIN_DAYS."""
+    if figures.period_end is None:
+        return UNKNOWN_DAYS
+    return max((figures.period_end - now) / DAY_SECONDS, MIN_DAYS)
+
+
+def burn_of(figures: Figures, now: float) -> float:
+    """USD a day that must be spent, or expiring credit is lost; a purchased reserve's share of a
+    year where that is all there is."""
+    if figures.expiring > 0:
+        return figures.expiring / days_left(figures, now)
+    return figures.balance / RESERVE_DAYS
+
+
+# === KEY STATE (pure) =======================================================
+# What is known of each key, under its whole SHA-256: why it is passed over and
+# until when, its account's figures, what went through.  It is shared by all
+# callers that hold the key, and so says nothing of any of them.  Every table is
+# bounded; the least recently used goes first.  Times are epoch seconds, for the
+# upstream's resets are.
+
+MAX_KEYS = 4096             # about 1 KiB each
+MAX_KEY_MODELS = 32         # that a key is remembered not to serve
+MAX_CONVERSATIONS = 8192    # whose key is remembered
+MAX_RINGS = 1024            # whose turns are remembered
+KEY_IDLE_SECONDS = 24 * 3600.0
+PLAN_SECONDS = 3600.0       # a plan may be upgraded: asked again after this
+NEVER_ENDS = float("inf")
+
+# Reasons for passing a key over, in the words that a person reads.
+UNFIT_WORDS = {"refused": "the upstream refuses it", "credit": "it is out of credit",
+           "window": "it is over its usage window", "cooldown": "it is in cooldown",
+           "model": "its plan or account lacks this model",
+           "allowed": "its allowedModels lack this model"}
+REASON_OF_KIND = {
+    "authentication": "refused", "billing": "credit", "usage_window": "window", "plan": "model",
+    "permission": "model", "rate_limit": "cooldown", "timeout": "cooldown", "late": "cooldown",
+    "unavailable": "cooldown", "overloaded": "cooldown", "upstream": "cooldown"}
+
+
+class Routing(NamedTuple):
+    """How a key is chosen for one request: what is wanted, and the options; seconds."""
+
+    model: str = ""             # "": no model in particular
+    upstream: str = ""
+    policy: str = "daily_burn_priority"
+    fallback: str = "round_robin"
+    max_in_flight: int = 0      # 0: RING_IN_FLIGHT for rings, no limit for a single key
+    cooldown: float = 60.0
+    refresh: float = 300.0
+
+
+class Mark(NamedTuple):
+    """Why a key is passed over: a reason, the kind of failure that it answers to, and its end."""
+
+    reason: str
+    kind: str
+    until: float
+
+
+@dataclass(eq=False)
+class KeyState:
+    """What is known of one key."""
+
+    used: float = 0.0
+    in_flight: int = 0
+    marks: Dict[str, Mark] = field(default_factory=dict)    # by reason, or route of a model
+    figures: Optional[Figures] = None
+    asked: float = 0.0                                      # when figures were last asked for
+    requests: int = 0
+    failures: int = 0
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cost: float = 0.0
+
+
+@dataclass(eq=False)
+class KeyTable:
+    """All keys that are known, whose conversations are where, and each ring's turns."""
+
+    states: Dict[str, KeyState] = field(default_factory=dict)
+    conversations: Dict[str, str] = field(default_factory=dict)     # to digests
+    turns: Dict[str, Dict[str, float]] = field(default_factory=dict)
+
+
+def keep_newest(table: Dict[str, Any], name: str, value: Any, most: int) -> None:
+    """Put an entry last; the first ones make room."""
+    table.pop(name, None)
+    table[name] = value
+    while len(table) > most:
+        del table[next(iter(table))]
+
+
+def state_of(table: KeyTable, key: RingKey, now: float) -> KeyState:
+    """A key's state, a new one where it is not known; keys long unused are forgotten."""
+    while table.states:
+        oldest = next(iter(table.states))
+        if now - table.states[oldest].used <= KEY_IDLE_SECONDS:
+            break
+        del table.states[oldest]
+    state = table.states.get(key.digest) or KeyState()
+    state.used = now
+    keep_newest(table.states, key.digest, state, MAX_KEYS)
+    return state
+
+
+def model_route(routing: Routing) -> str:
+    """Where a mark of one model is kept: what one upstream refuses, another may serve."""
+    return "%s %s" % (routing.upstream, routing.model.lower())
+
+
+def failure_reason(error: ProxyError) -> str:
+    """What a failure says of the key that it came with; "" when it says nothing."""
+    said = ("%s %s" % (error.code, error.message)).lower()
+    if "premium_credits_exhausted" in said:
+        return "model"          # other models may go on
+    if "usage_exceeded" in said:
+        return "credit"         # an organisation's spending cap
+    if error.status >= 500 and error.kind != "late" and not error.retryable:
+        return ""               # the upstream says that repeating is no use, with any key
+    return REASON_OF_KIND.get(error.kind, "")
+
+
+def is_replaceable(error: ProxyError) -> bool:
+    """Whether another key may do better.  A silent upstream is not asked again: the first call
+    may still run, and be paid for."""
+    return error.kind == "unreachable" or (error.kind != "late" and failure_reason(error) != "")
+
+
+def full_windows(figures: Optional[Figures]) -> List[Window]:
+    windows = (figures.five_hour, figures.weekly) if figures else ()
+    return [window for window in windows if window is not None and window.exceeded]
+
+
+def window_reset(figures: Optional[Figures]) -> float:
+    """When the last of the windows that are used up resets, 0.0 when none is told."""
+    return max([0.0, *(window.resets for window in full_windows(figures))])
+
+
+def mark_span(reason: str, error: ProxyError, state: KeyState, routing: Routing,
+              now: float) -> float:
+    """For how many seconds a failure keeps its key from being chosen."""
+    told, longer = error.retry_after, max(routing.refresh, routing.cooldown)
+    reset = window_reset(state.figures) - now
+    spans = {"refused": NEVER_ENDS, "credit": max(longer, told or 0.0),
+             "window": told or (reset if reset > 0 else longer),
+             "model": PLAN_SECONDS if error.kind == "plan" else longer,
+             "cooldown": routing.cooldown if told is None else told}
+    return spans[reason]
+
+
+def note_failure(state: KeyState, error: ProxyError, routing: Routing, now: float) -> None:
+    """Remember what a failure says of its key.  A client that leaves is no failure at all."""
+    reason = failure_reason(error)
+    if not reason:
+        return
+    place = model_route(routing) if reason == "model" else reason
+    mark = Mark(reason, error.kind, now + mark_span(reason, error, state, routing, now))
+    state.marks.pop(place, None)
+    state.marks[place] = mark
+    models = [one for one in state.marks if one not in UNFIT_WORDS]
+    if len(models) > MAX_KEY_MODELS:
+        del state.marks[models[0]]
+
+
+def note_figures(state: KeyState, figures: Figures) -> None:
+    """Take new figures: an account that answers is not refused, another plan has other models."""
+    old, state.figures = state.figures, figures
+    state.marks.pop("refused", None)
+    if old is not None and old.plan != figures.plan:
+        state.marks = {place: mark for place, mark in state.marks.items() if place in UNFIT_WORDS}
+
+
+def note_usage(state: KeyState, usage: Optional[Usage], cost: Optional[str]) -> None:
+    """Count an answer that is over."""
+    if usage is not None:
+        state.input += usage.input
+        state.output += usage.output
+        state.cached += usage.cache_read or 0
+    state.cost += max(read_amount(cost) or 0.0, 0.0)
+
+
+def window_marks(figures: Optional[Figures], routing: Routing) -> List[Mark]:
+    """The used-up windows by the figures: until the reset, or until they are read again."""
+    return [Mark("window", "usage_window",
+                 window.resets or (figures.at if figures else 0.0) + routing.refresh)
+            for window in full_windows(figures)]
+
+
+def unfit_marks(key: RingKey, state: KeyState, routing: Routing, now: float) -> List[Mark]:
+    """Every reason that holds now for passing a key over, the longest first; [] when it is fit."""
+    found = [mark for place, mark in state.marks.items()
+             if place in UNFIT_WORDS or place == model_route(routing)]
+    found += window_marks(state.figures, routing)
+    if routing.model and key.allowed_models and routing.model.lower() not in key.allowed_models:
+        found.append(Mark("allowed", "model", NEVER_ENDS))
+    return sorted([mark for mark in found if mark.until > now], key=lambda mark: -mark.until)
+
+
+# === KEY ROUTING (pure) =====================================================
+# Which key of a ring serves a request: the one that its conversation is with,
+# while it is fit, else one by the policy.  A policy is a function from the fit
+# keys to one of them; those by figures give way to the fallback policy where
+# figures are missing.  When no key is left, the most useful error is told.
+# Single keys are not routed: only the upstream itself refuses them.
+
+RING_IN_FLIGHT = 4          # calls at once on a key of a ring, while another is free
+POLICY_ALIASES = {"depletion_aware": "daily_burn_priority"}
+FIGURE_POLICIES = ("daily_burn_priority", "balance_priority")
+USEFUL_STATUSES = (429, 500, 402, 403, 401)     # 500 stands for all 5xx
+
+Candidate = Tuple[RingKey, KeyState]
+
+
+def figures_of(state: KeyState, now: float) -> Optional[Figures]:
+    """A key's figures where they are of use: credits are told, and not long ago."""
+    figures = state.figures
+    return figures if figures and figures.known and now - figures.at <= STALE_SECONDS else None
+
+
+def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[float]) -> RingKey:
+    """Smooth weighted round robin: shares as the scores are, spread evenly; the ring's own order
+    at a tie.  Scores count as shares of their sum, so that it does not matter how they grow."""
+    total = sum(scores)
+    shares = [score / total for score in scores] if total > 0 else [1 / len(keys)] * len(keys)
+    for key, share in zip(keys, shares):
+        turns[key.digest] = round(turns.get(key.digest, 0.0) + share, 9)
+    chosen = max(keys, key=lambda key: turns[key.digest])
+    turns[chosen.digest] = round(turns[chosen.digest] - 1, 9)
+    return chosen
+
+
+def choose_by_burn(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
+    """The account that must spend the most a day gets the most, so that nothing expires."""
+    scores = [burn_of(figures, now) * key.weight if figures else 0.0
+              for key, figures in ((key, figures_of(state, now)) for key, state in fit)]
+    return choose_smooth(turns, [key for key, _ in fit], scores)
+
+
+def choose_by_balance(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
+    """The account that has the most left, by its weight; the first in the ring at a tie."""
+    balances = [figures.balance * key.weight if figures else 0.0
+                for key, figures in ((key, figures_of(state, now)) for key, state in fit)]
+    return fit[balances.index(max(balances))][0]
+
+
+def choose_in_turn(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
+    """Round robin by weight."""
+    return choose_smooth(turns, [key for key, _ in fit], [key.weight for key, _ in fit])
+
+
+def choose_first(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
+    """The ring's own order: each key until it is not fit or has nothing left."""
+    return fit[0][0]
+
+
+POLICIES: Dict[str, Callable[[Dict[str, float], List[Candidate], float], RingKey]] = {
+    "daily_burn_priority": choose_by_burn, "balance_priority": choose_by_balance,
+    "round_robin": choose_in_turn, "drain_first": choose_first}
+
+
+def parse_policy(given: str, default: str) -> str:
+    """The policy of x-ccproxy-routing, else the option's.  Raises ProxyError 400."""
+    name = given.strip().lower() or default
+    name = POLICY_ALIASES.get(name, name)
+    if name not in POLICIES:
+        raise ProxyError("invalid", "x-ccproxy-routing must be one of: %s."
+                         % ", ".join([*POLICIES, *POLICY_ALIASES]))
+    return name
+
+
+def in_flight_limit(key: RingKey, routing: Routing, single: bool) -> float:
+    """How many calls at once a key takes; without an option a single one any number."""
+    return key.max_in_flight or routing.max_in_flight or (
+        float("inf") if single else RING_IN_FLIGHT)
+
+
+def fit_keys(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: float,
+             tried: Iterable[str]) -> List[Candidate]:
+    """The keys that may serve now, in the ring's order; `tried` ones had their chance."""
+    known = [(key, state_of(table, key, now)) for key in keys]
+    return [(key, state) for key, state in known
+            if key.digest not in tried and not unfit_marks(key, state, routing, now)]
+
+
+def with_credit(fit: List[Candidate], now: float) -> List[Candidate]:
+    """Those not known to be out of credit; all, where all are: free models exist."""
+    known = [(key, state, figures_of(state, now)) for key, state in fit]
+    return [(key, state) for key, state, figures in known
+            if figures is None or figures.balance > 0] or fit
+
+
+def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candidate],
+                     routing: Routing, now: float) -> RingKey:
+    """One of the fit keys by the policy, or by the fallback where figures are missing."""
+    fit = with_credit(fit, now)
+    told = all(figures_of(state, now) for _, state in fit)
+    policy = routing.policy if told or routing.policy not in FIGURE_POLICIES else routing.fallback
+    ring = hashlib.sha256(" ".join([policy, *(key.digest for key in keys)]).encode()).hexdigest()
+    turns = table.turns.get(ring) or {}
+    keep_newest(table.turns, ring, turns, MAX_RINGS)
+    return POLICIES[policy](turns, fit, now)
+
+
+def home_key(table: KeyTable, places: Iterable[str], fit: List[Candidate]) -> Optional[RingKey]:
+    """The fit key that a conversation is with, its own place for this model first."""
+    homes = [table.conversations.get(place) for place in places]
+    return next((key for home in homes for key, _ in fit if key.digest == home), None)
+
+
+def settle_conversation(table: KeyTable, keys: Iterable[RingKey], conversation: str,
+                        routing: Routing, now: float, chosen: RingKey) -> None:
+    """Remember that a conversation is with a key from now on; only this model's part of it where
+    its old key is unfit for this model alone."""
+    general = fit_keys(table, keys, routing._replace(model="", upstream=""), now, ())
+    stays = home_key(table, [conversation], general) is not None
+    place = "%s %s" % (conversation, model_route(routing))
+    table.conversations.pop(place, None)
+    keep_newest(table.conversations, place if stays else conversation, chosen.digest,
+                MAX_CONVERSATIONS)
+
+
+def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, routing: Routing,
+               now: float, tried: Iterable[str] = ()) -> Optional[RingKey]:
+    """The key of a ring that serves next, None when none is left.
+
+    A conversation moves for good when its key is not fit.  When that is so for this model alone,
+    only this model moves; when its key is merely busy, only this request does.
+    """
+    fit = fit_keys(table, keys, routing, now, tried)
+    if not fit:
+        return None
+    free = [(key, state) for key, state in fit
+            if state.in_flight < in_flight_limit(key, routing, False)] or fit
+    places = ["%s %s" % (conversation, model_route(routing)), conversation]
+    home = home_key(table, places, fit)
+    if home is None:
+        chosen = choose_by_policy(table, keys, free, routing, now)
+        settle_conversation(table, keys, conversation, routing, now, chosen)
+        return chosen
+    for place in filter(table.conversations.__contains__, places):
+        keep_newest(table.conversations, place, table.conversations[place], MAX_CONVERSATIONS)
+    if any(key is home for key, _ in free):
+        return home
+    return choose_by_policy(table, keys, free, routing, now)
+
+
+def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
+    """What is asked of a key alone before its call: nothing from memory, only what options say.
+    Raises ProxyError 404 or 429."""
+    if key.allowed_models and routing.model.lower() not in key.allowed_models:
+        raise ProxyError("model", "Model %s is not allowed for this key."
+                         % printable(routing.model, 100), param="model")
+    if state.in_flight >= in_flight_limit(key, routing, True):
+        raise ProxyError("rate_limit", "Too many requests at once with %s (maxInFlightPerKey)."
+                         % key.shown, retry_after=1)
+
+
+def usefulness(error: ProxyError) -> int:
+    status = 500 if error.status >= 500 else error.status
+    return USEFUL_STATUSES.index(status) if status in USEFUL_STATUSES else len(USEFUL_STATUSES)
+
+
+def shown_span(until: float, now: float) -> str:
+    return "" if until == NEVER_ENDS else " for %d s" % max(1, round(until - now))
+
+
+def memory_errors(known: List[Tuple[RingKey, List[Mark]]], now: float) -> List[ProxyError]:
+    """What is to be said of keys that were passed over, in words of our own: the upstream's may
+    have been about another caller's request."""
+    marked = [(key, marks[0]) for key, marks in known if marks]
+    words = ["%s: %s%s" % (key.shown, UNFIT_WORDS[mark.reason], shown_span(mark.until, now))
+             for key, mark in marked[:5]]
+    more = ["and %d more" % (len(marked) - 5)] if len(marked) > 5 else []
+    text = "No key of the ring can serve this now (%s)." % "; ".join(words + more)
+    return [ProxyError(mark.kind, text) for _, mark in marked]
+
+
+def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: float,
+                seen: Iterable[ProxyError]) -> ProxyError:
+    """The most useful error when no key is left: of those seen, then of those remembered, with
+    the earliest time at which one is fit again."""
+    known = [(key, unfit_marks(key, state_of(table, key, now), routing, now)) for key in keys]
+    errors = [*seen, *memory_errors(known, now)] or [ProxyError("busy", "No key is free.")]
+    best = min(errors, key=usefulness)
+    ends = [marks[0].until for _, marks in known if marks and marks[0].until < NEVER_ENDS]
+    wait = min(ends) - now if ends else best.retry_after
+    return ProxyError(best.kind, best.message, status=best.status, code=best.code,
+                      param=best.param, details=best.details, trace_id=best.trace_id,
+                      retryable=best.retryable, retry_after=wait)
+
+
+# === CALLER LIMITS (pure) ===================================================
+# How many requests a caller may send in a window of time.  The window begins
+# with its first request; callers are known by a digest, and the least recently
+# begun window makes room.
+
+MAX_RATE_WINDOWS = 4096
+
+
+class RateWindow(NamedTuple):
+    """A caller's window: when it began, and what came in it."""
+
+    began: float
+    count: int
+
+
+def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: float,
+                  now: float) -> None:
+    """Count one request against its caller's window.  Raises ProxyError 429; `most` 0 is no
+    limit."""
+    if not most:
+        return
+    window = windows.get(digest)
+    if window is None or not 0 <= now - window.began < span:
+        keep_newest(windows, digest, RateWindow(now, 1), MAX_RATE_WINDOWS)
+    elif window.count < most:
+        windows[digest] = window._replace(count=window.count + 1)
+    else:
+        raise ProxyError("rate_limit", "More than %d requests in %g seconds (rateLimitMax)."
+                         % (most, span), retry_after=window.began + span - now)
+
+
+# === USAGE REPORT (pure) ====================================================
+# What GET /v1/usage tells of the caller's own keys, and the admin route of the
+# operator's: as JSON, or as a table for a terminal.  Keys appear by their names
+# alone; models that a key was found not to serve are counted, not named.
+
+
+def shown_moment(moment: Optional[float]) -> Optional[str]:
+    """An epoch second as ISO 8601 in UTC; None for none, or one that no calendar holds."""
+    from datetime import datetime, timezone         # rarely wanted, so not at start
+    if not moment or not 0 < moment < 32_503_680_000:       # the year 3000
+        return None
+    return datetime.fromtimestamp(int(moment), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def window_entry(window: Optional[Window]) -> Optional[Json]:
+    if window is None:
+        return None
+    return {"used_usd": window.used, "cap_usd": window.cap, "exceeded": window.exceeded,
+            "resets_at": shown_moment(window.resets)}
+
+
+def account_entry(figures: Optional[Figures], now: float) -> Optional[Json]:
+    """What is told of an account; None when nothing is known of it."""
+    if figures is None:
+        return None
+    end = figures.period_end
+    return {"plan": figures.plan or None, "status": figures.status or None,
+            "credits_usd": {"monthly": figures.monthly, "free": figures.free,
+                            "purchased": figures.purchased,
+                            "expiring": round(figures.expiring, 6) if figures.known else None,
+                            "balance": round(figures.balance, 6) if figures.known else None},
+            "period_end": shown_moment(end),
+            "days_left": round(max(end - now, 0) / DAY_SECONDS, 2) if end else None,
+            "burn_usd_per_day": round(burn_of(figures, now), 6) if figures.known else None,
+            "windows": {"five_hour": window_entry(figures.five_hour),
+                        "weekly": window_entry(figures.weekly)},
+            "age_seconds": round(max(now - figures.at, 0))}
+
+
+def usage_entry(key: RingKey, state: KeyState, routing: Routing, now: float) -> Json:
+    """All that is told of one key."""
+    marks = unfit_marks(key, state, routing._replace(model="", upstream=""), now)
+    models = [place for place, mark in state.marks.items()
+              if place not in UNFIT_WORDS and mark.until > now]
+    entry: Json = {"key": key.shown, "name": key.name or None, "weight": key.weight,
+                   "fit": not marks, "reason": UNFIT_WORDS[marks[0].reason] if marks else None,
+                   "fit_at": shown_moment(marks[0].until) if marks else None,
+                   "models_passed_over": len(models), "in_flight": state.in_flight,
+                   "account": account_entry(state.figures, now),
+                   "through_proxy": {"requests": state.requests, "failures": state.failures,
+                                     "input_tokens": state.input, "output_tokens": state.output,
+                                     "cached_tokens": state.cached,
+                                     "cost_usd": round(state.cost, 6)}}
+    if key.allowed_models:
+        entry["allowed_models"] = list(key.allowed_models)
+    return entry
+
+
+def usage_body(table: KeyTable, caller: Caller, routing: Routing, now: float) -> Json:
+    """The answer of /v1/usage: the caller's own keys in its own order."""
+    return {"object": "ccproxy.usage", "keys_of": "operator" if caller.operator else "caller",
+            "policy": routing.policy if len(caller.keys) > 1 else None,
+            "keys": [usage_entry(key, state_of(table, key, now), routing, now)
+                     for key in caller.keys]}
+
+
+def dollars(value: Optional[float]) -> str:
+    return "-" if value is None else "%.2f" % value
+
+
+def window_cell(window: Optional[Json]) -> str:
+    return "-" if window is None else "%s/%s%s" % (
+        dollars(window["used_usd"]), dollars(window["cap_usd"]), "!" if window["exceeded"] else "")
+
+
+def usage_row(entry: Json) -> Tuple[str, ...]:
+    """One key's line of the table, a cell a column."""
+    account = entry["account"] or {"plan": None, "days_left": None, "burn_usd_per_day": None,
+                                   "credits_usd": {}, "windows": {}}
+    credits, windows, through = account["credits_usd"], account["windows"], entry["through_proxy"]
+    days = account["days_left"]
+    return (entry["key"], entry["name"] or "-", account["plan"] or "-",
+            dollars(credits.get("monthly")), dollars(credits.get("free")),
+            dollars(credits.get("purchased")), "-" if days is None else "%.1f" % days,
+            dollars(account["burn_usd_per_day"]), window_cell(windows.get("five_hour")),
+            window_cell(windows.get("weekly")), "%d" % through["requests"],
+            "%d" % through["input_tokens"], "%d" % through["output_tokens"],
+            "%d" % through["cached_tokens"], "%.4f" % through["cost_usd"],
+            "yes" if entry["fit"] else "no: %s%s" % (
+                entry["reason"], " until " + entry["fit_at"] if entry["fit_at"] else ""))
+
+
+USAGE_COLUMNS = ("KEY", "NAME", "PLAN", "MONTHLY", "FREE", "BOUGHT", "DAYS", "BURN/DAY", "5 HOURS",
+                 "WEEK", "REQUESTS", "IN", "OUT", "CACHED", "COST", "FIT")
+
+
+def usage_text(body: Json) -> str:
+    """The same as a table for a terminal (?format=text); amounts in USD."""
+    rows = [USAGE_COLUMNS, *(usage_row(entry) for entry in body["keys"])]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) if index in (0, 1, 2, 15) else cell.rjust(width)
+                       for index, (cell, width) in enumerate(zip(row, widths))).rstrip()
+             for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 # === DEMO ANSWERS (pure) ====================================================
@@ -5125,6 +6833,11 @@ class App:
     demo: bool = False                          # the upstream is the one inside the program
     calibrations: Dict[str, Calibration] = field(default_factory=dict)
     items: Dict[Tuple[str, str], bytes] = field(default_factory=dict)   # see ITEM MEMORY
+    operator: Operator = Operator()
+    keys: KeyTable = field(default_factory=KeyTable)
+    refreshes: Dict[str, "asyncio.Task[Any]"] = field(default_factory=dict)     # see ACCOUNTS
+    rates: Dict[str, RateWindow] = field(default_factory=dict)
+    in_flight: int = 0                          # answers being made
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
@@ -5302,6 +7015,13 @@ class Channel:
 
     def is_closing(self) -> bool:
         return self.closing
+
+    def get_extra_info(self, name: str) -> Any:
+        """The one thing that is asked for: `peername`."""
+        try:
+            return self.sock.getpeername()
+        except OSError:
+            return None
 
     def get_write_buffer_size(self) -> int:
         return self.waiting
@@ -5600,6 +7320,11 @@ class Wire(asyncio.BufferedProtocol):
         """Whether an idle connection is as it should be: open, and nothing came unasked."""
         return not (self.ended or self.closed_at or self.buffer)
 
+    def peer_address(self) -> str:
+        """The other side's address, "" when it is gone."""
+        known = self.transport.get_extra_info("peername")
+        return str(known[0]) if known else ""
+
     def take(self) -> bytes:
         """All that came."""
         data, self.buffer = bytes(self.buffer), bytearray()
@@ -5673,6 +7398,7 @@ class CallSpec:
 
     head: bytes
     payload: bytes
+    upstream: UpstreamFormat = ALPHA
 
 
 class Pool:
@@ -5764,7 +7490,7 @@ def connect_error(app: App, error: Exception) -> ProxyError:
         return ProxyError("upstream_final", "The certificate of the upstream %s could not be "
                           "verified: %s (SSL_CERT_FILE names a file of further authorities)."
                           % (where, error.verify_message))
-    return ProxyError("upstream", "No connection to the upstream %s: %s."
+    return ProxyError("unreachable", "No connection to the upstream %s: %s."
                       % (where, printable(str(error) or type(error).__name__, 200)))
 
 
@@ -5837,24 +7563,51 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
             raise upstream_fault("interim answers without end")
 
 
-def build_call(app: App, key: str, session: str, traceparent: str, payload: bytes) -> CallSpec:
-    """The request of one call: exactly these headers, nothing of the client's but its key, its
-    traceparent and what the session is derived from."""
+def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
+    """The format in which a model is asked for.  Raises ProxyError 400 for an unknown word."""
+    word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
+    found = find_model(model, app.models)
+    return ALPHA if app.demo else UPSTREAMS[word](model, found.endpoints if found else ())
+
+
+def upstream_address(app: App) -> str:
+    """Which upstream is in use, for the start-up screen and /health."""
+    if app.demo:
+        return "demo"
+    return app.config.api_base + (ALPHA.path if app.config.upstream == "alpha" else "/provider/v1")
+
+
+def alpha_fields(app: App, session: str) -> List[Tuple[str, str]]:
+    """What the vendor's CLI sends to /alpha/generate, and nothing that names this machine."""
+    return [("x-command-code-version", app.cli_version), ("x-cli-environment", "production"),
+            ("x-project-slug", app.config.project_slug), ("x-taste-learning", "false"),
+            ("x-session-id", session)]
+
+
+def call_head(app: App, method: str, path: str, key: str,
+              fields: List[Tuple[str, str]]) -> bytes:
+    """The head of a call with a key, through a proxy where there is one."""
     if not app.proxy_known:
         read_proxy(app)
-    path = app.origin.base + ALPHA.path
-    fields = [
-        ("host", app.origin.authority), ("authorization", "Bearer " + key),
-        ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
-        ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
-        ("x-cli-environment", "production"), ("x-project-slug", app.config.project_slug),
-        ("x-taste-learning", "false"), ("x-session-id", session), ("traceparent", traceparent),
-        ("content-length", str(len(payload)))]
+    path = app.origin.base + path
+    every = [("host", app.origin.authority), ("authorization", "Bearer " + key), *fields]
     if app.proxy is not None and app.origin.scheme == "http":
         path = "http://%s%s" % (app.origin.authority, path)
         if app.proxy_authorization:
-            fields.append(("proxy-authorization", app.proxy_authorization))
-    return CallSpec(head_bytes("POST %s HTTP/1.1" % path, fields), payload)
+            every.append(("proxy-authorization", app.proxy_authorization))
+    return head_bytes("%s %s HTTP/1.1" % (method, path), every)
+
+
+def build_call(app: App, upstream: UpstreamFormat, key: str, prompt: Prompt,
+               traceparent: str) -> CallSpec:
+    """The request of one call: exactly these headers, nothing of the client's but its key, its
+    traceparent and what the session is derived from."""
+    payload = upstream.build(prompt, prompt.session)
+    own = alpha_fields(app, prompt.session) if upstream is ALPHA else list(upstream.fields)
+    return CallSpec(call_head(app, "POST", upstream.path, key, [
+        ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
+        ("user-agent", "ccproxy/" + __version__), *own, ("traceparent", traceparent),
+        ("content-length", str(len(payload)))]), payload, upstream)
 
 
 async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
@@ -5896,13 +7649,13 @@ async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
     if call.head.status == 200:
         return call
     try:
-        body = await read_error_body(app, call)
+        body = await read_short_body(app, call)
     finally:
         give_back(app, call)
-    raise ALPHA.read_failure(call.head.status, call.head.fields, body)
+    raise spec.upstream.read_failure(call.head.status, call.head.fields, body)
 
 
-async def read_error_body(app: App, call: UpstreamCall) -> bytes:
+async def read_short_body(app: App, call: UpstreamCall) -> bytes:
     """What an error answer says, as far as it comes in time and is not too long."""
     deadline = asyncio.get_running_loop().time() + app.limits.error_body
     body = b""
@@ -6015,6 +7768,92 @@ async def keep_version_fresh(app: App) -> None:
         app.log.info("cliVersion auto: %s%s", app.cli_version,
                      "" if version else " (npm could not tell)")
         await asyncio.sleep(24 * 3600)
+
+
+# === ACCOUNTS ===============================================================
+# Asking the upstream what accounts have left: in the background, by one task a
+# key and few in all.  A request waits for them a moment at most, and only where
+# nothing is known yet.  What goes wrong with these side calls never counts
+# against a key (FIELD 4).
+
+MAX_REFRESHES = 16          # accounts asked at once; the rest wait for their next request
+
+
+class Ring(NamedTuple):
+    """What RETRIES needs to go from key to key: `build` makes the call of the key that serves,
+    with the session id that is that key's own."""
+
+    keys: Tuple[RingKey, ...]
+    conversation: str
+    routing: Routing
+    build: Callable[[RingKey], CallSpec]
+
+
+def read_routing(config: Config, fields: Fields, model: str, upstream: str) -> Routing:
+    """How a request's key is chosen: the options, and the header.  Raises ProxyError 400."""
+    return Routing(model, upstream, parse_policy(fields.get("x-ccproxy-routing", ""),
+                                                 config.routing_policy),
+                   config.fallback_policy, config.max_in_flight_per_key,
+                   config.key_cooldown_seconds, config.account_refresh_seconds)
+
+
+async def ask_account(app: App, key: RingKey, path: str) -> Any:
+    """One account answer.  Raises ProxyError, ValueError."""
+    call = await open_call(app, CallSpec(call_head(app, "GET", path, key.key, [
+        ("accept", "application/json"), ("accept-encoding", "identity"),
+        ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
+        ("x-cli-environment", "production")]), b""))
+    try:
+        return json.loads(await read_short_body(app, call))
+    finally:
+        give_back(app, call)
+
+
+async def read_account(app: App, key: RingKey) -> Optional[Figures]:
+    """An account's figures, by its organisation where the key is of one."""
+    whoami, credits, subscriptions = ACCOUNT_PATHS
+    org = read_org(await ask_account(app, key, whoami))
+    query = "?orgId=" + org if org else ""
+    billing = await ask_account(app, key, credits + query)
+    subscription = await ask_account(app, key, subscriptions + query)
+    return read_figures(billing, subscription, time.time())
+
+
+async def refresh_account(app: App, key: RingKey) -> None:
+    """Ask for figures once; what cannot be had leaves those that are known."""
+    state = state_of(app.keys, key, time.time())
+    state.asked = time.time()
+    try:
+        figures = await within(app, app.config.account_timeout_seconds, read_account(app, key))
+        if figures is not None:
+            note_figures(state, figures)
+    except (ProxyError, OSError, ValueError, RecursionError, asyncio.TimeoutError) as error:
+        app.log.debug("no account figures for %s: %s", key.shown, printable(str(error), 200))
+
+
+def start_refresh(app: App, key: RingKey, seconds: float) -> Optional["asyncio.Task[Any]"]:
+    """The task that asks for a key's figures, where they are older than that and it may run."""
+    running = app.refreshes.get(key.digest)
+    due = time.time() - state_of(app.keys, key, time.time()).asked >= seconds
+    if running is not None or not due or len(app.refreshes) >= MAX_REFRESHES:
+        return running
+    task = spawn(app, refresh_account(app, key))
+    app.refreshes[key.digest] = task
+    task.add_done_callback(lambda _: app.refreshes.pop(key.digest, None))
+    return task
+
+
+async def await_figures(app: App, keys: Iterable[RingKey], seconds: float, wait: float,
+                        all_of: bool = False) -> None:
+    """Start what refreshes are due, and wait so long for accounts of which nothing is known
+    (`all_of`: for all)."""
+    waited = []
+    for key in keys:
+        task = start_refresh(app, key, seconds)
+        if task is not None and (all_of or state_of(app.keys, key, time.time()).figures is None):
+            waited.append(task)
+    if waited:
+        await asyncio.wait(waited, timeout=wait)
 
 
 # === RELAY ==================================================================
@@ -6234,13 +8073,64 @@ def may_repeat(relay: Relay, error: ProxyError) -> bool:
     return error.retryable and soon and not relay.answer.visible and not relay.app.draining
 
 
-async def run_calls(relay: Relay, record: Dict[str, Any]) -> None:
-    """Calls until one succeeds, at most as many as `Limits.backoff` allows.  Raises ProxyError."""
+async def run_key_call(relay: Relay, record: Dict[str, Any], key: RingKey,
+                       routing: Routing) -> None:
+    """One attempt with one key, counted.  Raises ProxyError when it failed."""
+    app = relay.app
+    state = state_of(app.keys, key, time.time())
+    state.requests += 1
+    state.in_flight += 1
+    record["key"] = key.shown
+    try:
+        await run_call(relay, record)
+    except ProxyError as error:
+        state.failures += 1
+        if not app.ending.done():       # else it is we who ended it
+            note_failure(state, error, routing, time.time())
+        raise
+    finally:
+        state.in_flight -= 1
+
+
+async def run_ring(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
+    """Calls with one fit key after another until one succeeds, each key once.  Raises
+    ProxyError: after visible output the failure as it is, else the most useful one."""
+    app, routing = relay.app, ring.routing
+    tried: List[str] = []
+    seen: List[ProxyError] = []
+    await await_figures(app, ring.keys, routing.refresh, app.limits.figures_wait)
+    while True:
+        now = time.time()
+        key = choose_key(app.keys, ring.keys, ring.conversation, routing, now, tried)
+        if key is None:
+            raise spent_error(app.keys, ring.keys, routing, now, seen)
+        tried.append(key.digest)
+        relay.spec = ring.build(key)
+        try:
+            await run_key_call(relay, record, key, routing)
+            return
+        except ProxyError as error:
+            relay.detach()
+            if app.ending.done():
+                raise stopping_error() from None
+            if relay.answer.visible or app.draining or not is_replaceable(error):
+                raise
+            app.log.debug("%s failed: %s", key.shown, printable(error.message, 200))
+            seen.append(error)
+            relay.answer.restart()
+            add_note(relay.answer.reply.notes, "failover", "%s %s" % (key.shown, error.kind))
+            record["retries"] = len(seen)
+
+
+async def run_calls(relay: Relay, record: Dict[str, Any], key: RingKey,
+                    routing: Routing) -> None:
+    """Calls with one key until one succeeds, at most as many as `Limits.backoff` allows.  Raises
+    ProxyError."""
     app = relay.app
     pauses: Tuple[Optional[float], ...] = app.limits.backoff + (None,)
     for attempt, pause in enumerate(pauses):
         try:
-            await run_call(relay, record)
+            await run_key_call(relay, record, key, routing)
             return
         except ProxyError as error:
             relay.detach()
@@ -6527,6 +8417,7 @@ class Job(NamedTuple):
     spec: CallSpec
     answer: Answer
     notes: List[str]
+    ring: Ring
     prompt: Optional[Prompt] = None
 
 
@@ -6585,33 +8476,39 @@ def refuse_notes(exchange: Exchange, notes: List[str]) -> None:
                          details={"notes": unique[:100]})
 
 
-def new_answer(app: App, face: Face, prompt: Prompt) -> Answer:
+def new_answer(app: App, face: Face, prompt: Prompt, upstream: UpstreamFormat) -> Answer:
     """An empty answer to a prompt."""
     reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model),
                   int(time.time()), include_usage=prompt.include_usage,
                   carry_thinking=prompt.carry_thinking, echo=prompt.echo,
                   remember=prompt.remember)
     reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
-    return Answer(face, ALPHA, reply, prompt, app.config.empty_response_policy == "allow")
+    return Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
 
 
-def prepare(app: App, exchange: Exchange, face: Face, key: str, data: bytes) -> Job:
+def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: bytes) -> Job:
     """A request's body translated into its upstream call.  Raises ProxyError."""
     notes: List[str] = []
-    fields = exchange.head.fields
+    fields, keys = exchange.head.fields, caller.keys
+    traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
+
+    def build(key: RingKey) -> CallSpec:
+        prompt.session = derive_session(key.key, named, first)
+        return build_call(app, upstream, key.key, prompt, traceparent)
+
     try:
-        prompt = read_prompt(app, face, key, data, notes)
-        prompt.session = derive_session(key, session_value(fields, prompt.user_id),
-                                        first_user_text(prompt))
-        payload = ALPHA.build(prompt, prompt.session)
-        answer = new_answer(app, face, prompt)
+        prompt = read_prompt(app, face, keys[0].key, data, notes)
+        named, first = session_value(fields, prompt.user_id), first_user_text(prompt)
+        upstream = upstream_of(app, fields, prompt.model)
+        spec = build(keys[0])
+        answer = new_answer(app, face, prompt, upstream)
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(model=prompt.model, stream=prompt.stream)
     refuse_notes(exchange, notes)
-    traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
-    spec = build_call(app, key, prompt.session, traceparent, payload)
-    return Job(spec, answer, notes, prompt if has_checked_format(prompt) else None)
+    routing = read_routing(app.config, fields, prompt.model, upstream.path)
+    ring = Ring(keys, prompt.session, routing, build if len(keys) > 1 else lambda key: spec)
+    return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None)
 
 
 def answer_fields(job: Job) -> List[Tuple[str, str]]:
@@ -6648,6 +8545,11 @@ def learn_usage(app: App, reply: Reply) -> None:
                                           reply.raw_estimate, reply.usage.input)
 
 
+def serving_key(job: Job, record: Dict[str, Any]) -> RingKey:
+    """The key that the last call was made with."""
+    return next(key for key in job.ring.keys if key.shown == record["key"])
+
+
 async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     """The answer, or a second one where the first is not valid under its schema; a note tells.
 
@@ -6658,14 +8560,16 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     if prompt is None or violation is None:
         return answer
     add_repair_turns(prompt, answer.reply, violation)
-    second = new_answer(app, answer.face, prompt)
-    relay = Relay(app, exchange.wire, second, CallSpec(b"", b""), lambda: b"")
+    upstream = job.spec.upstream
+    second = new_answer(app, answer.face, prompt, upstream)
+    relay = Relay(app, exchange.wire, second, CallSpec(b"", b"", upstream), lambda: b"")
     try:
-        payload = ALPHA.build(prompt, prompt.session)
+        payload = upstream.build(prompt, prompt.session)
         length = b"content-length: %d\r\n" % len(payload)
         relay.spec.head = re.sub(rb"content-length: [0-9]+\r\n", length, job.spec.head)
         relay.spec.payload = payload
-        await run_calls(relay, exchange.record)
+        serving = serving_key(job, exchange.record)
+        await run_calls(relay, exchange.record, serving, job.ring.routing)
         await finish_reading(relay)
     except ProxyError as error:
         app.log.debug("repair of a structured answer failed: %s", printable(error.message, 200))
@@ -6683,10 +8587,151 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     return second
 
 
+# === GENERATION =============================================================
+# `serve_answer` is the way of every generating request, whichever the face: key
+# or ring, body, prompt, call, relay; then what the log and the counters keep.
+
+
+STREAM_FIELDS = [("content-type", "text/event-stream; charset=utf-8"),
+                 ("cache-control", "no-cache, no-transform"), ("x-accel-buffering", "no")]
+
+
+def open_stream(app: App, exchange: Exchange, job: Job) -> bytes:
+    """The response head of a stream; HTTP/1.0 knows no chunks, so there the end is the end."""
+    fields = STREAM_FIELDS + answer_fields(job) + [("x-ccproxy-key", exchange.record["key"])]
+    if exchange.head.minor:
+        fields = fields + [("transfer-encoding", "chunked")]
+    else:
+        exchange.keep = False
+    return start_response(app, exchange, 200, fields)
+
+
+def caller_of(app: App, exchange: Exchange) -> Caller:
+    """Whose request it is; the demo takes any key or none.  Raises ProxyError 400, 401, 403."""
+    fields = exchange.head.fields
+    if app.demo:
+        keys = ring_in(fields) or (new_ring_key(DEMO_KEY),)
+        return Caller(keys, keys[0].digest)
+    peer = exchange.wire.peer_address() if app.operator.loopback else ""
+    method = "GET" if exchange.head.method == "HEAD" else exchange.head.method
+    return find_caller(fields, app.operator, peer, method)
+
+
+def admit(app: App, caller: Caller) -> None:
+    """Count a request against the limits.  Raises ProxyError 429 or 503."""
+    config = app.config
+    count_request(app.rates, caller.digest, config.rate_limit_max, config.rate_limit_window,
+                  time.time())
+    if config.max_total_in_flight and app.in_flight >= config.max_total_in_flight:
+        raise ProxyError("busy", "Too many requests at once (maxTotalInFlight); try again.",
+                         retry_after=1)
+
+
+async def run_job(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
+    """The calls of one answer: of a ring key by key, of a single key with its own retries."""
+    if len(ring.keys) > 1:
+        await run_ring(relay, record, ring)
+        return
+    key = ring.keys[0]
+    check_single(key, state_of(relay.app.keys, key, time.time()), ring.routing)
+    await run_calls(relay, record, key, ring.routing)
+
+
+async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
+    """A generating request, from its key to the last byte of its answer.  Raises ProxyError as
+    long as no response head went out; later errors become the stream's last event."""
+    exchange.face = face
+    record = exchange.record
+    record["api"] = face.name
+    caller = caller_of(app, exchange)
+    key = caller.keys[0].key
+    record["key"] = key_name(key)
+    if not exchange.dry_run:
+        admit(app, caller)
+        keep_models_fresh(app)
+    job = prepare(app, exchange, face, caller, await read_body(app, exchange))
+    release_body(app, exchange)
+    if exchange.dry_run:
+        await respond_json(app, exchange, 200, explain_call(app, job), answer_fields(job))
+        return
+    if exchange.wire.ended:
+        raise ConnectionResetError("the client left before its request was sent on")
+    task = asyncio.current_task()
+    exchange.wire.flood_bytes = READ_AHEAD_BYTES
+    exchange.wire.on_end = task.cancel if task else None    # the client left: so do we
+    exchange.wire.release()
+    relay = Relay(app, exchange.wire, job.answer, job.spec,
+                  lambda: open_stream(app, exchange, job))
+    relay.framed = bool(exchange.head.minor)
+    finishing = False
+    app.in_flight += 1
+    try:
+        await run_job(relay, record, job.ring)
+        job = job._replace(spec=relay.spec)
+        if not job.answer.stream:
+            await finish_answer(app, relay, job, record)
+            job = job._replace(answer=await hold_format(app, exchange, job))
+            fields = [*answer_fields(job), ("x-ccproxy-key", record["key"]),
+                      *cost_fields(job.answer.reply)]
+            await respond_json(app, exchange, 200, job.answer.body(), fields)
+        elif relay.over.done():
+            await finish_answer(app, relay, job, record)
+        else:
+            finishing = True
+            spawn(app, finish_answer(app, relay, job, record))
+    except ProxyError as error:
+        record_notes(exchange, job)
+        if not relay.opened:
+            raise
+        exchange.keep = False
+        record["error"] = "%s: %s" % (error.kind, error.message)
+        relay.send(job.answer.failure(error), last=True)
+    finally:
+        app.in_flight -= 1
+        if not finishing:
+            relay.close()
+        record_answer(app, exchange, relay, job)
+        exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
+    if face is RESPONSES:
+        remember_items(app, key, job.answer.reply)
+    await exchange.wire.drain()
+
+
+def record_notes(exchange: Exchange, job: Job) -> None:
+    exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
+
+
+def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
+    """What the log line tells of an answer."""
+    learn_usage(app, job.answer.reply)
+    record, reply = exchange.record, job.answer.reply
+    record_notes(exchange, job)
+    if relay.first:
+        record["first"] = relay.first - exchange.started
+    if reply.usage is not None:
+        record.update({"in": reply.usage.input, "out": reply.usage.output,
+                       "cached": reply.usage.cache_read})
+    record["cost"] = reply.cost
+
+
+async def finish_answer(app: App, relay: Relay, job: Job, record: Dict[str, Any]) -> None:
+    """Read to the very end, where the cost is told, and count what the answer took."""
+    await finish_reading(relay)
+    state = state_of(app.keys, serving_key(job, record), time.time())
+    note_usage(state, job.answer.reply.usage, job.answer.reply.cost)
+
+
+def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
+    """What a whole answer cost, where the upstream told it."""
+    fields = [("x-ccproxy-cost-usd", reply.cost)] if reply.cost else []
+    if reply.usage is not None and reply.usage.cache_read is not None:
+        fields.append(("x-ccproxy-cached-tokens", str(reply.usage.cache_read)))
+    return fields
+
+
 # === ENDPOINTS ==============================================================
-# One function per route and the table of routes.  `serve_answer` is the way of
-# every generating request, whichever the face: key, body, prompt, call, relay.
-# Errors of any function here are raised and shown in one place (SERVER).
+# One function per route and the table of routes.  Errors of any function here
+# are raised and shown in one place (SERVER).
 
 
 class Route(NamedTuple):
@@ -6714,95 +8759,6 @@ def normal_path(path: str) -> str:
     path = re.sub(r"/{2,}", "/", path)
     path = re.sub(r"^(/explain)?(/anthropic)?(?=/|$)", "", path)
     return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
-
-
-STREAM_FIELDS = [("content-type", "text/event-stream; charset=utf-8"),
-                 ("cache-control", "no-cache, no-transform"), ("x-accel-buffering", "no")]
-
-
-def open_stream(app: App, exchange: Exchange, job: Job) -> bytes:
-    """The response head of a stream; HTTP/1.0 knows no chunks, so there the end is the end."""
-    fields = STREAM_FIELDS + answer_fields(job)
-    if exchange.head.minor:
-        fields = fields + [("transfer-encoding", "chunked")]
-    else:
-        exchange.keep = False
-    return start_response(app, exchange, 200, fields)
-
-
-def caller_key(app: App, exchange: Exchange) -> str:
-    """The caller's key; the demo takes any or none.  Raises ProxyError 401."""
-    if app.demo:
-        return key_in(exchange.head.fields) or DEMO_KEY
-    return find_key(exchange.head.fields)
-
-
-async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
-    """A generating request, from its key to the last byte of its answer.  Raises ProxyError as
-    long as no response head went out; later errors become the stream's last event."""
-    exchange.face = face
-    record = exchange.record
-    record["api"] = face.name
-    key = caller_key(app, exchange)
-    record["key"] = key_name(key)
-    if not exchange.dry_run:
-        keep_models_fresh(app)
-    job = prepare(app, exchange, face, key, await read_body(app, exchange))
-    release_body(app, exchange)
-    if exchange.dry_run:
-        await respond_json(app, exchange, 200, explain_call(app, job), answer_fields(job))
-        return
-    if exchange.wire.ended:
-        raise ConnectionResetError("the client left before its request was sent on")
-    task = asyncio.current_task()
-    exchange.wire.flood_bytes = READ_AHEAD_BYTES
-    exchange.wire.on_end = task.cancel if task else None    # the client left: so do we
-    exchange.wire.release()
-    relay = Relay(app, exchange.wire, job.answer, job.spec,
-                  lambda: open_stream(app, exchange, job))
-    relay.framed = bool(exchange.head.minor)
-    finishing = False
-    try:
-        await run_calls(relay, record)
-        if not job.answer.stream:
-            await finish_reading(relay)
-            job = job._replace(answer=await hold_format(app, exchange, job))
-            await respond_json(app, exchange, 200, job.answer.body(), answer_fields(job))
-        elif not relay.over.done():
-            finishing = True
-            spawn(app, finish_reading(relay))
-    except ProxyError as error:
-        record_notes(exchange, job)
-        if not relay.opened:
-            raise
-        exchange.keep = False
-        record["error"] = "%s: %s" % (error.kind, error.message)
-        relay.send(job.answer.failure(error), last=True)
-    finally:
-        if not finishing:
-            relay.close()
-        record_answer(app, exchange, relay, job)
-        exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
-    if face is RESPONSES:
-        remember_items(app, key, job.answer.reply)
-    await exchange.wire.drain()
-
-
-def record_notes(exchange: Exchange, job: Job) -> None:
-    exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
-
-
-def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
-    """What the log line tells of an answer."""
-    learn_usage(app, job.answer.reply)
-    record, reply = exchange.record, job.answer.reply
-    record_notes(exchange, job)
-    if relay.first:
-        record["first"] = relay.first - exchange.started
-    if reply.usage is not None:
-        record.update({"in": reply.usage.input, "out": reply.usage.output,
-                       "cached": reply.usage.cache_read})
-    record["cost"] = reply.cost
 
 
 def serve_chat(app: App, exchange: Exchange) -> Awaitable[None]:
@@ -6884,12 +8840,50 @@ async def serve_health(app: App, exchange: Exchange) -> None:
     now = asyncio.get_running_loop().time()
     await respond_json(app, exchange, 200, {
         "status": "draining" if app.draining else "ok", "version": __version__,
-        "upstream": "demo" if app.demo else app.config.api_base + ALPHA.path,
+        "upstream": upstream_address(app),
         "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
         "worker": app.worker or 1, "workers": app.config.workers,
+        "operator_keys": len(app.operator.keys), "routing_policy": app.config.routing_policy,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
                            for family, known in sorted(app.calibrations.items())}})
+
+
+async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) -> None:
+    """Where keys stand, after a wait for figures that are due (`fresh`: all of them)."""
+    exchange.record["key"] = caller.keys[0].shown
+    routing = read_routing(app.config, exchange.head.fields, "", "")
+    if not app.demo:
+        await await_figures(app, caller.keys, 0.0 if fresh else routing.refresh,
+                            app.config.account_timeout_seconds, True)
+    body = usage_body(app.keys, caller, routing, time.time())
+    if "format=text" in query_words(exchange.head):
+        await respond(app, exchange, 200, usage_text(body).encode(),
+                      [("content-type", "text/plain; charset=utf-8")])
+        return
+    await respond_json(app, exchange, 200, body)
+
+
+def query_words(head: RequestHead) -> List[str]:
+    return head.target.partition("?")[2].split("&")
+
+
+async def serve_usage(app: App, exchange: Exchange) -> None:
+    """Where the caller's own keys stand (the operator's, for who may use them)."""
+    await show_usage(app, exchange, caller_of(app, exchange), False)
+
+
+async def serve_credentials(app: App, exchange: Exchange) -> None:
+    """Where the operator's keys stand, for who presents clientKey."""
+    operator = app.operator
+    if not (operator.client_key and presents_client_key(exchange.head.fields,
+                                                        operator.client_key)):
+        raise ProxyError("authentication", "This wants the proxy's own clientKey as "
+                         "`Authorization: Bearer ...`.")
+    if not operator.keys:
+        raise ProxyError("not_found", "No operator's keys are configured.")
+    await show_usage(app, exchange, Caller(operator.keys, "", True),
+                     "refresh=true" in query_words(exchange.head))
 
 
 async def serve_root(app: App, exchange: Exchange) -> None:
@@ -6927,6 +8921,8 @@ ROUTES = {
     "/responses": Route({"POST": serve_responses, "GET": refuse_websocket}),
     "/responses/input_tokens": Route({"POST": serve_responses_count}, quiet=True),
     "/models": Route({"GET": serve_models}),
+    "/usage": Route({"GET": serve_usage}),
+    "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
@@ -7770,6 +9766,31 @@ def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     return path, entries
 
 
+def read_operator(config: Config) -> Operator:
+    """The operator's keys from the first source that holds any.  Raises ProxyError `config`."""
+    sources = [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
+    files = [config.credentials_file] if config.credentials_file else []
+    if not sources and not files and (config.client_key or config.operator_keys != "off"):
+        files = [name for name in map(os.path.expanduser, CLI_FILES) if os.path.isfile(name)]
+    for name in reversed(files):
+        try:
+            with open(name, encoding="utf-8") as file:
+                sources.insert(0, (name, file.read(MIB)))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProxyError("config", "credentialsFile %s: %s" % (
+                name, getattr(error, "strerror", None) or "is not UTF-8")) from None
+    source, keys = read_credentials(sources)
+    return Operator(keys, config.client_key, config.operator_keys == "loopback", source)
+
+
+def readable_by_others(name: str) -> bool:
+    """Whether a file of keys is open to other accounts of this machine."""
+    try:
+        return os.name == "posix" and os.stat(name).st_mode & 0o077 != 0
+    except OSError:
+        return False
+
+
 def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
     """What to do about a line that cannot be written: a full disk costs log lines, never requests,
     and is said once on standard error."""
@@ -7810,26 +9831,41 @@ def open_log(config: Config) -> logging.Logger:
     return log
 
 
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def operator_lines(app: App, unused: str) -> List[str]:
+    """What the start-up screen says of the operator's keys; nothing where there are none."""
+    operator = app.operator
+    if not operator.keys:
+        return []
+    who = "callers with the clientKey" if operator.client_key else "callers on this machine"
+    lines = ["  keys      %s" % unused] if unused else [
+        "  keys      %d of %s, for %s without one of their own; %s" % (
+            len(operator.keys), operator.source, who, app.config.routing_policy)]
+    if readable_by_others(operator.source):
+        lines.append("  warning   other accounts of this machine can read %s: chmod 600 it."
+                     % operator.source)
+    return lines
 
 
-def welcome(app: App, source: str, host: str, port: int) -> str:
+def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> str:
     """The start-up screen."""
     shown = "[%s]" % host if ":" in host else host
     local = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
     key = "" if app.demo else " -H 'Authorization: Bearer user_...'"
-    upstream = "inside this program (--demo)" if app.demo else app.config.api_base + ALPHA.path
+    upstream = "inside this program (--demo)" if app.demo else upstream_address(app)
     lines = [
         "ccproxy %s on http://%s:%d" % (__version__, shown, port),
         "  upstream  " + upstream, "  config    " + source,
         "  try       curl http://%s:%d/v1/chat/completions%s \\" % (local, port, key),
         "              -H 'Content-Type: application/json' \\",
-        "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'"]
-    if not app.demo:
+        "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",
+        *operator_lines(app, unused)]
+    if app.config.upstream == "provider":
+        lines.append("  note      the documented API (upstream: provider): plans without API "
+                     "access get a 403 upgrade_required.")
+    elif not app.demo:
         lines.append("  note      Command Code's vendor objects to use of %s outside its own CLI "
                      "and has announced bans; the README explains the risk." % ALPHA.path)
-    if not is_loopback(host):
+    if not LOOPBACK.fullmatch(host):
         lines.append("  warning   reachable from other machines, over plain HTTP: put TLS in "
                      "front, callers' keys pass through here.")
     return "\n".join(lines) + "\n"
@@ -7837,8 +9873,11 @@ def welcome(app: App, source: str, host: str, port: int) -> str:
 
 def describe_config(config: Config, sources: Mapping[str, str]) -> str:
     """The configuration in effect, an option a line, with where each value came from."""
-    rows = [(option.name, json.dumps(getattr(config, snake_case(option.name))),
-             sources[option.name]) for option in OPTIONS]
+    rows = []
+    for option in OPTIONS:
+        value = getattr(config, snake_case(option.name))
+        shown = '"(secret)"' if option.kind == "secret" and value else json.dumps(value)
+        rows.append((option.name, shown, sources[option.name]))
     width = max(len(name) for name, _, _ in rows)
     return "".join("%s  %s  (%s)\n" % (name.ljust(width), value, source)
                    for name, value, source in rows)
@@ -7868,12 +9907,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         file_name, entries = read_config_file(given.config)
         config, sources = read_config(flags, os.environ, entries, file_name)
+        operator = read_operator(config)
+        unused = check_operator(operator, config.host)
         if given.check:
             return 0 if say(describe_config(config, sources)) else 1
         check_certificates()
         if config.workers > 1 and not hasattr(os, "fork"):
             raise ProxyError("config", "workers: this platform has no fork; only 1 can run.")
         app = new_app(config, Limits(), open_log(config), Pool())
+        app.operator = operator
     except ProxyError as error:
         complain(error.message)
     if given.command == "selftest":
@@ -7881,7 +9923,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     source = file_name if entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
-        say(welcome(app, source, host, port))
+        say(welcome(app, source, host, port, unused))
 
     try:
         if config.workers > 1:

@@ -112,8 +112,8 @@ def test_flags_win_over_environment_over_file_over_defaults(flags, environment, 
 @pytest.mark.parametrize("option", ccproxy.OPTIONS, ids=lambda option: option.name)
 def test_every_option_can_come_from_every_source(option):
     text = {"int": "2000", "seconds": "7.5", "bool": "false", "str": "thing", "host": "::1", "list": "a,b",
-            "map": "a=b", "url": "http://h:1/x", "choice": "x"}[option.kind]
-    text = {"cliVersion": "9.8.7", "workers": "7"}.get(option.name, text)
+            "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word"}[option.kind]
+    text = {"cliVersion": "9.8.7", "workers": "7", "accountRefreshSeconds": "17"}.get(option.name, text)
     if option.kind == "choice":
         text = option.choices[-1]
     attribute = ccproxy.snake_case(option.name)

@@ -131,7 +131,8 @@ def test_health(make_proxy, upstream):
     proxy = make_proxy(useProviderModels=False)
     health = proxy.request("GET", "/health", key=None).json
     assert set(health) == {"status", "version", "upstream", "uptime_seconds", "open_streams",
-                           "token_estimate", "worker", "workers"}
+                           "token_estimate", "worker", "workers", "operator_keys",
+                           "routing_policy"}
     assert (health["worker"], health["workers"]) == (1, 1)
     assert health["status"] == "ok" and health["version"] == ccproxy.__version__
     assert health["upstream"].startswith(upstream.base) and health["open_streams"] == 0

@@ -303,7 +303,7 @@ def directions(there):
     return {"host": host, "x-forwarded-host": host, "x-forwarded-for": host, "via": "1.1 " + host,
             "x-forwarded-proto": "http", "forwarded": "for=%s;host=%s;proto=http" % (host, host),
             "x-original-url": there.base + "/x", "x-rewrite-url": there.base, "referer": there.base,
-            "x-ccproxy-upstream": there.base, "x-ccproxy-api-base": there.base,
+            "x-ccproxy-api-base": there.base,
             "x-ccproxy-base-url": there.base, "api-base": there.base, "x-api-base": there.base,
             "x-base-url": there.base, "origin": there.base, "location": there.base,
             "proxy": there.base, "http-proxy": there.base, "x-http-method-override": "PUT",
