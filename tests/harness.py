@@ -317,6 +317,7 @@ def parse_partial(text: str) -> Any:
 
 
 PROGRAM = ccproxy.__file__
+COMPILED = os.path.join(tempfile.gettempdir(), "ccproxy-tests-compiled")
 PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 
@@ -325,13 +326,23 @@ def clean_environment(**more: str) -> Dict[str, str]:
     taken = {name for option in ccproxy.OPTIONS for name in ccproxy.environment_names(option)}
     kept = {name: value for name, value in os.environ.items() if name not in taken
             and name.lower() not in PROXY_NAMES and name != "SSL_CERT_FILE"}
-    return {**kept, **more}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**kept, "PYTHONPYCACHEPREFIX": COMPILED, **more}
+
+
+def command_of(program: str) -> List[str]:
+    """How a program is started: the one that is tested as an import, for Python compiles a script
+    anew at every start (test_command_line.py starts the script itself)."""
+    if program != PROGRAM:
+        return [sys.executable, program]
+    return [sys.executable, "-c", "import sys; sys.path[0] = %r; import ccproxy; "
+            "ccproxy.leave(ccproxy.main())" % os.path.dirname(os.path.abspath(PROGRAM))]
 
 
 def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
                 program: str = PROGRAM) -> "subprocess.CompletedProcess[str]":
     """Run ccproxy.py as a person does and wait for its end."""
-    return subprocess.run([sys.executable, program, *arguments], timeout=30,
+    return subprocess.run([*command_of(program), *arguments], timeout=30,
                           env=clean_environment(**(environment or {})), stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
@@ -344,7 +355,7 @@ class Program:
         """`until` stands on the last line of the start-up screen."""
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, program, "--port", "0", *arguments], stdin=subprocess.DEVNULL,
+            [*command_of(program), "--port", "0", *arguments], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
             env=clean_environment(**(environment or {})))
         self.screen = ""

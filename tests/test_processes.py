@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import CHAT, PROGRAM, clean_environment, run_program, wait_until
+from harness import CHAT, PROGRAM, clean_environment, command_of, run_program, wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"),
                                 reason="needs fork and /proc")
@@ -112,7 +112,7 @@ def test_a_fixed_port_is_free_again(start_program):
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
     for _ in range(2):
-        done = subprocess.Popen([sys.executable, PROGRAM, "--workers", "2", "--port", port],
+        done = subprocess.Popen([*command_of(PROGRAM), "--workers", "2", "--port", port],
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                 env=clean_environment())
         while b"note" not in done.stdout.readline():

@@ -10,7 +10,7 @@ import sys
 
 import ccproxy
 import pytest
-from harness import PROGRAM, clean_environment, make_config
+from harness import PROGRAM, clean_environment, command_of, make_config
 
 END = "all features work"
 LINES = ["%s: %s, %s" % (api, name, form) for api in ("chat", "messages", "responses")
@@ -35,7 +35,7 @@ def started(tmp_path_factory):
     empty = tmp_path_factory.mktemp("selftest") / "config.json"
     empty.write_text("{}")
     processes = {name: subprocess.Popen(
-        [sys.executable, PROGRAM, "selftest", "--config", str(empty), *arguments],
+        [*command_of(PROGRAM), "selftest", "--config", str(empty), *arguments],
         env=clean_environment(**environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE) for name, (arguments, environment) in RUNS.items()}
     yield processes
@@ -141,7 +141,7 @@ def test_a_feature_that_is_not_there(monkeypatch, capsys):
 
 @pytest.mark.parametrize("word", ["self-test", "selftest selftest", "SELFTEST"])
 def test_other_words_are_refused(word):
-    done = subprocess.run([sys.executable, PROGRAM, *word.split(" ")], env=clean_environment(),
+    done = subprocess.run([*command_of(PROGRAM), *word.split(" ")], env=clean_environment(),
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=30,
                           stderr=subprocess.PIPE, encoding="utf-8")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
