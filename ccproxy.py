@@ -169,6 +169,7 @@ ACCEPTS_PER_TURN = 16
 READ_AHEAD_BYTES = 64 * KIB         # of a next request while an answer runs; more is a flood
 BUFFER_BYTES = 256 * KIB            # unread input at which a connection stops reading
 MAX_REFUSALS = 16                   # closed with patience at once; the rest may see a reset
+BIG_BODY_BYTES = 512 * KIB          # a body whose steps others would feel
 DISCARD_BYTES = 64 * KIB            # of an unwanted body that is read rather than hung up on
 
 MAX_OUTPUT_TOKENS = 200_000         # the upstream answers 400 above this, for every model
@@ -274,6 +275,7 @@ FAILURES = (
     Failure("upstream_final", (), "", 502, "api_error", "server_error", "upstream_error", NEVER),
     Failure("empty", (), "", 502, "api_error", "server_error", "empty_response", NEVER),
     Failure("late", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
+    Failure("unconnected", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
     Failure("method", (), "", 405, "invalid_request_error", "invalid_request_error",
             "method_not_allowed", NEVER),
     Failure("slow_client", (), "", 408, "timeout_error", "timeout_error", "request_timeout",
@@ -1818,6 +1820,11 @@ def merge_ring(keys: Iterable[RingKey], where: str,
     return tuple(merged.values())
 
 
+def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
+    """The key under which what belongs to the whole ring is kept, whatever its order."""
+    return min(keys, key=lambda key: key.digest)
+
+
 def parse_ring(value: str, where: str) -> Tuple[RingKey, ...]:
     """The keys in a header's value, in its order; () when it holds none at all.
 
@@ -1971,6 +1978,9 @@ def check_operator(operator: Operator, host: str) -> str:
     if KEY_PATTERN.search(operator.client_key):
         raise ProxyError("config", "clientKey looks like a Command Code key (user_...): choose "
                          "another, or callers' requests would be taken for ones with own keys")
+    if not re.fullmatch("[!-~]*", operator.client_key):
+        raise ProxyError("config", "clientKey must be of visible ASCII characters: a header holds "
+                         "no others")
     if not operator.keys or operator.client_key:
         return ""
     if not LOOPBACK.fullmatch(host):
@@ -6099,6 +6109,7 @@ class Mark(NamedTuple):
     reason: str
     kind: str
     until: float
+    since: float = 0.0
 
 
 @dataclass(eq=False)
@@ -6199,7 +6210,7 @@ def note_failure(state: KeyState, error: ProxyError, routing: Routing, now: floa
     if not reason:
         return
     place = model_route(routing) if reason == "model" else reason
-    mark = Mark(reason, error.kind, now + mark_span(reason, error, state, routing, now))
+    mark = Mark(reason, error.kind, now + mark_span(reason, error, state, routing, now), now)
     state.marks.pop(place, None)
     state.marks[place] = mark
     models = [one for one in state.marks if one not in UNFIT_WORDS]
@@ -6208,11 +6219,19 @@ def note_failure(state: KeyState, error: ProxyError, routing: Routing, now: floa
 
 
 def note_figures(state: KeyState, figures: Figures) -> None:
-    """Take new figures: an account that answers is not refused, another plan has other models."""
+    """Take new figures: an account that answers is not refused (if it was asked since), another
+    plan has other models."""
     old, state.figures = state.figures, figures
-    state.marks.pop("refused", None)
+    if "refused" in state.marks and state.marks["refused"].since <= state.asked:
+        del state.marks["refused"]
     if old is not None and old.plan != figures.plan:
         state.marks = {place: mark for place, mark in state.marks.items() if place in UNFIT_WORDS}
+
+
+def add_cost(one: Optional[str], other: Optional[str]) -> Optional[str]:
+    """Two costs in USD as one; None where neither was told."""
+    known = [amount for amount in map(read_amount, (one, other)) if amount is not None]
+    return "%.10g" % sum(known) if known else None
 
 
 def note_usage(state: KeyState, usage: Optional[Usage], cost: Optional[str]) -> None:
@@ -6429,6 +6448,8 @@ def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now:
     best = min(errors, key=usefulness)
     ends = [marks[0].until for _, marks in known if marks and marks[0].until < NEVER_ENDS]
     wait = min(ends) - now if ends else best.retry_after
+    if wait and not all(marks for _, marks in known):
+        wait = 1.0          # a key is fit already: what failed was on the way to it
     return ProxyError(best.kind, best.message, status=best.status, code=best.code,
                       param=best.param, details=best.details, trace_id=best.trace_id,
                       retryable=best.retryable, retry_after=wait)
@@ -7484,7 +7505,7 @@ def connect_error(app: App, error: Exception) -> ProxyError:
     """What went wrong on the way to the upstream, in words that help."""
     where = "%s:%d" % (app.origin.host, app.origin.port)
     if isinstance(error, asyncio.TimeoutError):
-        return ProxyError("late", "No connection to the upstream %s within %g seconds."
+        return ProxyError("unconnected", "No connection to the upstream %s within %g seconds."
                           % (where, app.config.upstream_connect_seconds))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError("upstream_final", "The certificate of the upstream %s could not be "
@@ -7566,8 +7587,10 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
 def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
     """The format in which a model is asked for.  Raises ProxyError 400 for an unknown word."""
     word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
+    if app.demo or word == "alpha":
+        return ALPHA
     found = find_model(model, app.models)
-    return ALPHA if app.demo else UPSTREAMS[word](model, found.endpoints if found else ())
+    return UPSTREAMS[word](model, found.endpoints if found else ())
 
 
 def upstream_address(app: App) -> str:
@@ -7843,17 +7866,26 @@ def start_refresh(app: App, key: RingKey, seconds: float) -> Optional["asyncio.T
     return task
 
 
-async def await_figures(app: App, keys: Iterable[RingKey], seconds: float, wait: float,
-                        all_of: bool = False) -> None:
-    """Start what refreshes are due, and wait so long for accounts of which nothing is known
-    (`all_of`: for all)."""
+async def await_figures(app: App, keys: Iterable[RingKey], seconds: float, wait: float) -> None:
+    """Start what refreshes are due, and wait so long for accounts of which nothing is known."""
     waited = []
     for key in keys:
         task = start_refresh(app, key, seconds)
-        if task is not None and (all_of or state_of(app.keys, key, time.time()).figures is None):
+        if task is not None and state_of(app.keys, key, time.time()).figures is None:
             waited.append(task)
     if waited:
         await asyncio.wait(waited, timeout=wait)
+
+
+async def await_all_figures(app: App, keys: Tuple[RingKey, ...], seconds: float) -> None:
+    """Ask for all figures that are older than that, a few at a time, within the time for one."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + app.config.account_timeout_seconds
+    for at in range(0, len(keys), MAX_REFRESHES):
+        started = [start_refresh(app, key, seconds) for key in keys[at:at + MAX_REFRESHES]]
+        waited = [task for task in started if task is not None]
+        if waited:
+            await asyncio.wait(waited, timeout=max(0.0, deadline - loop.time()))
 
 
 # === RELAY ==================================================================
@@ -7877,7 +7909,7 @@ class Relay:
     """One answer on its way to one client."""
 
     __slots__ = ("app", "client", "answer", "spec", "head", "framed", "call", "opened", "sent",
-                 "heard", "lines", "done", "over", "first", "clock")
+                 "heard", "lines", "done", "over", "first", "clock", "key")
 
     def __init__(self, app: App, client: Wire, answer: Answer, spec: CallSpec,
                  head: Callable[[], bytes]) -> None:
@@ -7890,6 +7922,7 @@ class Relay:
         self.sent = self.heard = self.clock()
         self.first = 0.0                # loop time of the first frame
         self.lines = 0
+        self.key: Any = None            # RingKey: whose call the last one was
         self.done: Any = None           # future: this call's answer is over
         self.over: Any = None           # future: nothing more comes from this call
         client.on_block = self.block
@@ -8080,7 +8113,7 @@ async def run_key_call(relay: Relay, record: Dict[str, Any], key: RingKey,
     state = state_of(app.keys, key, time.time())
     state.requests += 1
     state.in_flight += 1
-    record["key"] = key.shown
+    relay.key, record["key"] = key, key.shown
     try:
         await run_call(relay, record)
     except ProxyError as error:
@@ -8438,9 +8471,8 @@ def suit_face(app: App, prompt: Prompt, face: Face, reader: Face, body: Json) ->
         prompt.echo = echo_request(body)
 
 
-def read_prompt(app: App, face: Face, key: str, data: bytes, notes: List[str]) -> Prompt:
-    """A request's body as a Prompt that is fit to be sent.  Raises ProxyError."""
-    body = parse_object(data, notes)
+def read_prompt(app: App, face: Face, key: str, body: Json, notes: List[str]) -> Prompt:
+    """A request's decoded body as a Prompt that is fit to be sent.  Raises ProxyError."""
     recall_items(app, key, body)
     reader = choose_reader(face, body)
     prompt = reader.parse(body, notes)
@@ -8486,7 +8518,13 @@ def new_answer(app: App, face: Face, prompt: Prompt, upstream: UpstreamFormat) -
     return Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
 
 
-def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: bytes) -> Job:
+async def breathe(data: bytes) -> None:
+    """Between two steps with a large body: let all others go on for a turn."""
+    if len(data) > BIG_BODY_BYTES:
+        await asyncio.sleep(0)
+
+
+async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: bytes) -> Job:
     """A request's body translated into its upstream call.  Raises ProxyError."""
     notes: List[str] = []
     fields, keys = exchange.head.fields, caller.keys
@@ -8497,17 +8535,22 @@ def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: byte
         return build_call(app, upstream, key.key, prompt, traceparent)
 
     try:
-        prompt = read_prompt(app, face, keys[0].key, data, notes)
+        body = parse_object(data, notes)
+        await breathe(data)
+        prompt = read_prompt(app, face, anchor_of(keys).key, body, notes)
+        await breathe(data)
         named, first = session_value(fields, prompt.user_id), first_user_text(prompt)
         upstream = upstream_of(app, fields, prompt.model)
         spec = build(keys[0])
+        await breathe(data)
         answer = new_answer(app, face, prompt, upstream)
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(model=prompt.model, stream=prompt.stream)
     refuse_notes(exchange, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
-    ring = Ring(keys, prompt.session, routing, build if len(keys) > 1 else lambda key: spec)
+    conversation = derive_session(anchor_of(keys).key, named, first)
+    ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec)
     return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None)
 
 
@@ -8545,12 +8588,7 @@ def learn_usage(app: App, reply: Reply) -> None:
                                           reply.raw_estimate, reply.usage.input)
 
 
-def serving_key(job: Job, record: Dict[str, Any]) -> RingKey:
-    """The key that the last call was made with."""
-    return next(key for key in job.ring.keys if key.shown == record["key"])
-
-
-async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
+async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> Answer:
     """The answer, or a second one where the first is not valid under its schema; a note tells.
 
     Raises nothing: where the second call fails, the first answer is what there is.
@@ -8568,8 +8606,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
         length = b"content-length: %d\r\n" % len(payload)
         relay.spec.head = re.sub(rb"content-length: [0-9]+\r\n", length, job.spec.head)
         relay.spec.payload = payload
-        serving = serving_key(job, exchange.record)
-        await run_calls(relay, exchange.record, serving, job.ring.routing)
+        await run_calls(relay, exchange.record, key, job.ring.routing)
         await finish_reading(relay)
     except ProxyError as error:
         app.log.debug("repair of a structured answer failed: %s", printable(error.message, 200))
@@ -8577,6 +8614,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
         return answer
     finally:
         relay.close()
+    note_usage(state_of(app.keys, key, time.time()), second.reply.usage, second.reply.cost)
     learn_usage(app, answer.reply)      # the second prompt holds the first answer: it teaches less
     left = format_violation(prompt, second.reply)
     code = "json_repaired" if left is None else "json_invalid"
@@ -8584,6 +8622,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job) -> Answer:
     second.reply.notes[:0] = answer.reply.notes
     second.reply.id, second.reply.family = answer.reply.id, ""
     second.reply.usage = add_usage(answer.reply.usage, second.reply.usage)
+    second.reply.cost = add_cost(answer.reply.cost, second.reply.cost)
     return second
 
 
@@ -8617,11 +8656,16 @@ def caller_of(app: App, exchange: Exchange) -> Caller:
     return find_caller(fields, app.operator, peer, method)
 
 
+def count_caller(app: App, caller: Caller) -> None:
+    """Count a POST against its caller's limit.  Raises ProxyError 429."""
+    count_request(app.rates, caller.digest, app.config.rate_limit_max,
+                  app.config.rate_limit_window, time.time())
+
+
 def admit(app: App, caller: Caller) -> None:
     """Count a request against the limits.  Raises ProxyError 429 or 503."""
     config = app.config
-    count_request(app.rates, caller.digest, config.rate_limit_max, config.rate_limit_window,
-                  time.time())
+    count_caller(app, caller)
     if config.max_total_in_flight and app.in_flight >= config.max_total_in_flight:
         raise ProxyError("busy", "Too many requests at once (maxTotalInFlight); try again.",
                          retry_after=1)
@@ -8641,15 +8685,24 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     """A generating request, from its key to the last byte of its answer.  Raises ProxyError as
     long as no response head went out; later errors become the stream's last event."""
     exchange.face = face
-    record = exchange.record
-    record["api"] = face.name
+    exchange.record["api"] = face.name
     caller = caller_of(app, exchange)
-    key = caller.keys[0].key
-    record["key"] = key_name(key)
+    exchange.record["key"] = caller.keys[0].shown
+    admit(app, caller)
+    app.in_flight += 1
+    try:
+        await generate(app, exchange, face, caller)
+    finally:
+        app.in_flight -= 1
+    await exchange.wire.drain()
+
+
+async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> None:
+    """The same, for a request that was admitted: read, sent on, answered.  Raises ProxyError."""
+    record = exchange.record
     if not exchange.dry_run:
-        admit(app, caller)
         keep_models_fresh(app)
-    job = prepare(app, exchange, face, caller, await read_body(app, exchange))
+    job = await prepare(app, exchange, face, caller, await read_body(app, exchange))
     release_body(app, exchange)
     if exchange.dry_run:
         await respond_json(app, exchange, 200, explain_call(app, job), answer_fields(job))
@@ -8664,21 +8717,20 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
                   lambda: open_stream(app, exchange, job))
     relay.framed = bool(exchange.head.minor)
     finishing = False
-    app.in_flight += 1
     try:
         await run_job(relay, record, job.ring)
         job = job._replace(spec=relay.spec)
         if not job.answer.stream:
-            await finish_answer(app, relay, job, record)
-            job = job._replace(answer=await hold_format(app, exchange, job))
+            await finish_answer(relay)
+            job = job._replace(answer=await hold_format(app, exchange, job, relay.key))
             fields = [*answer_fields(job), ("x-ccproxy-key", record["key"]),
                       *cost_fields(job.answer.reply)]
             await respond_json(app, exchange, 200, job.answer.body(), fields)
         elif relay.over.done():
-            await finish_answer(app, relay, job, record)
+            await finish_answer(relay)
         else:
             finishing = True
-            spawn(app, finish_answer(app, relay, job, record))
+            spawn(app, finish_answer(relay))
     except ProxyError as error:
         record_notes(exchange, job)
         if not relay.opened:
@@ -8687,14 +8739,12 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
         record["error"] = "%s: %s" % (error.kind, error.message)
         relay.send(job.answer.failure(error), last=True)
     finally:
-        app.in_flight -= 1
         if not finishing:
             relay.close()
         record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
     if face is RESPONSES:
-        remember_items(app, key, job.answer.reply)
-    await exchange.wire.drain()
+        remember_items(app, anchor_of(caller.keys).key, job.answer.reply)
 
 
 def record_notes(exchange: Exchange, job: Job) -> None:
@@ -8714,11 +8764,11 @@ def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
     record["cost"] = reply.cost
 
 
-async def finish_answer(app: App, relay: Relay, job: Job, record: Dict[str, Any]) -> None:
+async def finish_answer(relay: Relay) -> None:
     """Read to the very end, where the cost is told, and count what the answer took."""
     await finish_reading(relay)
-    state = state_of(app.keys, serving_key(job, record), time.time())
-    note_usage(state, job.answer.reply.usage, job.answer.reply.cost)
+    reply = relay.answer.reply
+    note_usage(state_of(relay.app.keys, relay.key, time.time()), reply.usage, reply.cost)
 
 
 def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
@@ -8777,10 +8827,17 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
     """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
     exchange.face = face
     exchange.record["api"] = face.name
-    key = key_in(exchange.head.fields)      # "" will do: it is wanted for references alone
+    key = ""            # will do: it is wanted for references alone
+    try:
+        caller = caller_of(app, exchange)
+    except ProxyError:
+        app.log.debug("tokens are counted for nobody in particular")
+    else:
+        key = anchor_of(caller.keys).key
+        count_caller(app, caller)
     data = await read_body(app, exchange)
     try:
-        return count_input(app, read_prompt(app, face, key, data, []))[0]
+        return count_input(app, read_prompt(app, face, key, parse_object(data, []), []))[0]
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
 
@@ -8854,8 +8911,7 @@ async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) 
     exchange.record["key"] = caller.keys[0].shown
     routing = read_routing(app.config, exchange.head.fields, "", "")
     if not app.demo:
-        await await_figures(app, caller.keys, 0.0 if fresh else routing.refresh,
-                            app.config.account_timeout_seconds, True)
+        await await_all_figures(app, caller.keys, 0.0 if fresh else routing.refresh)
     body = usage_body(app.keys, caller, routing, time.time())
     if "format=text" in query_words(exchange.head):
         await respond(app, exchange, 200, usage_text(body).encode(),
@@ -9714,7 +9770,7 @@ def read_arguments_of(argv: List[str]) -> Tuple[Dict[str, str], Any]:
                "Each option is also an environment variable (in brackets) and an entry of "
                "config.json under its name in camelCase. Flags win over the environment, that "
                "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
-    parser.error = complain     # type: ignore[method-assign, assignment]
+    parser.error = refuse_arguments     # type: ignore[method-assign, assignment]
     parser.add_argument("--config", metavar="FILE", help="the config file (default: config.json "
                         "beside ccproxy.py, if there is one)")
     parser.add_argument("--check", action="store_true",
@@ -9744,6 +9800,16 @@ def complain(message: str, status: int = 2) -> None:
     raise SystemExit(status)
 
 
+def refuse_arguments(message: str) -> None:
+    """What argparse says of bad arguments, without the values of those it does not know: one may
+    be a secret behind a mistyped name."""
+    said, _, rest = message.partition("unrecognized arguments: ")
+    if not said and rest:
+        names = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
+        message = "unrecognized arguments: " + (" ".join(names) or rest)
+    complain(message)
+
+
 def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     """(name, entries) of the config file; without --config it may be absent."""
     path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
@@ -9766,19 +9832,23 @@ def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     return path, entries
 
 
+def read_credentials_file(name: str) -> Tuple[str, str]:
+    """(its name, its text).  Raises ProxyError `config`."""
+    try:
+        with open(name, encoding="utf-8") as file:
+            return name, file.read(MIB)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProxyError("config", "credentials in %s: %s" % (
+            name, getattr(error, "strerror", None) or "not UTF-8")) from None
+
+
 def read_operator(config: Config) -> Operator:
     """The operator's keys from the first source that holds any.  Raises ProxyError `config`."""
-    sources = [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
-    files = [config.credentials_file] if config.credentials_file else []
-    if not sources and not files and (config.client_key or config.operator_keys != "off"):
-        files = [name for name in map(os.path.expanduser, CLI_FILES) if os.path.isfile(name)]
-    for name in reversed(files):
-        try:
-            with open(name, encoding="utf-8") as file:
-                sources.insert(0, (name, file.read(MIB)))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProxyError("config", "credentialsFile %s: %s" % (
-                name, getattr(error, "strerror", None) or "is not UTF-8")) from None
+    sources = [read_credentials_file(config.credentials_file)] if config.credentials_file else []
+    sources += [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
+    if config.client_key or config.operator_keys != "off":
+        files = map(os.path.expanduser, CLI_FILES)
+        sources += [read_credentials_file(name) for name in files if os.path.isfile(name)]
     source, keys = read_credentials(sources)
     return Operator(keys, config.client_key, config.operator_keys == "loopback", source)
 

@@ -25,6 +25,10 @@ import ccproxy  # noqa: E402
 KEY = "user_testkey123"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 BARE = sys.platform != "win32" and not os.environ.get("CCPROXY_TEST_TRANSPORTS")
+UPSTREAM_API = os.environ.get("CCPROXY_TEST_UPSTREAM", "")     # see tests/fake_upstream.py
+if UPSTREAM_API:
+    ccproxy.UPSTREAMS["provider"] = lambda model, endpoints: {
+        "openai": ccproxy.OPENAI, "anthropic": ccproxy.ANTHROPIC}[UPSTREAM_API]
 FAST = ccproxy.Limits(backoff=(0.01, 0.02), sweep=0.05, linger=0.5)
 
 
@@ -69,6 +73,8 @@ class Proxy:
         self.asyncio_log = logging.getLogger("asyncio")
         self.asyncio_log.addHandler(handler)
         self.handler = handler
+        if UPSTREAM_API:
+            options.setdefault("upstream", "provider")
         config = make_config(**{"port": 0, **options})
         self.app = ccproxy.new_app(config, limits, logger, ccproxy.Pool())
         self.app.bare = bare
@@ -324,6 +330,7 @@ PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 def clean_environment(**more: str) -> Dict[str, str]:
     """This environment without whatever would configure ccproxy, and with `more`."""
     taken = {name for option in ccproxy.OPTIONS for name in ccproxy.environment_names(option)}
+    taken.update(ccproxy.CREDENTIAL_VARIABLES)
     kept = {name: value for name, value in os.environ.items() if name not in taken
             and name.lower() not in PROXY_NAMES and name != "SSL_CERT_FILE"}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -295,7 +295,12 @@ def test_a_refused_key_may_be_used_again_once_its_account_answers():
     table, drain = ccproxy.KeyTable(), policy("drain_first")
     fail(table, ABC[0], failure("authentication"))
     assert choose(table, routing=drain) == "b"
-    ccproxy.note_figures(ccproxy.state_of(table, ABC[0], NOW), ccproxy.Figures(NOW, 1.0))
+    state = ccproxy.state_of(table, ABC[0], NOW)
+    state.asked = NOW - 1           # asked before it was refused: that tells nothing new
+    ccproxy.note_figures(state, ccproxy.Figures(NOW, 1.0))
+    assert choose(table, routing=drain) == "b"
+    state.asked = NOW
+    ccproxy.note_figures(state, ccproxy.Figures(NOW, 1.0))
     assert choose(table, routing=drain) == "a"
 
 
