@@ -10,7 +10,7 @@ from pure import (check_events, has_note, random_cuts, read_frames, run)
 from pure_formats import (UPSTREAMS, hold_parity, make_answer, new_answer, read_events, run_plain,
                           run_stream)
 
-SEEDS = range(120)
+SEEDS = range(60)
 PROMPTS = [{}, {"show_thinking": False}, {"include_usage": True}]
 FILTERED = PROMPTS + [{"stops": ["th", "quoted\"Hel"]}, {"json_format": {}}]
 
