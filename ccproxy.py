@@ -1769,7 +1769,7 @@ RING_ENTRY = re.compile(
     r'(?:\s*;\s*weight\s*=\s*(?P<weight>[0-9]{1,4}(?:\.[0-9]{1,3})?))?')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, **SLOTS)
 class RingKey:
     """One key that may serve; its repr holds neither the key nor its digest."""
 
@@ -6112,7 +6112,7 @@ class Mark(NamedTuple):
     since: float = 0.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, **SLOTS)
 class KeyState:
     """What is known of one key."""
 

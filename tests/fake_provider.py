@@ -155,3 +155,228 @@ def anthropic_sse(steps: Iterable[Step], write: Write = compact) -> bytes:
 
 
 SSE_OF = {"openai": openai_sse, "anthropic": anthropic_sse}
+
+
+# Command Code's own events said in either API, so that one table of answers serves all upstreams.
+
+ALPHA_ENDS = {"stop": "stop", "length": "length", "tool-calls": "tool_calls",
+              "content-filter": "filtered"}
+SILENT = ("start-step", "finish-step", "text-start", "text-end", "reasoning-start",
+          "provider-metadata")
+ABORTED = {"type": "api_error", "message": "The answer was aborted."}
+
+
+def alpha_usage(used: Any) -> Dict[str, int]:
+    """A finish event's figures in the words of a ("usage", ...) step; there are two shapes."""
+    read, sent = used.get("inputTokenDetails", {}), used.get("outputTokenDetails", {})
+    found = {"input": used.get("inputTokens", 0), "output": used.get("outputTokens", 0),
+             "read": read.get("cacheReadTokens", used.get("cachedInputTokens")),
+             "write": read.get("cacheWriteTokens"),
+             "reasoning": sent.get("reasoningTokens", used.get("reasoningTokens"))}
+    return {name: count for name, count in found.items() if count is not None}
+
+
+def signature_of(event: Any) -> str:
+    return event.get("providerMetadata", {}).get("anthropic", {}).get("signature", "")
+
+
+class OpenAISpeaker:
+    """Says Command Code's events one by one as chunks of Chat Completions."""
+
+    def __init__(self) -> None:
+        self.indexes: Dict[str, int] = {}
+        self.told: Dict[str, str] = {}
+
+    def frame(self, body: Any) -> bytes:
+        return b"data: %b\n\n" % compact(body).encode()
+
+    def delta(self, **members: Any) -> bytes:
+        return self.frame(openai_chunk(members))
+
+    def start_call(self, given: str, name: str) -> bytes:
+        self.told[given] = ""
+        return self.delta(tool_calls=[{
+            "index": self.indexes.setdefault(given, len(self.indexes)), "id": given,
+            "type": "function", "function": {"name": name, "arguments": ""}}])
+
+    def more(self, given: str, piece: str) -> bytes:
+        self.told[given] = self.told.get(given, "") + piece
+        return self.delta(tool_calls=[{"index": self.indexes.setdefault(given, len(self.indexes)),
+                                       "function": {"arguments": piece}}])
+
+    def call(self, event: Any) -> bytes:
+        """A call told as a whole: what of it was not told before."""
+        given, data = event["toolCallId"], b""
+        if given not in self.told:
+            data = self.start_call(given, event["toolName"])
+        return data if self.told[given] else data + self.more(given, compact(event["input"]))
+
+    def stop_call(self, given: str) -> bytes:
+        return b""
+
+    def thinking(self, event: Any) -> bytes:
+        return self.delta(reasoning_content=event["text"])
+
+    def end_thinking(self, event: Any) -> bytes:
+        return b""
+
+    def error(self, said: Any) -> bytes:
+        return self.frame({"error": said})
+
+    def begin(self) -> bytes:
+        return self.delta(role="assistant", content="")
+
+    def text(self, words: Any) -> bytes:
+        return self.delta(content=words)
+
+    def finish(self, reason: str, used: Any) -> bytes:
+        data = self.frame(openai_chunk({}, OPENAI_ENDS[reason]))
+        if used is not None:
+            told = alpha_usage(used)
+            usage = openai_usage(told)
+            if "write" in told:
+                usage.setdefault("prompt_tokens_details", {})["cache_write_tokens"] = told["write"]
+            data += self.frame({**openai_chunk({}), "choices": [], "usage": usage})
+        return data + b"data: [DONE]\n\n"
+
+    def say(self, event: Any) -> bytes:
+        """The frames of one event; one that has no counterpart stands there as it is."""
+        kind = event.get("type")
+        if kind == "start":
+            return self.begin()
+        if kind == "text-delta" and isinstance(event.get("text"), str):
+            return self.text(event["text"])
+        if kind == "reasoning-delta":
+            return self.thinking(event)
+        if kind == "reasoning-end":
+            return self.end_thinking(event)
+        if kind == "tool-input-start":
+            return self.start_call(event["id"], event["toolName"])
+        if kind == "tool-input-delta":
+            return self.more(event["id"], event["delta"])
+        if kind == "tool-input-end":
+            return self.stop_call(event["id"])
+        if kind == "tool-call":
+            return self.call(event)
+        if kind == "error":
+            return self.error(event.get("error"))
+        if kind == "abort" or event.get("finishReason") == "error":
+            return self.error(ABORTED)
+        if kind == "finish":
+            return self.finish(ALPHA_ENDS[event.get("finishReason", "stop")],
+                               event.get("totalUsage"))
+        return b"" if isinstance(kind, str) and kind in SILENT else self.frame(event)
+
+
+class AnthropicSpeaker(OpenAISpeaker):
+    """Says Command Code's events one by one as events of Messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.open, self.stopped = 0, "", set()
+
+    def event(self, kind: str, **members: Any) -> bytes:
+        return b"event: %b\n" % kind.encode() + self.frame({"type": kind, **members})
+
+    def close(self) -> bytes:
+        if not self.open:
+            return b""
+        self.open = ""
+        return self.event("content_block_stop", index=self.count - 1)
+
+    def start_block(self, block: Any) -> bytes:
+        data = self.close()
+        self.count += 1
+        return data + self.event("content_block_start", index=self.count - 1, content_block=block)
+
+    def words(self, kind: str, words: str) -> bytes:
+        data = b""
+        if self.open != kind:
+            data = self.start_block({"type": kind, kind: "", **(
+                {"signature": ""} if kind == "thinking" else {})})
+            self.open = kind
+        return data + self.event("content_block_delta", index=self.count - 1, delta={
+            "type": kind + "_delta", kind: words})
+
+    def begin(self) -> bytes:
+        return self.event("message_start", message={
+            "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [],
+            "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": 0, "output_tokens": 1}}) + self.event("ping")
+
+    def text(self, words: str) -> bytes:
+        return self.words("text", words)
+
+    def thinking(self, event: Any) -> bytes:
+        data = self.words("thinking", event["text"]) if event["text"] else b""
+        return data + self.sign(event)
+
+    def sign(self, event: Any) -> bytes:
+        signature = signature_of(event)
+        return self.event("content_block_delta", index=self.count - 1, delta={
+            "type": "signature_delta", "signature": signature}) if signature else b""
+
+    def end_thinking(self, event: Any) -> bytes:
+        return self.sign(event) + self.close()
+
+    def start_call(self, given: str, name: str) -> bytes:
+        self.told[given] = ""
+        data = self.start_block({"type": "tool_use", "id": given, "name": name, "input": {}})
+        self.indexes[given] = self.count - 1
+        return data
+
+    def more(self, given: str, piece: str) -> bytes:
+        self.told[given] = self.told.get(given, "") + piece
+        return self.event("content_block_delta", index=self.indexes.get(given, 0), delta={
+            "type": "input_json_delta", "partial_json": piece})
+
+    def stop_call(self, given: str) -> bytes:
+        if given in self.stopped or not self.told.get(given):   # told whole by what follows
+            return b""
+        self.stopped.add(given)
+        return self.event("content_block_stop", index=self.indexes[given])
+
+    def call(self, event: Any) -> bytes:
+        return super().call(event) + self.stop_call(event["toolCallId"])
+
+    def error(self, said: Any) -> bytes:
+        return self.event("error", error=said)
+
+    def finish(self, reason: str, used: Any) -> bytes:
+        """With cumulative figures of all kinds, as message_delta has them."""
+        told = alpha_usage(used or {})
+        read, write = told.get("read"), told.get("write")
+        usage = {"input_tokens": told["input"] - (read or 0) - (write or 0),
+                 "output_tokens": told["output"]} if used else {}
+        usage.update({name: count for name, count in (
+            ("cache_read_input_tokens", read), ("cache_creation_input_tokens", write))
+            if count is not None})
+        return self.close() + self.event("message_delta", usage=usage, delta={
+            "stop_reason": ANTHROPIC_ENDS[reason], "stop_sequence": None}) + self.event(
+                "message_stop")
+
+
+SPEAKERS: Dict[str, Any] = {"openai": OpenAISpeaker, "anthropic": AnthropicSpeaker}
+PATHS = {"openai": "/provider/v1/chat/completions", "anthropic": "/provider/v1/messages"}
+
+
+def say_in(api: str, lines: bytes) -> bytes:
+    """Lines of Command Code's answer in the words of an API; what is none stays as it is."""
+    if b"data:" in lines or not re.search(rb'(?m)^\{"type":"[a-z]+(?:-[a-z]+)*"[,}]', lines):
+        return lines
+    speaker, said = SPEAKERS[api](), []
+    for line in lines.split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict):
+            said.append(speaker.say(event))
+        elif line:
+            said.append(line + b"\n")
+    return b"".join(said)
+
+
+def api_of(line: str) -> str:
+    """The API that a request's first line asks for; nothing where it is Command Code's own."""
+    return next((api for api, path in PATHS.items() if path in line), "")

@@ -14,6 +14,11 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Union
 
+from fake_provider import api_of, say_in
+
+# Set to openai or anthropic, all that is made here is said in that API from the start, and
+# tests/harness.py asks for it: whole files of tests then run over the documented upstream.
+DIALECT = os.environ.get("CCPROXY_TEST_UPSTREAM", "")
 STREAMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "streams")
 MODELS = {"object": "list", "data": [
     {"id": "deepseek/deepseek-v4-flash", "object": "model", "created": 1, "owned_by": "x",
@@ -49,8 +54,9 @@ def recorded(name: str) -> bytes:
 
 
 def ndjson(*events: Any) -> bytes:
-    return b"".join(json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-                    for event in events)
+    lines = b"".join(json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+                     for event in events)
+    return say_in(DIALECT, lines) if DIALECT else lines
 
 
 def text_answer(*texts: str, reason: str = "stop", **usage: int) -> bytes:
@@ -67,10 +73,16 @@ def pieces_of(data: bytes, cut: Optional[int]) -> Iterable[bytes]:
 
 def stream(data: Union[bytes, str], cut: Optional[int] = None, pause: float = 0.0,
            fields: str = "", end: bool = True) -> Script:
-    """A 200 whose chunked body is `data` (or a recorded answer), in chunks of `cut` bytes."""
-    content = recorded(data) if isinstance(data, str) else data
+    """A 200 whose chunked body is `data` (or a recorded answer), in chunks of `cut` bytes; in the
+    API that was asked for."""
+    given = recorded(data) if isinstance(data, str) else data
+    said = {"": given}
 
     def run(sock: socket.socket, request: Request) -> None:
+        api = api_of(request.line)
+        if api not in said:
+            said[api] = say_in(api, given)
+        content = said[api]
         sock.sendall(("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-trace-id: "
                       "0123456789abcdef0123456789abcdef\r\n%stransfer-encoding: chunked\r\n\r\n"
                       % fields).encode())
