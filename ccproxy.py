@@ -4364,8 +4364,9 @@ ERROR_STATUSES = {      # an error's type or code inside a stream, which has no 
     "rate_limit_exceeded": 429, "timeout_error": 504, "overloaded_error": 529,
     "service_unavailable": 503}
 NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
-NO_ACCESS_ADVICE = (" (ccproxy: this plan does not include the documented API, which was chosen by "
-                    "`upstream: provider`; there is no falling back to another upstream.)")
+NO_ACCESS_ADVICE = (" (ccproxy: `upstream: provider`, or x-ccproxy-upstream, chose the documented "
+                    "API. Use a key of a plan with API access, or choose `alpha`; there is no "
+                    "falling back from one to the other.)")
 UNKNOWN_TOOL = "unknown"
 
 
@@ -4951,6 +4952,10 @@ def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_message_stop(reading: Reading, raw: Json) -> Iterator[Event]:
     """The end; a reason nobody knows is an ordinary one."""
+    if reading.reason in BROKEN_WORDS:
+        yield from fail_answer(reading, ProxyError(
+            "upstream", "The upstream ended its answer with an error."))
+        return
     word = FINISH_WORDS.get(reading.reason, STOP)
     yield from settle_calls(reading, word)
     yield from end_answer(reading, word)

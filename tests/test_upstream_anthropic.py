@@ -472,3 +472,11 @@ def test_lane_patterns(kind, data, groups):
 
 def test_headers():
     assert ("anthropic-version", "2023-06-01") in ANTHROPIC.fields
+
+
+@pytest.mark.parametrize("word", ["error", "network_error"])
+def test_an_end_that_is_none(word):
+    """Other services that speak this API say so in the reason."""
+    data = anthropic_sse([("text", "Half"), ("end", "stop")]).replace(b"end_turn", word.encode())
+    answer, _ = run_stream(ANTHROPIC, "chat", data)
+    assert answer.error is not None and answer.error.status == 502
