@@ -380,3 +380,73 @@ def say_in(api: str, lines: bytes) -> bytes:
 def api_of(line: str) -> str:
     """The API that a request's first line asks for; nothing where it is Command Code's own."""
     return next((api for api, path in PATHS.items() if path in line), "")
+
+
+# What was asked, whichever API it came in.
+
+def openai_parts(message: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """A message of Chat Completions as alpha's parts."""
+    parts = [{"type": "reasoning", "text": message["reasoning_content"]}] \
+        if message.get("reasoning_content") else []
+    content = message.get("content") or []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        parts.append({"type": "image", "image": part["image_url"]["url"]}
+                     if part["type"] == "image_url" else part)
+    return parts + [{"type": "tool-call", "toolCallId": call["id"],
+                     "toolName": call["function"]["name"],
+                     "input": json.loads(call["function"]["arguments"])}
+                    for call in message.get("tool_calls", ())]
+
+
+def openai_params(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A body of Chat Completions with alpha's members."""
+    turns, system = [], []
+    for message in body["messages"]:
+        if message["role"] == "system":
+            system.append({"type": "text", "text": message["content"]})
+        elif message["role"] == "tool":
+            turns.append({"role": "tool", "content": [{
+                "type": "tool-result", "toolCallId": message["tool_call_id"],
+                "output": {"type": "text", "value": message["content"]}}]})
+        else:
+            turns.append({"role": message["role"], "content": openai_parts(message)})
+    tools = [{**tool["function"], "input_schema": tool["function"]["parameters"]}
+             for tool in body.get("tools", ())]
+    return {**body, "messages": turns, "system": system, "tools": tools}
+
+
+def anthropic_part(block: Dict[str, Any]) -> Dict[str, Any]:
+    """A content block of Messages as alpha's part."""
+    kind = block["type"]
+    if kind == "thinking":
+        return {"type": "reasoning", "text": block["thinking"]}
+    if kind == "image":
+        return {"type": "image", "image": "data:%s;base64,%s" % (
+            block["source"]["media_type"], block["source"]["data"])}
+    if kind == "tool_use":
+        return {"type": "tool-call", "toolCallId": block["id"], "toolName": block["name"],
+                "input": block["input"]}
+    if kind == "tool_result":
+        return {"type": "tool-result", "toolCallId": block["tool_use_id"],
+                "output": {"type": "text", "value": block.get("content", "")}}
+    return block
+
+
+def anthropic_params(body: Dict[str, Any]) -> Dict[str, Any]:
+    """A body of Messages with alpha's members; results of tools are turns of their own there."""
+    turns: List[Dict[str, Any]] = []
+    for message in body["messages"]:
+        parts = [anthropic_part(block) for block in message["content"]]
+        results = [part for part in parts if part["type"] == "tool-result"]
+        others = [part for part in parts if part["type"] != "tool-result"]
+        turns += [{"role": "tool", "content": results}] if results else []
+        turns += [{"role": message["role"], "content": others}] if others else []
+    return {**body, "messages": turns, "system": body.get("system", []),
+            "tools": body.get("tools", [])}
+
+
+def params_of(body: Dict[str, Any]) -> Dict[str, Any]:
+    """What a request asks for, in alpha's words."""
+    if "params" in body:
+        return body["params"]
+    return openai_params(body) if "stream_options" in body else anthropic_params(body)

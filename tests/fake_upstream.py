@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Union
 
-from fake_provider import api_of, say_in
+from fake_provider import api_of, params_of, say_in
 
 # Set to openai or anthropic, all that is made here is said in that API from the start, and
 # tests/harness.py asks for it: whole files of tests then run over the documented upstream.
@@ -38,6 +38,11 @@ class Request(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+    @property
+    def params(self) -> Any:
+        """What is asked for, in alpha's words, whichever upstream's API it came in."""
+        return params_of(self.json)
 
     def field(self, name: str) -> Optional[str]:
         return next((value for key, value in self.fields if key.lower() == name.lower()), None)

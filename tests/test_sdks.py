@@ -454,7 +454,7 @@ def test_openai_picture(upstream, oai):
     url = "data:image/png;base64," + PNG
     oai.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": [
         {"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]}])
-    assert upstream.requests[0].json["params"]["messages"][0]["content"] == [
+    assert upstream.requests[0].params["messages"][0]["content"] == [
         {"type": "text", "text": "What?"}, {"type": "image", "image": url, "mimeType": "image/png"}]
 
 
@@ -481,7 +481,7 @@ def test_openai_parse(upstream, oai):
     upstream.default = stream(text_answer("```json\n", '{"city": "Oslo",', ' "degrees": 3}\n```'))
     answer = oai.chat.completions.parse(model=MODEL, messages=ask(), response_format=Weather)
     assert answer.choices[0].message.parsed == Weather(city="Oslo", degrees=3)
-    assert "degrees" in json.dumps(upstream.requests[0].json["params"]["system"])
+    assert "degrees" in json.dumps(upstream.requests[0].params["system"])
     with oai.chat.completions.stream(model=MODEL, messages=ask(),
                                      response_format=Weather) as events:
         assert events.get_final_completion().choices[0].message.parsed.degrees == 3
@@ -621,7 +621,7 @@ def test_anthropic_server_tool_that_is_chosen(upstream, claude):
         tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}])
     assert raw.parse().content[0].text == "Hello there"
     assert "web_search" in raw.headers["x-ccproxy-notes"]
-    params = upstream.requests[0].json["params"]
+    params = upstream.requests[0].params
     assert params["tools"] == [] and "tool_choice" not in params
 
 
@@ -636,7 +636,7 @@ def test_anthropic_thinking_comes_back(upstream, claude):
         assert [block.type for block in final.content] == ["thinking", "text"]
         messages += [{"role": "assistant", "content": final.content}, *ask("and?")]
     claude.messages.create(model=MODEL, messages=messages, max_tokens=2000)
-    replayed = upstream.requests[-1].json["params"]["messages"]
+    replayed = upstream.requests[-1].params["messages"]
     assert [[part["text"] for part in turn["content"]] for turn in replayed
             if turn["role"] == "assistant"] == [
         [EXPECTED[name].thinking, EXPECTED[name].text] for name in ("09", "02")]
@@ -646,7 +646,7 @@ def test_anthropic_picture(upstream, claude):
     claude.messages.create(model=MODEL, max_tokens=100, messages=[{"role": "user", "content": [
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}},
         {"type": "text", "text": "What?"}]}])
-    image, text = upstream.requests[0].json["params"]["messages"][0]["content"]
+    image, text = upstream.requests[0].params["messages"][0]["content"]
     assert image["mimeType"] == "image/png" and text["text"] == "What?"
     assert base64.b64decode(image["image"].partition(",")[2]) == base64.b64decode(PNG)
 
@@ -679,7 +679,7 @@ def test_anthropic_parse(upstream, claude):
     answer = claude.messages.parse(model=MODEL, messages=ask(), max_tokens=100,
                                    output_format=Weather)
     assert answer.parsed_output == Weather(city="Oslo")
-    assert "city" in json.dumps(upstream.requests[0].json["params"]["system"])
+    assert "city" in json.dumps(upstream.requests[0].params["system"])
 
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["stream", "plain"])

@@ -165,7 +165,7 @@ def turns_with_tools(agent: Agent, *answers: Any) -> None:
     left = [stream(one, cut=60) if isinstance(one, bytes) else one for one in answers]
 
     def route(sock: Any, request: Request) -> None:
-        if request.json["params"].get("tools") and left:
+        if request.params.get("tools") and left:
             left.pop(0)(sock, request)
         else:
             FINAL(sock, request)
@@ -173,13 +173,13 @@ def turns_with_tools(agent: Agent, *answers: Any) -> None:
 
 
 def last_with_tools(bed: Bed) -> Dict[str, Any]:
-    return [request.json["params"] for request in bed.requests
-            if request.json["params"].get("tools")][-1]
+    return [request.params for request in bed.requests
+            if request.params.get("tools")][-1]
 
 
 def main_requests(bed: Bed) -> int:
     """How many requests were the program's turn itself and not a title."""
-    return len([request for request in bed.requests if request.json["params"].get("tools")]) or len(
+    return len([request for request in bed.requests if request.params.get("tools")]) or len(
         bed.requests)
 
 
@@ -223,7 +223,8 @@ def claude_continues(agent: Agent) -> None:
     final(claude(agent, "2+2?"), "Four.")
     final(claude(agent, "And now?", "-c"))
     expect(assistant_parts(agent.bed) == ["reasoning", "text"], assistant_parts(agent.bed))
-    expect(agent.bed.requests[0].json["threadId"] == agent.bed.requests[-1].json["threadId"])
+    threads = {request.json.get("threadId") for request in agent.bed.requests}
+    expect(len(threads) == 1, threads)
 
 
 def claude_mid_stream(agent: Agent) -> None:

@@ -62,7 +62,7 @@ class Bed:
 
     def params(self, number: int = -1) -> Dict[str, Any]:
         """The upstream parameters of a request."""
-        return self.requests[number].json["params"]
+        return self.requests[number].params
 
     def quiet(self) -> None:
         self.proxy.wait_quiet(10)

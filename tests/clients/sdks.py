@@ -144,7 +144,7 @@ def check_image(bed: Bed, sdk: Sdk) -> None:
 def check_structured(bed: Bed, sdk: Sdk) -> None:
     def answer(sock: Any, request: Request) -> None:
         """By the tool, where the client asks by one (AI SDK, LangChain), else by the text."""
-        tools = request.json["params"].get("tools")
+        tools = request.params.get("tools")
         stream(calling(("call_00_j", tools[0]["name"], {"city": "Oslo"})) if tools
                else text_answer('{"city":', ' "Oslo"}'))(sock, request)
     bed.upstream.default = answer
