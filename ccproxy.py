@@ -1680,7 +1680,8 @@ def anthropic_model_list(shown: List[Model]) -> Json:
 
 
 # === KEYS (pure) ============================================================
-# Finding the caller's key, and deriving the ids of its conversation.  Ids are
+# What who brings no key is told, and the ids of a caller's conversation (the
+# keys themselves are read in KEY RINGS).  Ids are
 # derived, never stored: the same key and conversation give the same id in any
 # process on any host, and no two callers can share or guess one.
 
@@ -1688,28 +1689,13 @@ SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "ses
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def key_in(fields: Fields) -> str:
-    """The caller's Command Code key, Authorization first, then x-api-key (R1); "" for none."""
-    for name in ("authorization", "x-api-key"):
-        found = KEY_PATTERN.search(fields.get(name, ""))
-        if found:
-            return found[0]
-    return ""
-
-
-def find_key(fields: Fields) -> str:
-    """The caller's key.
-
-    Raises ProxyError `authentication` that says what is expected, never what was sent.
-    """
-    key = key_in(fields)
-    if key:
-        return key
+def missing_key(fields: Fields) -> ProxyError:
+    """The 401 for a request without a key: what is expected, never what was sent."""
     given = fields.get("authorization", "") or fields.get("x-api-key", "")
     problem = ("The key sent is not a Command Code key" if given.strip()
                else "No key was sent")
-    raise ProxyError("authentication", problem + ": send your own as `Authorization: Bearer "
-                     "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
+    return ProxyError("authentication", problem + ": send your own as `Authorization: Bearer "
+                      "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
 
 
 def inner_session(user_id: str) -> str:
@@ -2040,8 +2026,7 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
             raise ProxyError("permission", "The operator's keys are not for this request: %s "
                              "(operatorKeys: loopback). Send your own key." % fault)
         return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
-    find_key(fields)        # says what is expected
-    raise ProxyError("authentication", "No usable key was sent.")
+    raise missing_key(fields)
 
 
 # === PROMPT (pure) ==========================================================
@@ -8130,6 +8115,19 @@ async def run_key_call(relay: Relay, record: Dict[str, Any], key: RingKey,
         state.in_flight -= 1
 
 
+def begin_anew(relay: Relay, error: ProxyError, mendable: bool, code: str, detail: str) -> None:
+    """Let go of a failed call and make ready for the next, with a note of it.  Raises the error
+    where none may follow."""
+    relay.detach()
+    if relay.app.ending.done():
+        raise stopping_error() from None
+    if not mendable:
+        raise error
+    relay.app.log.debug("%s: %s failed: %s", code, relay.key.shown, printable(error.message, 200))
+    relay.answer.restart()
+    add_note(relay.answer.reply.notes, code, detail)
+
+
 async def run_ring(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
     """Calls with one fit key after another until one succeeds, each key once.  Raises
     ProxyError: after visible output the failure as it is, else the most useful one."""
@@ -8148,15 +8146,9 @@ async def run_ring(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
             await run_key_call(relay, record, key, routing)
             return
         except ProxyError as error:
-            relay.detach()
-            if app.ending.done():
-                raise stopping_error() from None
-            if relay.answer.visible or app.draining or not is_replaceable(error):
-                raise
-            app.log.debug("%s failed: %s", key.shown, printable(error.message, 200))
+            mendable = is_replaceable(error) and not (relay.answer.visible or app.draining)
+            begin_anew(relay, error, mendable, "failover", "%s %s" % (key.shown, error.kind))
             seen.append(error)
-            relay.answer.restart()
-            add_note(relay.answer.reply.notes, "failover", "%s %s" % (key.shown, error.kind))
             record["retries"] = len(seen)
 
 
@@ -8171,17 +8163,11 @@ async def run_calls(relay: Relay, record: Dict[str, Any], key: RingKey,
             await run_key_call(relay, record, key, routing)
             return
         except ProxyError as error:
-            relay.detach()
-            if app.ending.done():
-                raise stopping_error() from None
-            if pause is None or not may_repeat(relay, error):
-                raise
-            app.log.debug("attempt %d failed: %s", attempt + 1, printable(error.message, 200))
-            pause = max(pause, error.retry_after or 0.0)
-            relay.answer.restart()
-            add_note(relay.answer.reply.notes, "retried", error.kind)
+            mendable = pause is not None and may_repeat(relay, error)
+            begin_anew(relay, error, mendable, "retried", error.kind)
+            wait = max(pause or 0.0, error.retry_after or 0.0)
         record["retries"] = attempt + 1
-        await asyncio.wait([app.ending], timeout=pause)
+        await asyncio.wait([app.ending], timeout=wait)
         if app.ending.done():
             raise stopping_error()
 

@@ -27,7 +27,7 @@ from harness import ccproxy
     ({"authorization": "", "x-api-key": "user_two"}, "user_two"),
 ])
 def test_the_key_is_found(fields, key):
-    assert ccproxy.find_key(fields) == key
+    assert ccproxy.find_caller(fields, ccproxy.Operator(), "", "POST").keys[0].key == key
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -43,7 +43,7 @@ def test_the_key_is_found(fields, key):
 ])
 def test_without_a_key_the_error_says_what_is_expected(fields, words):
     with pytest.raises(ccproxy.ProxyError) as caught:
-        ccproxy.find_key(fields)
+        ccproxy.find_caller(fields, ccproxy.Operator(), "", "POST").keys[0].key
     error = caught.value
     assert (error.kind, error.status) == ("authentication", 401)
     assert words in error.message

@@ -436,7 +436,7 @@ def test_a_client_that_leaves_between_attempts(make_proxy, upstream):
     upstream.default = status(503, b"")
     proxy = make_proxy(limits=PATIENT, useProviderModels=False)
     sock = proxy.send_post(CHAT)
-    wait_until(lambda: "attempt 1 failed" in proxy.log.getvalue())
+    wait_until(lambda: "retried: " in proxy.log.getvalue())
     sock.close()
     proxy.wait_quiet()
     assert len(upstream.requests) == 1
