@@ -73,8 +73,11 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     KEY ROUTING (pure)
     CALLER LIMITS (pure)
     USAGE REPORT (pure)
+    REQUEST RECORDS (pure)
+    ADMIN ACCESS (pure)
     DEMO ANSWERS (pure)
     THE SHELL
+    SETTINGS
     SOCKETS
     LISTENING AND CONNECTING
     WIRE
@@ -84,13 +87,16 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     RETRIES
     COMPRESSED BODIES
     EXCHANGES
+    RECORDING
     ITEM MEMORY
     JOBS
     GENERATION
+    ADMIN
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
     PROCESSES
+    TERMINAL
     SELFTEST FEATURES
     SELFTEST
     COMMAND LINE
@@ -116,11 +122,11 @@ import ssl
 import sys
 import time
 import zlib
-from collections import namedtuple
+from collections import deque, namedtuple
 from dataclasses import dataclass, field
 from sys import intern
-from typing import (Any, Awaitable, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Set, Tuple, Union)
+from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
 
 __version__ = "0.1.0"
@@ -389,6 +395,7 @@ class Option(NamedTuple):
     help: str
     env: Tuple[str, ...] = ()       # besides CC_ and the name in upper snake case
     choices: Tuple[Any, ...] = ()
+    at_start: bool = False          # a change counts from the next start on
 
 
 OPTIONS = (
@@ -429,6 +436,8 @@ OPTIONS = (
            (), (0.01, 86_400)),
     Option("drainSeconds", "seconds", 30, "how long running answers may go on after SIGTERM", (),
            (0, 86_400)),
+    Option("drainDelaySeconds", "seconds", 0, "how long after SIGTERM requests are still taken, "
+           "while /health says 503", (), (0, 3600)),
     Option("routingPolicy", "choice", "daily_burn_priority", "which key of a ring serves "
            "(depletion_aware: daily_burn_priority)", ("COMMANDCODE_ROUTING_POLICY",),
            ("daily_burn_priority", "depletion_aware", "balance_priority", "round_robin",
@@ -459,7 +468,13 @@ OPTIONS = (
     Option("cliVersion", "str", DEFAULT_CLI_VERSION, "x-command-code-version sent upstream; auto: "
            "ask an installed npm once a day", ("COMMANDCODE_CLI_VERSION",)),
     Option("logLevel", "choice", "info", "least level that is logged", ("LOG_LEVEL",), LOG_LEVELS),
-    Option("logFile", "str", "", "log to this file instead of standard error", ("LOG_FILE",)),
+    Option("logFile", "str", "", "log to this file instead of standard error", ("LOG_FILE",),
+           at_start=True),
+    Option("adminKey", "secret", "", "what /admin wants for changes, and for reading from "
+           "another machine"),
+    Option("usageDb", "str", "", "SQLite file that keeps a record of every request, without its "
+           "contents (auto: in the state folder)", at_start=True),
+    Option("usageDays", "int", 90, "how long it keeps them", (), (1, 36_500)),
 )
 
 
@@ -6582,6 +6597,101 @@ def usage_text(body: Json) -> str:
     return "\n".join(lines) + "\n"
 
 
+# === REQUEST RECORDS (pure) =================================================
+# What is kept of a request when it is over: figures and names, never a text of
+# it, a key or an answer.  The log line, the database, the metrics and the page
+# are all made of this one record.
+
+MAX_RECORDS = 500           # in memory; the database (usageDb) keeps more
+
+# Families of clients, by a word of their User-Agent; the first that fits counts.
+CLIENT_FAMILIES = tuple((re.compile(pattern, re.I), name) for pattern, name in (
+    (r"claude-(cli|code)|claude code", "claude-code"), (r"\bcodex", "codex"),
+    (r"opencode", "opencode"), (r"\bpi[-/ ]", "pi"), (r"aider", "aider"), (r"cursor", "cursor"),
+    (r"litellm", "litellm"), (r"langchain", "langchain"), (r"ai-sdk|\bai/", "ai-sdk"),
+    (r"anthropic/js", "anthropic-js"), (r"anthropic/python", "anthropic-py"),
+    (r"openai/js", "openai-js"), (r"openai/python", "openai-py"), (r"\bllm\b", "llm"),
+    (r"^curl/", "curl"), (r"python-httpx|python-requests|python-urllib|aiohttp", "python"),
+    (r"node|undici", "node"), (r"mozilla/", "browser")))
+
+
+class Record(NamedTuple):
+    """One generating request; times in seconds, None is not known.  `status` 499: the client left.
+    `error` begins with the kind of failure (ERRORS) and a colon."""
+
+    at: float                           # epoch seconds: when it began
+    api: str
+    client: str                         # family
+    asked: str                          # model
+    model: str
+    key: str                            # by its name
+    status: int
+    stream: bool
+    input: Optional[int]
+    output: Optional[int]
+    cached: Optional[int]
+    reasoning: Optional[int]
+    cost: Optional[float]               # USD
+    first: Optional[float]              # to the first event
+    total: float
+    retries: int
+    notes: str
+    error: str
+    trace: str                          # the upstream's
+
+
+def client_family(agent: str) -> str:
+    """The family of a client by its User-Agent, "other" for one that is not known."""
+    return next((name for pattern, name in CLIENT_FAMILIES if pattern.search(agent[:400])),
+                "other")
+
+
+def read_cost(cost: Optional[str]) -> Optional[float]:
+    """What the upstream wrote as a cost, as a number."""
+    try:
+        value = float(cost or "nan")
+    except ValueError:
+        return None
+    return value if 0 <= value < 1e6 else None
+
+
+def record_entry(record: Record) -> Json:
+    """A record as the page and the events show it."""
+    return record._asdict()
+
+
+# === ADMIN ACCESS (pure) ====================================================
+# Who may read and who may change what /admin, /metrics and the page show.
+# Reading from this machine needs no key, but the request must be its own user's:
+# a page of another site, or a name that was bound anew, makes a browser send
+# requests here too.  From elsewhere, and for every change, a key is asked for.
+
+
+def check_reader(fields: Fields, secrets: Tuple[str, str], peer: str) -> None:
+    """Let a reader pass who is on this machine or presents adminKey, or clientKey where that is
+    unset (`secrets`: these two).  Raises ProxyError 401, 403."""
+    secret = secrets[0] or secrets[1]
+    if secret and presents_client_key(fields, secret):
+        return
+    fault = loopback_fault(fields, peer, "GET")
+    if fault and secret:
+        raise ProxyError("authentication", "This wants the proxy's adminKey as `Authorization: "
+                         "Bearer ...`: %s." % fault)
+    if fault:
+        raise ProxyError("permission", "This can be read on the proxy's own machine only, until "
+                         "adminKey is set: %s." % fault)
+
+
+def check_writer(fields: Fields, admin_key: str) -> None:
+    """Let nobody change anything without the adminKey.  Raises ProxyError 401, 403."""
+    if not admin_key:
+        raise ProxyError("permission", "Changes need an adminKey, and none is configured: set "
+                         "adminKey and start again.")
+    if not presents_client_key(fields, admin_key):
+        raise ProxyError("authentication", "Changes want the proxy's adminKey as `Authorization: "
+                         "Bearer ...`.")
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -6849,6 +6959,9 @@ class App:
     refreshes: Dict[str, "asyncio.Task[Any]"] = field(default_factory=dict)     # see ACCOUNTS
     rates: Dict[str, RateWindow] = field(default_factory=dict)
     in_flight: int = 0                          # answers being made
+    recent: Deque[Record] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
+    listeners: List[Callable[[Record], None]] = field(default_factory=list)     # to new records
+    settings: Any = None                        # Settings: where the configuration came from
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
@@ -6890,6 +7003,132 @@ async def within(app: App, seconds: float, work: Any) -> Any:
 
 def random_hex(digits: int) -> str:
     return os.urandom((digits + 1) // 2).hex()[:digits]
+
+
+# === SETTINGS ===============================================================
+# Where the configuration comes from: the file, the environment, the operator's
+# keys; and the log that it asks for.  It can be read again while the program
+# runs, so all that is wrong with it is a ProxyError, and nothing ends here.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration and all that it was read from."""
+
+    config: Config
+    sources: Dict[str, str]             # by option: where its value came from
+    flags: Dict[str, str]               # by option
+    file_name: str                      # of the config file, which may be absent
+    entries: Json                       # of the config file
+    operator: Operator = Operator()
+    unused: str = ""                    # why the operator's keys lie unused
+
+
+def read_settings(flags: Dict[str, str], given: Optional[str]) -> Settings:
+    """All settings, read whole and checked.  `given` is --config.  Raises ProxyError `config`."""
+    file_name, entries = read_config_file(given)
+    config, sources = read_config(flags, os.environ, entries, file_name)
+    operator = read_operator(config)
+    return Settings(config, sources, flags, file_name, entries, operator,
+                    check_operator(operator, config.host))
+
+
+def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
+    """(name, entries) of the config file; without --config it may be absent."""
+    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+    if given is None and not os.path.exists(path):
+        return "config.json", {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            entries = json.load(file)
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+    except UnicodeDecodeError:
+        raise ProxyError("config", "%s: is not UTF-8" % path) from None
+    except json.JSONDecodeError as error:
+        raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
+            path, error.msg, error.lineno, error.colno)) from None
+    except (ValueError, RecursionError) as error:
+        raise ProxyError("config", "%s: is not usable: %s" % (path, error)) from None
+    if not isinstance(entries, dict):
+        raise ProxyError("config", "%s: must hold one JSON object" % path)
+    return path, entries
+
+
+def read_credentials_file(name: str) -> Tuple[str, str]:
+    """(its name, its text).  Raises ProxyError `config`."""
+    try:
+        with open(name, encoding="utf-8") as file:
+            return name, file.read(MIB)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProxyError("config", "credentials in %s: %s" % (
+            name, getattr(error, "strerror", None) or "not UTF-8")) from None
+
+
+def read_operator(config: Config) -> Operator:
+    """The operator's keys from the first source that holds any.  Raises ProxyError `config`."""
+    sources = [read_credentials_file(config.credentials_file)] if config.credentials_file else []
+    sources += [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
+    if config.client_key or config.operator_keys != "off":
+        files = map(os.path.expanduser, CLI_FILES)
+        sources += [read_credentials_file(name) for name in files if os.path.isfile(name)]
+    source, keys = read_credentials(sources)
+    return Operator(keys, config.client_key, config.operator_keys == "loopback", source)
+
+
+def readable_by_others(name: str) -> bool:
+    """Whether a file of keys is open to other accounts of this machine."""
+    try:
+        return os.name == "posix" and os.stat(name).st_mode & 0o077 != 0
+    except OSError:
+        return False
+
+
+def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
+    """What to do about a line that cannot be written: a full disk costs log lines, never requests,
+    and is said once on standard error."""
+    said: List[str] = []
+
+    def handle(record: logging.LogRecord) -> None:
+        if file_name and not said:
+            said.append("ccproxy: logFile %s: %s; lines are lost\n" % (
+                file_name, sys.exc_info()[1]))
+            if sys.stderr is not None:
+                sys.stderr.write(said[0])
+
+    return handle
+
+
+def open_log(config: Config) -> logging.Logger:
+    """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
+    written."""
+    log = logging.getLogger("ccproxy")
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file:
+        try:
+            handler = logging.FileHandler(config.log_file, encoding="utf-8")
+        except OSError as error:
+            raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
+                from None
+    words = "%(asctime)s %(levelname)s %(message)s"
+    if config.workers > 1:
+        words = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
+    formatter = logging.Formatter(words, "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    handler.handleError = lost_line(config.log_file)
+    for logger in (log, logging.getLogger("asyncio")):
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(config.log_level.upper())
+    return log
+
+
+def check_certificates() -> None:
+    """A certificate file that is named but missing is said at start, not at the first request."""
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.path.isfile(path):
+        raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
 
 
 # === SOCKETS ================================================================
@@ -7910,7 +8149,7 @@ class Relay:
         self.opened = False             # the response head went out
         self.clock = asyncio.get_running_loop().time
         self.sent = self.heard = self.clock()
-        self.first = 0.0                # loop time of the first frame
+        self.first = 0.0                # loop time of the first frame, or of a plain answer's line
         self.lines = 0
         self.key: Any = None            # RingKey: whose call the last one was
         self.done: Any = None           # future: this call's answer is over
@@ -7956,6 +8195,8 @@ class Relay:
                 self.first = self.sent
         elif answer.lines_read != self.lines:
             self.heard = self.clock()
+            if not (self.first or answer.stream):
+                self.first = self.heard
         self.lines = answer.lines_read
         if answer.visible:
             self.spec.payload = b""     # nothing can be repeated any more
@@ -8271,6 +8512,7 @@ class Exchange:
     body_begun: bool = False
     body_read: bool = False
     reserved: int = 0                           # bytes of App.bodies
+    finishing: Optional["asyncio.Task[Any]"] = None     # reads on for the cost of a stream
     record: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -8393,6 +8635,42 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
     except ProxyError:
         return False
     return True
+
+
+# === RECORDING ==============================================================
+# A request that is over becomes its record, for the page, the metrics and the
+# database.  Whoever wants records puts a function into `App.listeners`; it is
+# called on the loop, so it must be quick and raise nothing.
+
+
+def make_record(exchange: Exchange, total: float) -> Record:
+    """What is kept of a generating request."""
+    known, agent = exchange.record, exchange.head.fields.get("user-agent", "")
+    return Record(
+        time.time() - total, known["api"], client_family(agent),
+        printable(known.get("asked", ""), 200), printable(known.get("model", ""), 200),
+        known.get("key", ""), known.get("status", 499), known.get("stream", False),
+        known.get("in"), known.get("out"), known.get("cached"), known.get("reasoning"),
+        read_cost(known.get("cost")), known.get("first"), total, known.get("retries", 0),
+        known.get("notes", ""), printable(known.get("error", ""), 500), known.get("trace") or "")
+
+
+def keep_record(app: App, exchange: Exchange) -> None:
+    """Remember a generating request that is over, and tell whoever listens."""
+    if "api" not in exchange.record or exchange.record.get("quiet") or exchange.dry_run:
+        return
+    record = make_record(exchange, asyncio.get_running_loop().time() - exchange.started)
+    if exchange.finishing is None or exchange.finishing.done():
+        publish_record(app, record)
+        return
+    exchange.finishing.add_done_callback(lambda task: publish_record(app, record._replace(
+        cost=None if task.cancelled() or task.exception() else read_cost(task.result()))))
+
+
+def publish_record(app: App, record: Record) -> None:
+    app.recent.append(record)
+    for listener in app.listeners:
+        listener(record)
 
 
 # === ITEM MEMORY ============================================================
@@ -8537,7 +8815,7 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         answer = new_answer(app, face, prompt, upstream)
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
-    exchange.record.update(model=prompt.model, stream=prompt.stream)
+    exchange.record.update(asked=prompt.asked, model=prompt.model, stream=prompt.stream)
     refuse_notes(exchange, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
     conversation = derive_session(anchor_of(keys).key, named, first)
@@ -8721,7 +8999,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
             await finish_answer(relay)
         else:
             finishing = True
-            spawn(app, finish_answer(relay))
+            exchange.finishing = spawn(app, finish_answer(relay))
     except ProxyError as error:
         record_notes(exchange, job)
         if not relay.opened:
@@ -8751,15 +9029,16 @@ def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
         record["first"] = relay.first - exchange.started
     if reply.usage is not None:
         record.update({"in": reply.usage.input, "out": reply.usage.output,
-                       "cached": reply.usage.cache_read})
+                       "cached": reply.usage.cache_read, "reasoning": reply.usage.reasoning})
     record["cost"] = reply.cost
 
 
-async def finish_answer(relay: Relay) -> None:
-    """Read to the very end, where the cost is told, and count what the answer took."""
+async def finish_answer(relay: Relay) -> Optional[str]:
+    """Read to the very end, where the cost is told, and count what the answer took; that cost."""
     await finish_reading(relay)
     reply = relay.answer.reply
     note_usage(state_of(relay.app.keys, relay.key, time.time()), reply.usage, reply.cost)
+    return reply.cost
 
 
 def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
@@ -8768,6 +9047,22 @@ def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
     if reply.usage is not None and reply.usage.cache_read is not None:
         fields.append(("x-ccproxy-cached-tokens", str(reply.usage.cache_read)))
     return fields
+
+
+# === ADMIN ==================================================================
+# What whoever runs the proxy reads and changes over HTTP, below /admin.  Who may
+# is ADMIN ACCESS' decision.
+
+
+def admit_reader(app: App, exchange: Exchange) -> None:
+    """Let pass who may read what the proxy shows of itself.  Raises ProxyError 401, 403."""
+    check_reader(exchange.head.fields, (app.config.admin_key, app.config.client_key),
+                 exchange.wire.peer_address())
+
+
+def admit_writer(app: App, exchange: Exchange) -> None:
+    """Let pass who may change something.  Raises ProxyError 401, 403."""
+    check_writer(exchange.head.fields, app.config.admin_key)
 
 
 # === ENDPOINTS ==============================================================
@@ -9092,6 +9387,7 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     finally:
         app.exchanges.discard(exchange)
         release_body(app, exchange)
+        keep_record(app, exchange)
         log_exchange(app, exchange)
     return exchange
 
@@ -9143,9 +9439,12 @@ def log_level_of(status: int, quiet: bool, failed: bool) -> int:
     return logging.DEBUG if quiet and status < 400 else logging.INFO
 
 
+UNLOGGED = ("asked", "reasoning")       # kept of a request, but not in its line
+
+
 def log_exchange(app: App, exchange: Exchange) -> None:
     """One line for one request."""
-    record = exchange.record
+    record = {name: value for name, value in exchange.record.items() if name not in UNLOGGED}
     if not record:
         return
     quiet, status = record.pop("quiet", False), record.pop("status", 0)
@@ -9487,6 +9786,49 @@ def run_workers(app: App, demo: bool, announce: Callable[[str, int], None]) -> N
     held.close()
 
 
+# === TERMINAL ===============================================================
+# What the commands have in common: what each is given, and how it prints on a
+# terminal, into a pipe, or where nobody reads.
+
+
+class Invocation(NamedTuple):
+    """What a command is given: its own arguments (as argparse names them; `rest` is what stands
+    behind `--`), and all settings."""
+
+    given: Any
+    rest: List[str]
+    settings: Settings
+
+
+def say(text: str) -> bool:
+    """Print, if standard output takes it; a closed pipe or a full disk costs one line."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return True
+    except OSError as error:
+        sys.stdout = None       # else the interpreter complains once more at the end
+        sys.stderr.write("ccproxy: standard output: %s\n" % error.strerror)
+        return False
+
+
+def complain(message: str, status: int = 2) -> None:
+    """One line on standard error, and the end."""
+    sys.stderr.write("ccproxy: %s\n" % printable(message, 1000))
+    raise SystemExit(status)
+
+
+def show_feature(works: bool, name: str) -> None:
+    """A line behind a tick or a cross."""
+    mark = "\u2713" if works else "\u2717"
+    try:
+        say("%s %s\n" % (mark, name))
+    except UnicodeEncodeError:      # a terminal without these signs
+        say("%s %s\n" % ("ok  " if works else "FAIL", name))
+
+
 # === SELFTEST FEATURES ======================================================
 # What `ccproxy.py selftest` tries, a function a feature, over real sockets and
 # with nothing but Python: the README's feature table made executable.
@@ -9692,20 +10034,6 @@ def works_with(check: Callable[..., bool], *given: Any) -> bool:
         return False
 
 
-def say(text: str) -> bool:
-    """Print, if standard output takes it; a closed pipe or a full disk costs one line."""
-    if sys.stdout is None:
-        return False
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return True
-    except OSError as error:
-        sys.stdout = None       # else the interpreter complains once more at the end
-        sys.stderr.write("ccproxy: standard output: %s\n" % error.strerror)
-        return False
-
-
 def run_features(port: int) -> bool:
     """Try every feature and print a line for each; whether all work."""
     failed = 0
@@ -9721,14 +10049,6 @@ def run_features(port: int) -> bool:
         show_feature(works, name)
     say("%d failed\n" % failed if failed else "all features work\n")
     return not failed
-
-
-def show_feature(works: bool, name: str) -> None:
-    mark = "\u2713" if works else "\u2717"
-    try:
-        say("%s %s\n" % (mark, name))
-    except UnicodeEncodeError:      # a terminal without these signs
-        say("%s %s\n" % ("ok  " if works else "FAIL", name))
 
 
 async def selftest(app: App) -> bool:
@@ -9749,46 +10069,86 @@ async def selftest(app: App) -> bool:
 # and exit status 2; an address that is taken is status 1.
 
 
-def read_arguments_of(argv: List[str]) -> Tuple[Dict[str, str], Any]:
-    """(options given as flags, the other arguments).  Ends the program on --help, or with one
-    line on a flag that does not exist."""
+class Command(NamedTuple):
+    """One word that may stand first on the command line.  `arguments` are argparse's."""
+
+    run: Callable[[Invocation], int]    # gives the exit status
+    help: str
+    example: str                        # what stands behind `python3 ccproxy.py`
+    arguments: Tuple[Tuple[str, Json], ...] = ()
+    rest: bool = False                  # whether arguments for another program follow `--`
+
+
+def new_parser(name: str, **words: str) -> Any:
     import argparse
-    parser = argparse.ArgumentParser(
-        prog="ccproxy.py", allow_abbrev=False,
-        usage="%(prog)s [selftest] [--check] [--demo] [--OPTION VALUE ...]",
-        description="Use a Command Code subscription from any OpenAI or Anthropic client.",
-        epilog="`selftest` tries every feature against the upstream inside the program. "
-               "Each option is also an environment variable (in brackets) and an entry of "
+    parser = argparse.ArgumentParser(prog="ccproxy.py" + (name and " " + name),
+                                     allow_abbrev=False, **words)     # type: ignore[arg-type]
+    parser.error = refuse_arguments     # type: ignore[method-assign, assignment]
+    return parser
+
+
+def main_parser() -> Any:
+    """The parser of a command line without a command: it serves."""
+    parser = new_parser(
+        "", usage="%(prog)s [COMMAND] [--check] [--demo] [--OPTION VALUE ...]",
+        description="Use a Command Code subscription from any OpenAI or Anthropic client. "
+                    "Commands (each has its own --help): " + " ".join(COMMANDS) + ".",
+        epilog="Each option is also an environment variable (in brackets) and an entry of "
                "config.json under its name in camelCase. Flags win over the environment, that "
                "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
-    parser.error = refuse_arguments     # type: ignore[method-assign, assignment]
-    parser.add_argument("--config", metavar="FILE", help="the config file (default: config.json "
-                        "beside ccproxy.py, if there is one)")
     parser.add_argument("--check", action="store_true",
                         help="print the configuration in effect and end")
-    command, argv = (argv[0], argv[1:]) if argv[:1] == ["selftest"] else ("", argv)
-    parser.set_defaults(command=command)
-    parser.add_argument("--demo", action="store_true",
-                        help="answer from inside the program, with any key or none")
     parser.add_argument("--version", action="version", version="ccproxy " + __version__)
+    return parser
+
+
+def command_parser(name: str, command: Command) -> Any:
+    """The parser of one command."""
+    words = " ".join(flag if flag[0] != "-" else "[%s]" % flag for flag, _ in command.arguments)
+    parser = new_parser(
+        name, usage="%%(prog)s %s%s[--OPTION VALUE ...]%s" % (
+            words, " " if words else "", " [-- ARGUMENTS]" if command.rest else ""),
+        description=command.help[0].upper() + command.help[1:] + ".",
+        epilog="The options of `ccproxy.py --help` hold here too. Example: python3 ccproxy.py "
+               + command.example)
+    for flag, known in command.arguments:
+        parser.add_argument(flag, **known)
+    return parser
+
+
+def add_options(parser: Any, shown: bool) -> None:
+    """The option table as flags."""
+    import argparse
     for option in OPTIONS:
         default = option.default if option.default not in ("", [], {}) else "none"
         words = "%s (default: %s) [%s]" % (option.help, default,
                                            ", ".join(environment_names(option)))
-        parser.add_argument(flag_name(option), dest=option.name, help=words.replace("%", "%%"),
+        parser.add_argument(flag_name(option), dest="option " + option.name,
+                            help=words.replace("%", "%%") if shown else argparse.SUPPRESS,
                             metavar="|".join(option.choices) if option.kind == "choice"
                             else option.kind.upper(),
                             **({"nargs": "?", "const": "true"} if option.kind == "bool" else {}))
+
+
+def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[str]]:
+    """(command, options given as flags, the other arguments, what stands behind `--`).  Ends the
+    program on --help, or with one line on a flag that does not exist."""
+    name, argv = (argv[0], argv[1:]) if argv[:1] and argv[0] in COMMANDS else ("", argv)
+    rest: List[str] = []
+    if name and COMMANDS[name].rest and "--" in argv:
+        rest = argv[argv.index("--") + 1:]
+        argv = argv[:argv.index("--")]
+    parser = command_parser(name, COMMANDS[name]) if name else main_parser()
+    parser.add_argument("--config", metavar="FILE", help="the config file (default: config.json "
+                        "beside ccproxy.py, if there is one)")
+    parser.add_argument("--demo", action="store_true",
+                        help="answer from inside the program, with any key or none")
+    add_options(parser, shown=not name)
     given = parser.parse_args(argv)
-    flags = {option.name: getattr(given, option.name) for option in OPTIONS
-             if getattr(given, option.name) is not None}
-    return flags, given
-
-
-def complain(message: str, status: int = 2) -> None:
-    """One line on standard error, and the end."""
-    sys.stderr.write("ccproxy: %s\n" % printable(message, 1000))
-    raise SystemExit(status)
+    every = vars(given)
+    flags = {option.name: every["option " + option.name] for option in OPTIONS
+             if every["option " + option.name] is not None}
+    return name, flags, given, rest
 
 
 def refuse_arguments(message: str) -> None:
@@ -9799,97 +10159,6 @@ def refuse_arguments(message: str) -> None:
         names = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
         message = "unrecognized arguments: " + (" ".join(names) or rest)
     complain(message)
-
-
-def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
-    """(name, entries) of the config file; without --config it may be absent."""
-    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
-    if given is None and not os.path.exists(path):
-        return "config.json", {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-    except UnicodeDecodeError:
-        raise ProxyError("config", "%s: is not UTF-8" % path) from None
-    except json.JSONDecodeError as error:
-        raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
-            path, error.msg, error.lineno, error.colno)) from None
-    except (ValueError, RecursionError) as error:
-        raise ProxyError("config", "%s: is not usable: %s" % (path, error)) from None
-    if not isinstance(entries, dict):
-        raise ProxyError("config", "%s: must hold one JSON object" % path)
-    return path, entries
-
-
-def read_credentials_file(name: str) -> Tuple[str, str]:
-    """(its name, its text).  Raises ProxyError `config`."""
-    try:
-        with open(name, encoding="utf-8") as file:
-            return name, file.read(MIB)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProxyError("config", "credentials in %s: %s" % (
-            name, getattr(error, "strerror", None) or "not UTF-8")) from None
-
-
-def read_operator(config: Config) -> Operator:
-    """The operator's keys from the first source that holds any.  Raises ProxyError `config`."""
-    sources = [read_credentials_file(config.credentials_file)] if config.credentials_file else []
-    sources += [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
-    if config.client_key or config.operator_keys != "off":
-        files = map(os.path.expanduser, CLI_FILES)
-        sources += [read_credentials_file(name) for name in files if os.path.isfile(name)]
-    source, keys = read_credentials(sources)
-    return Operator(keys, config.client_key, config.operator_keys == "loopback", source)
-
-
-def readable_by_others(name: str) -> bool:
-    """Whether a file of keys is open to other accounts of this machine."""
-    try:
-        return os.name == "posix" and os.stat(name).st_mode & 0o077 != 0
-    except OSError:
-        return False
-
-
-def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
-    """What to do about a line that cannot be written: a full disk costs log lines, never requests,
-    and is said once on standard error."""
-    said: List[str] = []
-
-    def handle(record: logging.LogRecord) -> None:
-        if file_name and not said:
-            said.append("ccproxy: logFile %s: %s; lines are lost\n" % (
-                file_name, sys.exc_info()[1]))
-            if sys.stderr is not None:
-                sys.stderr.write(said[0])
-
-    return handle
-
-
-def open_log(config: Config) -> logging.Logger:
-    """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
-    written."""
-    log = logging.getLogger("ccproxy")
-    handler: logging.Handler = logging.StreamHandler()
-    if config.log_file:
-        try:
-            handler = logging.FileHandler(config.log_file, encoding="utf-8")
-        except OSError as error:
-            raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
-                from None
-    words = "%(asctime)s %(levelname)s %(message)s"
-    if config.workers > 1:
-        words = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
-    formatter = logging.Formatter(words, "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    handler.handleError = lost_line(config.log_file)
-    for logger in (log, logging.getLogger("asyncio")):
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(config.log_level.upper())
-    return log
 
 
 def operator_lines(app: App, unused: str) -> List[str]:
@@ -9944,53 +10213,43 @@ def describe_config(config: Config, sources: Mapping[str, str]) -> str:
                    for name, value, source in rows)
 
 
-def check_certificates() -> None:
-    """A certificate file that is named but missing is said at start, not at the first request."""
-    path = os.environ.get("SSL_CERT_FILE")
-    if path and not os.path.isfile(path):
-        raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
-
-
 def run_selftest(app: App) -> int:
     """The selftest, on ports and with limits of its own."""
     app.config = app.config._replace(host="127.0.0.1", port=0, use_provider_models=False,
                                      allowed_models=[], model_aliases={}, cli_version="1.0.0",
-                                     default_model=DEFAULT_MODEL, include_reasoning=True)
+                                     default_model=DEFAULT_MODEL, include_reasoning=True,
+                                     usage_db="")
     app.limits = app.limits._replace(backoff=(0.01, 0.01))
     for logger in (app.log, logging.getLogger("asyncio")):
         logger.setLevel(logging.ERROR)
     return 0 if asyncio.run(selftest(app)) else 1
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the program; gives its exit status."""
-    flags, given = read_arguments_of(sys.argv[1:] if argv is None else argv)
-    try:
-        file_name, entries = read_config_file(given.config)
-        config, sources = read_config(flags, os.environ, entries, file_name)
-        operator = read_operator(config)
-        unused = check_operator(operator, config.host)
-        if given.check:
-            return 0 if say(describe_config(config, sources)) else 1
-        check_certificates()
-        if config.workers > 1 and not hasattr(os, "fork"):
-            raise ProxyError("config", "workers: this platform has no fork; only 1 can run.")
-        app = new_app(config, Limits(), open_log(config), Pool())
-        app.operator = operator
-    except ProxyError as error:
-        complain(error.message)
-    if given.command == "selftest":
-        return run_selftest(app)
-    source = file_name if entries else "none (all defaults)"
+def make_app(settings: Settings) -> App:
+    """A proxy of these settings that does not listen yet.  Raises ProxyError `config`."""
+    config = settings.config
+    check_certificates()
+    if config.workers > 1 and not hasattr(os, "fork"):
+        raise ProxyError("config", "workers: this platform has no fork; only 1 can run.")
+    app = new_app(config, Limits(), open_log(config), Pool())
+    app.operator, app.settings = settings.operator, settings
+    return app
+
+
+def serve(invocation: Invocation) -> int:
+    """Run the proxy until a signal ends it."""
+    settings, demo = invocation.settings, invocation.given.demo
+    config, app = settings.config, make_app(settings)
+    source = settings.file_name if settings.entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
-        say(welcome(app, source, host, port, unused))
+        say(welcome(app, source, host, port, settings.unused))
 
     try:
         if config.workers > 1:
-            run_workers(app, given.demo, announce)
+            run_workers(app, demo, announce)
         else:
-            asyncio.run(run_proxy(app, given.demo, announce))
+            asyncio.run(run_proxy(app, demo, announce))
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (
@@ -9999,6 +10258,25 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:       # Windows, before the signals are watched
         return 0
     return 0
+
+
+COMMANDS: Dict[str, Command] = {
+    "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
+                        "try every feature against the upstream inside the program", "selftest")}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program; gives its exit status."""
+    name, flags, given, rest = read_arguments_of(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = read_settings(flags, given.config)
+        if not name and given.check:
+            return 0 if say(describe_config(settings.config, settings.sources)) else 1
+        run = COMMANDS[name].run if name else serve
+        return run(Invocation(given, rest, settings))
+    except ProxyError as error:
+        complain(error.message)
+    return 2
 
 
 if __name__ == "__main__":
