@@ -9788,7 +9788,11 @@ def run_workers(app: App, demo: bool, announce: Callable[[str, int], None]) -> N
 
 # === TERMINAL ===============================================================
 # What the commands have in common: what each is given, and how it prints on a
-# terminal, into a pipe, or where nobody reads.
+# terminal, into a pipe, or where nobody reads.  Colours and progress are for a
+# terminal alone; what stands in a pipe is the same text without them.
+
+COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+SIGNS = {0x2713: "ok  ", 0x2717: "FAIL", 0x2026: "...", 0xb7: "-"}     # where they cannot be shown
 
 
 class Invocation(NamedTuple):
@@ -9800,12 +9804,22 @@ class Invocation(NamedTuple):
     settings: Settings
 
 
+def encodable(text: str, stream: Any) -> str:
+    """A text as a stream's encoding can take it: our signs in letters, the rest as `?`."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:      # a terminal of Windows, or LANG=C
+        return text.translate(SIGNS).encode(encoding, "replace").decode(encoding)
+
+
 def say(text: str) -> bool:
     """Print, if standard output takes it; a closed pipe or a full disk costs one line."""
     if sys.stdout is None:
         return False
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(encodable(text, sys.stdout))
         sys.stdout.flush()
         return True
     except OSError as error:
@@ -9820,13 +9834,84 @@ def complain(message: str, status: int = 2) -> None:
     raise SystemExit(status)
 
 
-def show_feature(works: bool, name: str) -> None:
-    """A line behind a tick or a cross."""
-    mark = "\u2713" if works else "\u2717"
+def is_terminal(stream: Any) -> bool:
     try:
-        say("%s %s\n" % (mark, name))
-    except UnicodeEncodeError:      # a terminal without these signs
-        say("%s %s\n" % ("ok  " if works else "FAIL", name))
+        return bool(stream is not None and stream.isatty())
+    except ValueError:      # closed
+        return False
+
+
+def has_colours() -> bool:
+    """Whether standard output may be painted (no-color.org; an old console of Windows may not)."""
+    able = sys.platform != "win32" or "WT_SESSION" in os.environ or "TERM" in os.environ
+    return able and is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and \
+        os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str) -> str:
+    """A text in one of COLOURS, where that may be."""
+    return "\x1b[%dm%s\x1b[0m" % (COLOURS[colour], text) if has_colours() else text
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 0 where standard output is none, and nothing is to be cut."""
+    import shutil
+    return shutil.get_terminal_size((100, 24)).columns if is_terminal(sys.stdout) else 0
+
+
+def show_progress(text: str) -> None:
+    """What is being waited for, on one line that the next one replaces; "" takes it away.  Only on
+    a terminal."""
+    import shutil
+    if is_terminal(sys.stderr):
+        width = shutil.get_terminal_size((80, 24)).columns - 1
+        sys.stderr.write("\r%s\r" % encodable(text[:width].ljust(width), sys.stderr))
+        sys.stderr.write(encodable(text[:width], sys.stderr))
+        sys.stderr.flush()
+
+
+def show_feature(works: Optional[bool], name: str) -> None:
+    """A line behind a tick, a cross, or a dash where neither can be said."""
+    marks = {True: ("\u2713", "green"), False: ("\u2717", "red"), None: ("-", "dim")}
+    mark, colour = marks[works]
+    say("%s %s\n" % (paint(mark, colour), name))
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes: wide letters take two, marks on others none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(letter) else
+               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def cut_text(text: str, width: int) -> str:
+    """A text of at most so many columns, with dots where something was left out."""
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text) > width - 1:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def table_lines(heads: Tuple[str, ...], rows: Iterable[Tuple[str, ...]], align: str,
+                width: int = 0) -> List[str]:
+    """Lines of a table, its heads first.  `align` has a letter a column: l, r.  With a `width`,
+    the widest columns give way until it fits."""
+    table = [heads, *rows]
+    sizes = [max(map(text_width, column)) for column in zip(*table)]
+    while width and sum(sizes) + 2 * (len(sizes) - 1) > width and max(sizes) > 4:
+        sizes[sizes.index(max(sizes))] -= 1
+    lines = []
+    for row in table:
+        cells = []
+        for cell, size, side in zip(row, sizes, align):
+            shown = cut_text(cell, size)
+            space = " " * (size - text_width(shown))
+            cells.append(space + shown if side == "r" else shown + space)
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 # === SELFTEST FEATURES ======================================================
