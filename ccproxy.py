@@ -6962,6 +6962,7 @@ class App:
     recent: Deque[Record] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
     listeners: List[Callable[[Record], None]] = field(default_factory=list)     # to new records
     settings: Any = None                        # Settings: where the configuration came from
+    alerts: List[Json] = field(default_factory=list)    # that stand now, oldest first
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
