@@ -97,6 +97,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DEMO UPSTREAM
     PROCESSES
     TERMINAL
+    MODELS COMMAND
     SELFTEST FEATURES
     SELFTEST
     COMMAND LINE
@@ -7935,10 +7936,11 @@ def give_back(app: App, call: UpstreamCall) -> None:
 # Side calls: the model list, and the version of the vendor's client.
 
 
-def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> Any:
-    """GET a JSON document, without a key and without following redirects (runs in a thread).
+def get_url(url: str, context: Optional[ssl.SSLContext], seconds: float,
+            fields: Fields) -> Tuple[int, Fields, bytes]:
+    """GET, without following redirects (blocks): status, headers by lower-case name, body.
 
-    urllib's handlers for proxies and TLS, without those that follow redirects.
+    urllib's handlers for proxies and TLS, without those that follow redirects.  Raises OSError.
     """
     import http.client
     import urllib.request
@@ -7946,23 +7948,33 @@ def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> A
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
                     urllib.request.HTTPSHandler(context=context)):
         opener.add_handler(handler)
-    request = urllib.request.Request(url, headers={"user-agent": "ccproxy/" + __version__,
-                                                   "accept-encoding": "identity"})
+    request = urllib.request.Request(url, headers={
+        "user-agent": "ccproxy/" + __version__, "accept-encoding": "identity", **fields})
     try:
         with opener.open(request, timeout=seconds) as answer:
-            if answer.status != 200:
-                raise OSError("status %d" % answer.status)
-            return json.loads(answer.read(8 * MIB))
+            told = {name.lower(): value for name, value in answer.headers.items()}
+            return answer.status, told, answer.read(8 * MIB)
     except http.client.HTTPException as error:
         raise OSError("malformed HTTP: %s" % type(error).__name__) from None
+
+
+def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> Any:
+    """GET a JSON document, without a key (runs in a thread).  Raises OSError, ValueError."""
+    status, _, body = get_url(url, context, seconds, {})
+    if status != 200:
+        raise OSError("status %d" % status)
+    return json.loads(body)
+
+
+def models_url(origin: Origin) -> str:
+    return "%s://%s%s/provider/v1/models" % (origin.scheme, origin.authority, origin.base)
 
 
 async def refresh_models(app: App) -> None:
     """Ask the upstream for its list of models; on failure the known one stays for a minute."""
     loop = asyncio.get_running_loop()
     app.models_due = loop.time() + app.config.model_refresh_interval_ms / 1000
-    url = "%s://%s%s/provider/v1/models" % (app.origin.scheme, app.origin.authority,
-                                            app.origin.base)
+    url = models_url(app.origin)
     context = tls_context(app) if app.origin.scheme == "https" else None
     try:
         live = await in_thread(lambda: fetch_json(url, context, app.limits.side_call))
@@ -9878,6 +9890,29 @@ def show_feature(works: Optional[bool], name: str) -> None:
     say("%s %s\n" % (paint(mark, colour), name))
 
 
+def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
+    """What blocking work gives.  Raises what it raises, and TimeoutError when it takes longer: a
+    name server or a slow sender keeps to no timeout of a socket."""
+    import queue
+    import threading
+    done: "queue.Queue[Any]" = queue.Queue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except Exception as error:      # raised again in the thread that waits
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, failure = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("no answer within %g seconds" % seconds) from None
+    if failure is not None:
+        raise failure
+    return result
+
+
 def text_width(text: str) -> int:
     """Columns that a text takes: wide letters take two, marks on others none."""
     if text.isascii():
@@ -9913,6 +9948,113 @@ def table_lines(heads: Tuple[str, ...], rows: Iterable[Tuple[str, ...]], align: 
             cells.append(space + shown if side == "r" else shown + space)
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+# === MODELS COMMAND =========================================================
+# `ccproxy.py models`: the catalogue as a table, live where the upstream tells it
+# within a few seconds, else built-in; what would be refused here is marked.
+
+LIST_SECONDS = 5.0
+
+
+def plain_reason(error: Exception) -> str:
+    """What is wrong, in the words of the system and without urllib's around them."""
+    inner = getattr(error, "reason", None)
+    error = inner if isinstance(inner, Exception) else error
+    return printable(str(getattr(error, "strerror", None) or error), 200) or type(error).__name__
+
+
+def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
+    """(models, why they are the built-in ones: "" where the upstream told them)."""
+    if demo or not config.use_provider_models:
+        return builtin_models(), "--demo asks nobody" if demo else "useProviderModels is false"
+    origin = parse_origin(config.api_base)
+    show_progress("asking the upstream\u2026")
+    try:
+        context = ssl.create_default_context() if origin.scheme == "https" else None
+        live = with_deadline(LIST_SECONDS, lambda: fetch_json(
+            models_url(origin), context, LIST_SECONDS))
+        models = merge_live_models(live, builtin_models())
+        return (models, "") if models else (
+            builtin_models(), "%s gave no list of models" % origin.authority)
+    except (OSError, ValueError, RecursionError) as error:
+        return builtin_models(), "%s: %s" % (origin.authority, plain_reason(error))
+    finally:
+        show_progress("")
+
+
+def model_state(model: Model, config: Config) -> str:
+    """What is to be said of a model here: why it is not served, or that it is the default."""
+    allowed = {one.lower() for one in config.allowed_models}
+    off = {row["id"].lower() for row in getattr(config, "models", ())
+           if not row.get("enabled", True)}
+    default = find_model(match_alias(config.default_model, config.model_aliases)
+                         or config.default_model, index_models([model], []))
+    states = ((model.id.lower() in off, "off"),
+              (bool(allowed) and model.id.lower() not in allowed, "not allowed"),
+              (default is not None, "default"))
+    return next((words for holds, words in states if holds), "")
+
+
+def known_plan(model: Model) -> str:
+    return "" if model.plan in ("-", "hidden") else model.plan
+
+
+def model_entry(model: Model, state: str) -> Json:
+    """A model as `models --json` tells it; what is not known is null."""
+    return {"id": model.id, "name": model.name, "context": model.context or None,
+            "max_output": model.max_output or None, "vision": model.vision,
+            "efforts": None if model.efforts is None else list(model.efforts),
+            "plan": known_plan(model) or None, "enabled": state != "off",
+            "allowed": state != "not allowed", "default": state == "default"}
+
+
+def short_number(number: int) -> str:
+    """1000000 as 1M, 131072 as 131k; "" for 0."""
+    if number >= 1_000_000:
+        return ("%.2f" % (number / 1e6)).rstrip("0").rstrip(".") + "M"
+    return "%dk" % (number / 1000) if number >= 1000 else str(number or "")
+
+
+def short_efforts(efforts: Optional[Tuple[str, ...]]) -> str:
+    """Efforts in words, a run of three and more as low-max; "?" where they are not known."""
+    if efforts is None:
+        return "?"
+    at = EFFORTS.index(efforts[0]) if efforts and efforts[0] in EFFORTS else 0
+    if len(efforts) > 2 and efforts == EFFORTS[at:at + len(efforts)]:
+        return "%s-%s" % (efforts[0], efforts[-1])
+    return " ".join(efforts)
+
+
+def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str:
+    """The table of models and their states, aliases below it, and where it is from."""
+    rows = [(model.id, short_number(model.context), short_number(model.max_output),
+             "yes" if model.vision else "", short_efforts(model.efforts),
+             known_plan(model) or "?", state) for model, state in shown]
+    head, *lines = table_lines(("model", "context", "output", "vision", "efforts", "plan", ""),
+                               rows, "lrrllll", terminal_width())
+    lines = [paint(line, "green" if state == "default" else "dim") if state else line
+             for line, (_, state) in zip(lines, shown)]
+    lines += ["alias %s = %s" % pair for pair in sorted(config.model_aliases.items())]
+    source = "built in, not live (%s)" % why if why else "live from " + redact(config.api_base)
+    return "\n".join([paint(head, "bold"), *lines, "%d models, %s\n" % (len(shown), source)])
+
+
+def models_json(shown: List[Tuple[Model, str]], config: Config, why: str) -> str:
+    return json.dumps({
+        "source": "built-in" if why else "live", "reason": why or None,
+        "models": [model_entry(model, state) for model, state in shown],
+        "aliases": config.model_aliases}, indent=1) + "\n"
+
+
+def show_models(invocation: Invocation) -> int:
+    """The command `models`."""
+    config = invocation.settings.config
+    models, why = find_models(config, invocation.given.demo)
+    shown = [(model, model_state(model, config)) for model in
+             (models.known[name.lower()] for name in models.listed)]
+    text = (models_json if invocation.given.json else models_text)(shown, config, why)
+    return 0 if say(text) else 1
 
 
 # === SELFTEST FEATURES ======================================================
@@ -10346,9 +10488,12 @@ def serve(invocation: Invocation) -> int:
     return 0
 
 
+JSON_FLAG = ("--json", {"action": "store_true", "help": "print JSON instead of a table"})
 COMMANDS: Dict[str, Command] = {
     "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
-                        "try every feature against the upstream inside the program", "selftest")}
+                        "try every feature against the upstream inside the program", "selftest"),
+    "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
+                      "models --json", (JSON_FLAG,))}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
