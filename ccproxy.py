@@ -74,6 +74,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     CALLER LIMITS (pure)
     USAGE REPORT (pure)
     REQUEST RECORDS (pure)
+    HISTORY (pure)
     ADMIN ACCESS (pure)
     DEMO ANSWERS (pure)
     THE SHELL
@@ -92,6 +93,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     JOBS
     GENERATION
     ADMIN
+    LIVE EVENTS
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -125,6 +127,7 @@ import time
 import zlib
 from collections import deque, namedtuple
 from dataclasses import dataclass, field
+from math import ceil, log
 from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
                     Mapping, NamedTuple, Optional, Set, Tuple, Union)
@@ -217,6 +220,8 @@ class Limits(NamedTuple):
     list_wait: float = 3.0          # a client's /v1/models waits this long for a fresh list
     npm: float = 20.0               # `npm view`, for cliVersion auto
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
+    followers: int = 32             # readers of /admin/events at once; then 503
+    news: float = 1.0               # how often they are told of a change
 
 
 # === ERRORS (pure) ==========================================================
@@ -6661,6 +6666,81 @@ def record_entry(record: Record) -> Json:
     return record._asdict()
 
 
+# === HISTORY (pure) =========================================================
+# The last hour, minute by minute, counted record by record: what the charts and
+# `top` show.  Times to the first event are counted in steps of 5 %, so that any
+# number of them takes bounded room; a share of them is right within 3 %.
+
+HISTORY_MINUTES = 60
+TIME_STEP = log(1.05)
+SHORTEST_TIME, LONGEST_TIME = 0.001, 7200.0     # seconds: 325 steps lie between
+
+
+@dataclass(**SLOTS)
+class Minute:
+    """What ended within one minute."""
+
+    requests: int = 0
+    errors: int = 0
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    firsts: Dict[int, int] = field(default_factory=dict)    # by their step: how many
+
+
+Minutes = Dict[int, Minute]         # by the minute's number since the epoch
+
+
+def is_failure(record: Record) -> bool:
+    """Whether a request went wrong, be it in the middle of its stream; a client that left is
+    none."""
+    return record.status != 499 and (record.status >= 400 or record.error != "")
+
+
+def count_record(minutes: Minutes, record: Record) -> None:
+    """Count a request in the minute of its end, and forget what is older than an hour (or, the
+    clock having been set back, lies in the future)."""
+    number = int((record.at + record.total) // 60)
+    minute = minutes.get(number)
+    if minute is None:
+        for old in [one for one in minutes if not number - HISTORY_MINUTES < one < number + 2]:
+            del minutes[old]
+        minute = minutes[number] = Minute()
+    minute.requests += 1
+    minute.errors += is_failure(record)
+    minute.input += record.input or 0
+    minute.output += record.output or 0
+    minute.cached += record.cached or 0
+    if record.first is not None:
+        step = ceil(log(min(max(record.first, SHORTEST_TIME), LONGEST_TIME)) / TIME_STEP)
+        minute.firsts[step] = minute.firsts.get(step, 0) + 1
+
+
+def share_of_times(firsts: Mapping[int, int], share: float) -> Optional[float]:
+    """The time within which this share of all lies; None without any."""
+    wanted = share * sum(firsts.values())
+    for step in sorted(firsts):
+        wanted -= firsts[step]
+        if wanted <= 0:
+            return round(1.05 ** (step - 0.5), 4)
+    return None
+
+
+def minute_entry(number: int, minute: Minute) -> Json:
+    """A minute as the page and the events show it."""
+    return {"at": number * 60, "requests": minute.requests, "errors": minute.errors,
+            "input": minute.input, "output": minute.output, "cached": minute.cached,
+            "first_p50": share_of_times(minute.firsts, 0.5),
+            "first_p95": share_of_times(minute.firsts, 0.95)}
+
+
+def minute_entries(minutes: Minutes, now: float) -> List[Json]:
+    """The minutes of the last hour in which anything ended, oldest first."""
+    newest = int(now // 60)
+    return [minute_entry(number, minutes[number]) for number in sorted(minutes)
+            if newest - HISTORY_MINUTES < number <= newest]
+
+
 # === ADMIN ACCESS (pure) ====================================================
 # Who may read and who may change what /admin, /metrics and the page show.
 # Reading from this machine needs no key, but the request must be its own user's:
@@ -6962,6 +7042,10 @@ class App:
     in_flight: int = 0                          # answers being made
     recent: Deque[Record] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
     listeners: List[Callable[[Record], None]] = field(default_factory=list)     # to new records
+    minutes: Minutes = field(default_factory=dict)              # see HISTORY
+    followers: Set[Any] = field(default_factory=set)            # see LIVE EVENTS
+    watching: Any = None                        # the task that looks for changes, for them
+    numbered: int = 0                           # requests that were shown while they ran
     settings: Any = None                        # Settings: where the configuration came from
     alerts: List[Json] = field(default_factory=list)    # that stand now, oldest first
 
@@ -8526,6 +8610,8 @@ class Exchange:
     body_read: bool = False
     reserved: int = 0                           # bytes of App.bodies
     finishing: Optional["asyncio.Task[Any]"] = None     # reads on for the cost of a stream
+    relay: Optional[Relay] = None               # of its answer, from when it is asked for
+    number: int = 0                             # by which it is shown while it runs
     record: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -8998,7 +9084,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
     relay = Relay(app, exchange.wire, job.answer, job.spec,
                   lambda: open_stream(app, exchange, job))
     relay.framed = bool(exchange.head.minor)
-    finishing = False
+    exchange.relay, finishing = relay, False
     try:
         await run_job(relay, record, job.ring)
         job = job._replace(spec=relay.spec)
@@ -9076,6 +9162,198 @@ def admit_reader(app: App, exchange: Exchange) -> None:
 def admit_writer(app: App, exchange: Exchange) -> None:
     """Let pass who may change something.  Raises ProxyError 401, 403."""
     check_writer(exchange.head.fields, app.config.admin_key)
+
+
+# === LIVE EVENTS ============================================================
+# What the proxy does right now and did lately: /admin/state tells it once,
+# /admin/events goes on telling.  A follower (a reader of these events) has a
+# bounded queue: who reads too slowly loses the oldest and is told how many.
+# Nothing is counted for them while a request runs; one task looks once a second
+# as long as there are followers.  Followers are not requests that run: no limit
+# counts them, and the proxy does not wait for them when it stops.
+
+MAX_LIVE = 200              # running requests that are shown: those that run longest
+MAX_UNREAD_EVENTS = 200     # of one follower
+
+
+@dataclass(eq=False, **SLOTS)
+class Follower:
+    """A reader of the events, and what waits until it can take it."""
+
+    wire: Wire
+    framed: bool                    # chunked; else (HTTP/1.0) the end is the connection's
+    frames: Deque[bytes] = field(default_factory=deque)
+    state: bytes = b""              # the newest state, in place of an older one
+    lost: int = 0                   # events, since it was last told so
+    ended: bool = False             # nothing more will be added
+
+
+def phase_of(relay: Optional[Relay]) -> str:
+    """How far a running request is."""
+    if relay is None:
+        return "reading"
+    answer = relay.answer
+    block = answer.reading.live or (answer.reply.blocks[-1] if answer.reply.blocks else None)
+    if block is None:
+        return "waiting"
+    return "thinking" if block.kind == THINKING else "answering"
+
+
+def live_entry(app: App, exchange: Exchange, seconds: float) -> Json:
+    """A running request as the page and `top` show it."""
+    if not exchange.number:
+        app.numbered += 1
+        exchange.number = app.numbered
+    record, relay = exchange.record, exchange.relay
+    return {"id": exchange.number, "at": round(time.time() - seconds, 1), "api": record["api"],
+            "client": client_family(exchange.head.fields.get("user-agent", "")),
+            "asked": printable(record.get("asked", ""), 200),
+            "model": printable(record.get("model", ""), 200), "key": record.get("key", ""),
+            "stream": record.get("stream", False), "seconds": round(seconds, 3),
+            "phase": phase_of(relay),
+            "output_chars": relay.answer.reply.output_estimate if relay else 0}
+
+
+def live_entries(app: App) -> List[Json]:
+    """The generating requests that run, the longest first."""
+    now = asyncio.get_running_loop().time()
+    running = [one for one in app.exchanges
+               if "api" in one.record and not one.record.get("quiet") and not one.dry_run]
+    running.sort(key=lambda one: one.started)
+    return [live_entry(app, one, now - one.started) for one in running[:MAX_LIVE]]
+
+
+def state_entry(app: App) -> Json:
+    """What the proxy is and does, without its past."""
+    return {
+        "version": __version__, "status": "draining" if app.draining else "ok",
+        "upstream": {"kind": "demo" if app.demo else app.config.upstream,
+                     "address": upstream_address(app)},
+        "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
+        "open_streams": len(app.relays), "in_flight": app.in_flight, "clients": app.clients,
+        "worker": app.worker or 1, "workers": app.config.workers,
+        "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
+        "live": live_entries(app), "alerts": app.alerts}
+
+
+async def serve_state(app: App, exchange: Exchange) -> None:
+    """All that the page shows at first."""
+    admit_reader(app, exchange)
+    await respond_json(app, exchange, 200, {
+        **state_entry(app), "recent": [record_entry(one) for one in reversed(app.recent)],
+        "minutes": minute_entries(app.minutes, time.time())}, [("cache-control", "no-store")])
+
+
+def changing_state(app: App) -> Json:
+    """What is told again and again: the state with the current minute."""
+    number = int(time.time() // 60)
+    return {**state_entry(app),
+            "minute": minute_entry(number, app.minutes.get(number, Minute()))}
+
+
+async def watch_state(app: App) -> None:
+    """Tell all followers of each change, at most once a second.  (A request that runs changes
+    its seconds.)"""
+    known: Json = {}
+    while True:
+        state = changing_state(app)
+        changed = {**state, "uptime_seconds": 0}
+        if changed != known:
+            known, frame = changed, event_frame("state", state)
+            for follower in app.followers:
+                follower.state = frame
+                follower.wire.wake()
+        await asyncio.sleep(app.limits.news)
+
+
+def tell_record(app: App, record: Record) -> None:
+    """Tell all followers of a request that is over."""
+    if not app.followers:
+        return
+    frame = event_frame("request", record_entry(record))
+    for follower in app.followers:
+        follower.frames.append(frame)
+        if len(follower.frames) > MAX_UNREAD_EVENTS:
+            follower.frames.popleft()
+            follower.lost += 1
+        follower.wire.wake()
+
+
+def take_frames(follower: Follower) -> bytes:
+    """All that waits for a follower."""
+    lost = event_frame("lost", {"count": follower.lost}) if follower.lost else b""
+    data = b"".join([lost, *follower.frames, follower.state])
+    follower.frames.clear()
+    follower.state, follower.lost = b"", 0
+    return data
+
+
+async def feed_follower(app: App, follower: Follower) -> None:
+    """Write whatever comes up until the follower leaves or the proxy stops."""
+    wire = follower.wire
+    while not wire.ended:
+        data = b"" if wire.blocked_since else take_frames(follower)
+        if data:
+            wire.write(chunk(data) if follower.framed else data)
+        elif follower.ended:
+            wire.write(LAST_CHUNK if follower.framed else b"")
+            return
+        elif wire.blocked_since:        # one who reads nothing is dropped by the sweep
+            await wire.wait(0.0)
+        else:
+            try:
+                await wire.wait(asyncio.get_running_loop().time() + app.limits.silence)
+            except asyncio.TimeoutError:
+                follower.frames.append(comment_frame("nothing new"))
+
+
+def add_follower(app: App, follower: Follower) -> None:
+    """Begin to tell somebody.  The first one starts the task that looks for changes."""
+    if not app.followers:
+        app.watching = spawn(app, watch_state(app))
+    follower.state = event_frame("state", changing_state(app))
+    app.followers.add(follower)
+
+
+def drop_follower(app: App, follower: Follower) -> None:
+    app.followers.discard(follower)
+    if not app.followers:
+        app.watching.cancel()
+
+
+def end_followers(app: App) -> None:
+    """The proxy stops: whoever follows is told and gets the end of the stream, or, not reading,
+    is left."""
+    frame = event_frame("state", changing_state(app)) if app.followers else b""
+    for follower in list(app.followers):
+        follower.state, follower.ended = frame, True
+        if follower.wire.blocked_since:
+            follower.wire.abort()
+        follower.wire.wake()
+
+
+async def serve_events(app: App, exchange: Exchange) -> None:
+    """The state and every request that is over, as they come."""
+    admit_reader(app, exchange)
+    if app.draining:
+        raise stopping_error()
+    if len(app.followers) >= app.limits.followers:
+        raise ProxyError("busy", "Too many read these events already.", retry_after=10)
+    wire, framed = exchange.wire, exchange.head.minor > 0
+    exchange.keep = exchange.keep and framed
+    fields = STREAM_FIELDS + ([("transfer-encoding", "chunked")] if framed else [])
+    wire.write(start_response(app, exchange, 200, fields))
+    if exchange.head.method == "HEAD":
+        return
+    follower = Follower(wire, framed)
+    add_follower(app, follower)
+    wire.flood_bytes = READ_AHEAD_BYTES
+    wire.release()
+    try:
+        await feed_follower(app, follower)
+    finally:
+        wire.flood_bytes = 0
+        drop_follower(app, follower)
 
 
 # === ENDPOINTS ==============================================================
@@ -9278,6 +9556,8 @@ ROUTES = {
     "/models": Route({"GET": serve_models}),
     "/usage": Route({"GET": serve_usage}),
     "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
+    "/admin/state": Route({"GET": serve_state}, quiet=True),
+    "/admin/events": Route({"GET": serve_events}, quiet=True),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
@@ -9540,6 +9820,7 @@ async def sweep(app: App) -> None:
 async def drain(app: App, hurry: asyncio.Event) -> None:
     """Let running answers finish until the deadline or a second signal, then end the rest."""
     app.draining = True
+    end_followers(app)
     busy = {exchange.wire for exchange in app.exchanges}
     for wire in list(app.wires):
         if wire.is_client and wire not in busy:
@@ -9572,6 +9853,8 @@ async def listen(app: App) -> Any:
     """Open the listening socket.  Raises OSError."""
     loop = asyncio.get_running_loop()
     app.started, app.ending = loop.time(), loop.create_future()
+    app.listeners += [lambda record: count_record(app.minutes, record),
+                      lambda record: tell_record(app, record)]
     server = await open_listener(app, app.config.host, app.config.port,
                                  lambda: Wire(app, lambda wire: accept(app, wire)))
     spawn(app, sweep(app))
@@ -9706,7 +9989,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     announce(host, port)
     await stop.wait()
     server.close()
-    app.log.info("stopping: %d requests still run", len(app.exchanges))
+    app.log.info("stopping: %d requests still run", len(app.exchanges) - len(app.followers))
     await drain(app, hurry)
 
 
