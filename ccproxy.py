@@ -73,6 +73,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     KEY ROUTING (pure)
     CALLER LIMITS (pure)
     USAGE REPORT (pure)
+    ALERTS (pure)
     REQUEST RECORDS (pure)
     HISTORY (pure)
     ADMIN ACCESS (pure)
@@ -84,6 +85,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     WIRE
     UPSTREAM CALLS
     ACCOUNTS
+    ALERT WATCH
     RELAY
     RETRIES
     COMPRESSED BODIES
@@ -219,6 +221,9 @@ class Limits(NamedTuple):
     figures_wait: float = 0.3       # a request waits this long for accounts not known yet
     list_wait: float = 3.0          # a client's /v1/models waits this long for a fresh list
     npm: float = 20.0               # `npm view`, for cliVersion auto
+    alert_tick: float = 5.0         # how often it is looked whether accounts are due a look
+    webhook: float = 10.0           # for the answer of alertWebhookUrl
+    webhook_backoff: Tuple[float, ...] = (2.0, 15.0, 60.0, 300.0)   # between its attempts
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
     followers: int = 32             # readers of /admin/events at once; then 503
     news: float = 1.0               # how often they are told of a change
@@ -467,6 +472,19 @@ OPTIONS = (
            "machine use the operator's keys", (), ("off", "loopback")),
     Option("credentialsFile", "str", "", "JSON file of the operator's keys, mode 0600",
            ("COMMANDCODE_CREDENTIALS_FILE",)),
+    Option("minCurrentBalance", "number", 0, "alert when the account of an operator's key holds "
+           "less (USD; 0: no alert)", (), (0, 1_000_000)),
+    Option("minExpiringBalance", "number", 0, "alert when less of it is left that expires (USD)",
+           (), (0, 1_000_000)),
+    Option("maxRequiredDailyBurn", "number", 0, "alert when more must be spent a day, or credit "
+           "expires (USD)", (), (0, 1_000_000)),
+    Option("alertIntervalSeconds", "seconds", 300, "how often accounts are looked at for alerts",
+           (), (10, 86_400)),
+    Option("alertRepeatSeconds", "seconds", 21_600, "how often an alert that stands is told again "
+           "(0: never)", (), (0, 30 * 86_400)),
+    Option("alertWebhookUrl", "secret", "", "where alerts are posted as JSON; kept secret, as it "
+           "may hold one", (), ("http://", "https://")),
+    Option("alertWebhookToken", "secret", "", "sent there as Authorization: Bearer"),
     Option("rateLimitMax", "int", 0, "POST requests of one caller per rateLimitWindow (0: any "
            "number); more get a 429", ("RATE_LIMIT_MAX",), (0, 1_000_000)),
     Option("rateLimitWindow", "seconds", 60, "that window", ("RATE_LIMIT_WINDOW",), (1, 86_400)),
@@ -574,6 +592,25 @@ def read_string(option: Option, given: Any) -> str:
     return given.strip()
 
 
+def read_secret(option: Option, given: Any) -> str:
+    """Visible ASCII, for it goes into a header; with choices, a URL that begins with one of them.
+    What is wrong is told without the value."""
+    value = read_string(option, given)
+    if not re.fullmatch("[!-~]*", value):
+        raise ValueError("must be of visible ASCII characters")
+    if value and option.choices:
+        if not value.lower().startswith(option.choices):
+            raise ValueError("must begin with " + " or ".join(option.choices))
+        try:
+            parts = urlsplit(value)
+            usable = parts.hostname and parts.port != 0 and "@" not in parts.netloc
+        except ValueError:
+            usable = None
+        if not usable:
+            raise ValueError("must be a URL with a host, and without a user name")
+    return value
+
+
 def read_host(option: Option, given: Any) -> str:
     value = read_string(option, given)
     if not re.fullmatch(r"[^\s/]+", value):
@@ -618,8 +655,8 @@ def read_map(option: Option, given: Any) -> Dict[str, str]:
 
 
 VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
-    "secret": read_string,
-    "int": read_number, "seconds": read_number, "bool": read_boolean, "str": read_string,
+    "secret": read_secret, "int": read_number, "seconds": read_number, "number": read_number,
+    "bool": read_boolean, "str": read_string,
     "host": read_host,
     "choice": read_choice, "url": read_url, "list": read_list, "map": read_map}
 
@@ -6603,6 +6640,150 @@ def usage_text(body: Json) -> str:
     return "\n".join(lines) + "\n"
 
 
+# === ALERTS (pure) ==========================================================
+# When the operator is told that an account needs a look: it holds too little,
+# or more must be spent a day than is wanted.  From the accounts' figures and the
+# alerts that stood before follows which stand now and which must be told.  What
+# is not known begins no alert and ends none.
+
+
+class AlertRule(NamedTuple):
+    """What an option watches: `sign` is 1 where more than the limit is alarming, -1 where less."""
+
+    figure: Callable[[Figures, float], Optional[float]]     # of an account, at a time
+    sign: int
+    words: str
+
+
+class Alert(NamedTuple):
+    """An account beyond a limit; `kind` is the option that sets it, the rest as it is shown."""
+
+    key: str                        # by its name
+    name: str                       # the operator's own word for it
+    kind: str
+    value: float
+    limit: float
+    since: float                    # epoch seconds
+
+
+class Standing(NamedTuple):
+    """An alert that stands, and when it was told last."""
+
+    alert: Alert
+    told: float
+
+
+class News(NamedTuple):
+    """What must be told now.  `event`: "alert" (also when told again) or "resolved"."""
+
+    event: str
+    alert: Alert
+    text: str                       # one line for a person
+
+
+def current_balance(figures: Figures, now: float) -> Optional[float]:
+    return figures.balance if figures.known else None
+
+
+def expiring_balance(figures: Figures, now: float) -> Optional[float]:
+    told = (figures.monthly, figures.free) != (None, None)
+    return figures.expiring if told else None
+
+
+def required_burn(figures: Figures, now: float) -> Optional[float]:
+    """USD a day that must be spent so that nothing expires.  Not known where no end is told, or
+    where it is over: the next period's figures have yet to come."""
+    if expiring_balance(figures, now) is None or (figures.period_end or 0.0) <= now:
+        return None
+    return burn_of(figures, now) if figures.expiring > 0 else 0.0
+
+
+ALERT_RULES = {
+    "minCurrentBalance": AlertRule(current_balance, -1, "balance of %.2f USD"),
+    "minExpiringBalance": AlertRule(expiring_balance, -1, "expiring balance of %.2f USD"),
+    "maxRequiredDailyBurn": AlertRule(required_burn, 1, "required burn of %.2f USD a day")}
+
+
+def alert_limits(config: Config) -> Dict[str, float]:
+    """The limits that are set, by the options' names."""
+    limits = {kind: getattr(config, snake_case(kind)) for kind in ALERT_RULES}
+    return {kind: limit for kind, limit in limits.items() if limit > 0}
+
+
+def alert_text(alert: Alert, state: str) -> str:
+    """An alert as a line: `home (key:3fa9c1): balance of 1.20 USD is below ...`."""
+    who = "%s (%s)" % (alert.name, alert.key) if alert.name else alert.key
+    return "%s: %s is %s %s %.2f" % (who, ALERT_RULES[alert.kind].words % alert.value, state,
+                                     alert.kind, alert.limit)
+
+
+def compare_account(key: RingKey, figures: Optional[Figures], kind: str, limit: float,
+                    now: float) -> Tuple[Optional[Alert], bool]:
+    """(what an alert would say of an account, whether it is one); (None, False) when it is not
+    known."""
+    rule = ALERT_RULES[kind]
+    fresh = figures is not None and now - figures.at <= STALE_SECONDS
+    value = rule.figure(figures, now) if figures is not None and fresh else None
+    if value is None:
+        return None, False
+    alert = Alert(key.shown, key.name, kind, round(value, 6), limit, now)
+    return alert, (value - limit) * rule.sign > 0
+
+
+def judge_alert(old: Optional[Standing], alert: Alert, beyond: bool, repeat: float,
+                now: float) -> Tuple[Optional[Standing], Optional[News]]:
+    """(what stands, what is told) of one account and limit whose figure is known."""
+    below = ALERT_RULES[alert.kind].sign < 0
+    if old is not None:
+        alert = alert._replace(since=old.alert.since)
+    if not beyond:
+        return None, old and News("resolved", alert, alert_text(
+            alert, "no more %s" % ("below" if below else "above")))
+    if old is not None and not (repeat and not 0 <= now - old.told < repeat):
+        return Standing(alert, old.told), None
+    return Standing(alert, now), News("alert", alert, alert_text(
+        alert, "below" if below else "above"))
+
+
+def judge_alerts(standing: Mapping[str, Standing],
+                 accounts: Iterable[Tuple[RingKey, Optional[Figures]]], limits: Mapping[str, float],
+                 repeat: float, now: float) -> Tuple[Dict[str, Standing], List[News]]:
+    """The alerts that stand now, by key and kind, and what must be told.
+
+    `repeat`: seconds after which an alert that stands is told again, 0 for never.  One whose key
+    or limit is gone is over too.
+    """
+    stand: Dict[str, Standing] = {}
+    news: List[Optional[News]] = []
+    left = dict(standing)
+    for key, figures in accounts:
+        for kind, limit in limits.items():
+            place = "%s %s" % (key.digest, kind)
+            old = left.pop(place, None)
+            alert, beyond = compare_account(key, figures, kind, limit, now)
+            if alert is not None:
+                kept, told = judge_alert(old, alert, beyond, repeat, now)
+                news.append(told)
+            else:
+                kept = old
+            if kept is not None:
+                stand[place] = kept
+    news += [News("resolved", old.alert, alert_text(old.alert, "not watched any more with"))
+             for old in left.values()]
+    return stand, [one for one in news if one is not None]
+
+
+def alert_entry(alert: Alert) -> Json:
+    """An alert as the page and the webhook show it."""
+    return {**alert._asdict(), "name": alert.name or None}
+
+
+def webhook_body(news: News, now: float) -> Json:
+    """What is posted; `text` is what chat programs' webhooks show."""
+    return {"source": "ccproxy", "event": news.event, "alert": alert_entry(news.alert),
+            "text": "ccproxy: " + news.text, "at": shown_moment(now)}
+
+
 # === REQUEST RECORDS (pure) =================================================
 # What is kept of a request when it is over: figures and names, never a text of
 # it, a key or an answer.  The log line, the database, the metrics and the page
@@ -8020,22 +8201,31 @@ def give_back(app: App, call: UpstreamCall) -> None:
 # Side calls: the model list, and the version of the vendor's client.
 
 
-def get_url(url: str, context: Optional[ssl.SSLContext], seconds: float,
-            fields: Fields) -> Tuple[int, Fields, bytes]:
-    """GET, without following redirects (blocks): status, headers by lower-case name, body.
-
-    urllib's handlers for proxies and TLS, without those that follow redirects.  Raises OSError.
-    """
+def open_url(request: Any, context: Optional[ssl.SSLContext], seconds: float) -> Any:
+    """urllib's answer to its request, whatever its status (blocks): by urllib's handlers for
+    proxies and TLS, without those that follow redirects.  Raises OSError."""
     import http.client
     import urllib.request
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
                     urllib.request.HTTPSHandler(context=context)):
         opener.add_handler(handler)
+    try:
+        return opener.open(request, timeout=seconds)
+    except http.client.HTTPException as error:
+        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
+
+
+def get_url(url: str, context: Optional[ssl.SSLContext], seconds: float,
+            fields: Fields) -> Tuple[int, Fields, bytes]:
+    """GET, without following redirects (blocks): status, headers by lower-case name, body.
+    Raises OSError."""
+    import http.client
+    import urllib.request
     request = urllib.request.Request(url, headers={
         "user-agent": "ccproxy/" + __version__, "accept-encoding": "identity", **fields})
     try:
-        with opener.open(request, timeout=seconds) as answer:
+        with open_url(request, context, seconds) as answer:
             told = {name.lower(): value for name, value in answer.headers.items()}
             return answer.status, told, answer.read(8 * MIB)
     except http.client.HTTPException as error:
@@ -8212,6 +8402,118 @@ async def await_all_figures(app: App, keys: Tuple[RingKey, ...], seconds: float)
         waited = [task for task in started if task is not None]
         if waited:
             await asyncio.wait(waited, timeout=max(0.0, deadline - loop.time()))
+
+
+# === ALERT WATCH ============================================================
+# Looking at the operator's accounts from time to time, and telling what ALERTS
+# finds: in the log, on the page (`App.alerts`), and to a webhook, by a task of its
+# own, in order, tried again a few times.  Every worker looks, for each may be the
+# one that shows the page; only the first one tells.
+
+MAX_POSTS = 1024            # that wait for the webhook; the oldest go first
+AGAIN_STATUSES = (408, 425, 429)        # besides 5xx: what a webhook may mend by itself
+
+
+@dataclass(eq=False)
+class AlertWatch:
+    """What the watch remembers between two looks."""
+
+    looked: float = 0.0                 # epoch second of the last look
+    standing: Dict[str, Standing] = field(default_factory=dict)
+    posts: Deque[Json] = field(default_factory=lambda: deque(maxlen=MAX_POSTS))
+    posting: Optional["asyncio.Task[Any]"] = None
+
+
+async def watch_alerts(app: App) -> None:
+    """Look at the accounts whenever they are due, as the configuration of the moment says."""
+    watch = AlertWatch()
+    while True:
+        await asyncio.sleep(app.limits.alert_tick)
+        watched = bool(alert_limits(app.config) and app.operator.keys) and not app.demo
+        age = time.time() - watch.looked
+        if watched and not 0 <= age < app.config.alert_interval_seconds:
+            await look_at_accounts(app, watch)
+        elif watch.standing and not watched:
+            tell_alerts(app, watch, ())
+
+
+async def look_at_accounts(app: App, watch: AlertWatch) -> None:
+    """Ask for figures that are not quite new, and tell what follows from them."""
+    watch.looked, keys = time.time(), app.operator.keys
+    await await_all_figures(app, keys, app.config.alert_interval_seconds / 2)
+    tell_alerts(app, watch, keys)
+
+
+def tell_alerts(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> None:
+    """Judge these keys by what is known of them, and tell what is new."""
+    now = time.time()
+    accounts = [(key, state_of(app.keys, key, now).figures) for key in keys]
+    watch.standing, news = judge_alerts(watch.standing, accounts, alert_limits(app.config),
+                                        app.config.alert_repeat_seconds, now)
+    app.alerts = [alert_entry(one.alert) for one in watch.standing.values()]
+    if app.worker > 1:
+        return
+    for one in news:
+        app.log.log(logging.WARNING if one.event == "alert" else logging.INFO, "%s: %s",
+                    one.event, one.text)
+    if app.config.alert_webhook_url:
+        watch.posts.extend(webhook_body(one, now) for one in news)
+        if watch.posts and (watch.posting is None or watch.posting.done()):
+            watch.posting = spawn(app, send_posts(app, watch.posts))
+
+
+async def send_posts(app: App, posts: Deque[Json]) -> None:
+    """Post all that waits, in order.  What a webhook does not take after some attempts is lost,
+    and so is what waits behind it: they would only fail one after the other."""
+    while posts:
+        try:
+            fault = await try_post(app, to_json(posts[0]))
+        except ProxyError:      # the proxy stops, and waits for nobody
+            return
+        if fault:
+            app.log.warning("alerts not delivered to %s: %s; lost: %d", urlsplit(
+                app.config.alert_webhook_url).hostname, fault, len(posts))
+            posts.clear()
+        else:
+            posts.popleft()
+
+
+async def try_post(app: App, body: bytes) -> str:
+    """Post once and, while that may help, again; "" when it was taken (or is not wanted any
+    more), else why not.  Raises ProxyError `busy`."""
+    fault = ""
+    for pause in (0.0, *app.limits.webhook_backoff):
+        await asyncio.sleep(pause)
+        url, token = app.config.alert_webhook_url, app.config.alert_webhook_token
+        if not url:
+            return ""
+        context = tls_context(app) if url.lower().startswith("https:") else None
+        try:
+            status = await within(app, app.limits.webhook, in_thread(
+                lambda: post_json((url, token), body, context, app.limits.webhook)))
+        except (OSError, ValueError, asyncio.TimeoutError) as error:
+            fault = printable(str(error), 200) or "no answer in time"
+        else:
+            if 200 <= status < 300:
+                return ""
+            fault = "status %d" % status
+            if status < 500 and status not in AGAIN_STATUSES:
+                break
+    return fault
+
+
+def post_json(target: Tuple[str, str], body: bytes, context: Optional[ssl.SSLContext],
+              seconds: float) -> int:
+    """POST to (URL, token) and give the status (runs in a thread).  A redirect is a status like
+    any other: the token goes nowhere else.  Raises OSError."""
+    import urllib.request
+    url, token = target
+    fields = {"content-type": "application/json", "user-agent": "ccproxy/" + __version__}
+    if token:
+        fields["authorization"] = "Bearer " + token
+    request = urllib.request.Request(url, body, fields)
+    with open_url(request, context, seconds) as answer:
+        return answer.status
 
 
 # === RELAY ==================================================================
@@ -9858,6 +10160,7 @@ async def listen(app: App) -> Any:
     server = await open_listener(app, app.config.host, app.config.port,
                                  lambda: Wire(app, lambda wire: accept(app, wire)))
     spawn(app, sweep(app))
+    spawn(app, watch_alerts(app))
     if app.config.cli_version == "auto":
         spawn(app, keep_version_fresh(app))
     return server

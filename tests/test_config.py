@@ -73,7 +73,7 @@ def test_every_row_is_whole(option):
     assert option.help and not option.help.endswith(".")
     assert ccproxy.environment_names(option)[0] == "CC_" + ccproxy.snake_case(option.name).upper()
     assert ccproxy.read_value(option, option.default, "default") == option.default
-    assert len(option.choices) == 2 or option.kind not in ("int", "seconds")
+    assert len(option.choices) == 2 or option.kind not in ("int", "seconds", "number")
 
 
 @pytest.mark.parametrize("name, snake", [
@@ -112,8 +112,11 @@ def test_flags_win_over_environment_over_file_over_defaults(flags, environment, 
 @pytest.mark.parametrize("option", ccproxy.OPTIONS, ids=lambda option: option.name)
 def test_every_option_can_come_from_every_source(option):
     text = {"int": "2000", "seconds": "7.5", "bool": "false", "str": "thing", "host": "::1", "list": "a,b",
-            "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word"}[option.kind]
-    text = {"cliVersion": "9.8.7", "workers": "7", "accountRefreshSeconds": "17"}.get(option.name, text)
+            "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word",
+            "number": "2.5"}[option.kind]
+    text = {"cliVersion": "9.8.7", "workers": "7", "accountRefreshSeconds": "17",
+            "alertIntervalSeconds": "17", "alertWebhookUrl": "https://h/x?y=1"}.get(
+                option.name, text)
     if option.kind == "choice":
         text = option.choices[-1]
     attribute = ccproxy.snake_case(option.name)
@@ -183,6 +186,13 @@ INFINITY, NAN = float("inf"), float("nan")
     ("modelAliases", []), ("modelAliases", {"a": 1}), ("modelAliases", {"a": ""}),
     ("modelAliases", {"": "a"}), ("modelAliases", "a"), ("modelAliases", "=b"),
     ("modelAliases", "{"), ("modelAliases", '{"a": 1}'), ("modelAliases", '{"a":' * 100000),
+    ("minCurrentBalance", -1), ("minCurrentBalance", "5 USD"), ("maxRequiredDailyBurn", NAN),
+    ("alertIntervalSeconds", 1), ("alertWebhookUrl", "hooks.example"),
+    ("alertWebhookUrl", "ftp://h/"), ("alertWebhookUrl", "file:///x"),
+    ("alertWebhookUrl", "https://"), ("alertWebhookUrl", "http://h:port/"),
+    ("alertWebhookUrl", "http://[::1/"), ("alertWebhookUrl", "http://u:p@h/"),
+    ("alertWebhookUrl", "http://h/a b"), ("alertWebhookUrl", 5),
+    ("alertWebhookToken", "a\r\nb: c"), ("alertWebhookToken", "caf\xe9"),
     ("cliVersion", ""), ("cliVersion", "1"), ("cliVersion", "latest"), ("cliVersion", "1.2.3\n"),
     ("cliVersion", "1.2 3"), ("cliVersion", 1.64),
 ], ids=lambda value: repr(value)[:30])
@@ -195,6 +205,12 @@ def test_bad_values_are_one_clear_line(name, given):
     assert "test" in error.message              # the source that gave it
     assert "\n" not in error.message
     assert len(error.message) < 400
+
+
+def test_a_bad_secret_is_not_repeated():
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        make_config(alertWebhookUrl="hooks.example/services/5ecret")
+    assert "5ecret" not in caught.value.message
 
 
 @pytest.mark.parametrize("flags, environment, source", [
