@@ -37,6 +37,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     JSON TEXT (pure)
     CATALOGUE (pure)
     MODELS (pure)
+    MODELS ALLOWED (pure)
     MODEL LISTS (pure)
     KEYS (pure)
     KEY RINGS (pure)
@@ -77,9 +78,11 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     REQUEST RECORDS (pure)
     HISTORY (pure)
     ADMIN ACCESS (pure)
+    CONFIG CHANGES (pure)
     DEMO ANSWERS (pure)
     THE SHELL
     SETTINGS
+    SAFE FILES
     SOCKETS
     LISTENING AND CONNECTING
     WIRE
@@ -96,6 +99,8 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     GENERATION
     ADMIN
     LIVE EVENTS
+    RELOADING
+    ADMIN CHANGES
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -410,11 +415,12 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option("port", "int", 3000, "port to listen on (0: any free one)", ("PORT",), (0, 65535)),
+    Option("port", "int", 3000, "port to listen on (0: any free one)", ("PORT",), (0, 65535),
+           at_start=True),
     Option("host", "host", "127.0.0.1", "address to listen on; beyond loopback is warned about",
-           ("HOST",)),
+           ("HOST",), at_start=True),
     Option("apiBase", "url", "https://api.commandcode.ai", "base URL of Command Code",
-           ("COMMANDCODE_API_BASE",)),
+           ("COMMANDCODE_API_BASE",), at_start=True),
     Option("upstream", "choice", "alpha", "alpha: what the vendor's CLI uses; provider: the "
            "documented API, which not every plan has", (), ("alpha", "provider")),
     Option("defaultModel", "str", DEFAULT_MODEL,
@@ -425,6 +431,8 @@ OPTIONS = (
            ("COMMANDCODE_ALLOWED_MODELS",)),
     Option("allowUnknownModels", "bool", True, "pass on model ids that the catalogue lacks",
            ("COMMANDCODE_ALLOW_UNKNOWN_MODELS",)),
+    Option("models", "models", [], "models that are switched off here, as {id, enabled} (or: "
+           "opus=off,gpt-6-sol=off)"),
     Option("useProviderModels", "bool", True, "ask the upstream for its list of models"),
     Option("modelRefreshIntervalMs", "int", 3_600_000, "how old that list may become, in ms",
            (), (1000, 7 * 86_400_000)),
@@ -440,7 +448,7 @@ OPTIONS = (
     Option("maxConnections", "int", 4096, "client connections at once; more get a 503", (),
            (1, 1_000_000)),
     Option("workers", "int", 1, "processes that share the port (not on Windows); limits hold for "
-           "each of them", (), (1, 256)),
+           "each of them", (), (1, 256), at_start=True),
     Option("upstreamConnectSeconds", "seconds", 10, "time to connect to the upstream", (),
            (0.01, 3600)),
     Option("upstreamIdleSeconds", "seconds", 300, "an upstream silent for this long is given up",
@@ -654,11 +662,45 @@ def read_map(option: Option, given: Any) -> Dict[str, str]:
     return given
 
 
+def split_switches(given: str) -> List[Json]:
+    """Switches written as `one=off,other=on`."""
+    pairs = [pair.rpartition("=") for pair in given.split(",") if pair.strip()]
+    return [{"id": name.strip(), "enabled": BOOLEAN_WORDS.get(word.strip().lower())}
+            for name, _, word in pairs]
+
+
+def read_switches(option: Option, given: Any) -> List[Json]:
+    """A list of {"id", "enabled"}; from a flag or the environment also `one=off,other=on`."""
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise ValueError("must be a JSON list, or names as a=off,b=on") from None
+    elif isinstance(given, str):
+        given = split_switches(given)
+    if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
+        raise ValueError('must be a list like [{"id": "gpt-6-sol", "enabled": false}]')
+    seen: Set[str] = set()
+    for number, row in enumerate(given, 1):
+        name = row.get("id")
+        if set(row) != {"id", "enabled"} or not isinstance(row["enabled"], bool):
+            raise ValueError("entry %d must have an id and enabled (true or false), no more"
+                             % number)
+        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,200}", name):
+            raise ValueError("entry %d must have an id of 1 to 200 ASCII characters without spaces"
+                             % number)
+        if name.lower() in seen:
+            raise ValueError("entry %d names a model a second time" % number)
+        seen.add(name.lower())
+    return given
+
+
 VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
     "secret": read_secret, "int": read_number, "seconds": read_number, "number": read_number,
     "bool": read_boolean, "str": read_string,
     "host": read_host,
-    "choice": read_choice, "url": read_url, "list": read_list, "map": read_map}
+    "choice": read_choice, "url": read_url, "list": read_list, "map": read_map,
+    "models": read_switches}
 
 
 def read_value(option: Option, given: Any, source: str) -> Any:
@@ -666,11 +708,12 @@ def read_value(option: Option, given: Any, source: str) -> Any:
     try:
         return VALUE_READERS[option.kind](option, given)
     except RecursionError:
-        raise ProxyError("config", "%s: %s is nested too deeply" % (source, option.name)) from None
+        raise ProxyError("config", "%s: %s is nested too deeply" % (source, option.name),
+                         param=option.name) from None
     except ValueError as error:
         shown = "" if option.kind == "secret" else " (it is %s)" % json.dumps(given)[:100]
-        raise ProxyError("config", "%s: %s %s%s" % (
-            source, option.name, error, shown)) from None
+        raise ProxyError("config", "%s: %s %s%s" % (source, option.name, error, shown),
+                         param=option.name) from None
 
 
 def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
@@ -678,11 +721,11 @@ def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
     unknown = sorted(set(entries) - {option.name for option in OPTIONS})
     if unknown:
         raise ProxyError("config", "%s: unknown option %s (--help lists them)"
-                         % (file_name, ", ".join(unknown)))
+                         % (file_name, ", ".join(unknown)), param=unknown[0])
     empty = [name for name, value in entries.items() if value is None]
     if empty:
         raise ProxyError("config", "%s: %s must not be null (leave it out)"
-                         % (file_name, empty[0]))
+                         % (file_name, empty[0]), param=empty[0])
 
 
 def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
@@ -706,7 +749,7 @@ def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
     config = Config(**values)
     if config.cli_version != "auto" and not VERSION_PATTERN.fullmatch(config.cli_version):
         raise ProxyError("config", "%s: cliVersion must be a version such as %s, or auto"
-                         % (sources["cliVersion"], DEFAULT_CLI_VERSION))
+                         % (sources["cliVersion"], DEFAULT_CLI_VERSION), param="cliVersion")
     return config, sources
 
 
@@ -1631,40 +1674,6 @@ def nearest_ids(name: str, ids: Iterable[str]) -> List[str]:
         name.lower(), list(by_lower), 3, 0.4)]
 
 
-def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
-    """Refuse what allowedModels or allowUnknownModels do not let through (404)."""
-    allowed = {one.lower() for one in config.allowed_models}
-    if allowed and (model.id if model else name).lower() not in allowed:
-        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
-    if model is None and not config.allow_unknown_models:
-        raise unknown_model(name, models.listed)
-
-
-def unknown_model(name: str, ids: List[str]) -> ProxyError:
-    near = nearest_ids(name[:200], ids)
-    return ProxyError("model", "There is no model %s (GET /v1/models lists them).%s" % (
-        printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""), param="model")
-
-
-def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
-    """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
-    name = asked if asked not in ("", "default") else config.default_model
-    name = match_alias(name, config.model_aliases) or name
-    if name.lower() in DECISION_MODELS:
-        raise ProxyError("invalid", "%s is a decision model without chat; name another model."
-                         % printable(name, 100), param="model")
-    if not re.fullmatch(r"[!-~]{1,200}", name):
-        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
-                         param="model")
-    found = find_model(name, models)
-    check_allowed(name, found, models, config)
-    model = found or Model(name, name)
-    if asked and model.id != asked:
-        add_note(notes, "model", "%s -> %s" % (asked, model.id))
-    return model
-
-
 def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
     """The effort to send: what was asked, else the nearest lower that the model takes, else its
     lowest; None to leave the choice to the model."""
@@ -1693,6 +1702,73 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
     return min(asked, most)
 
 
+# === MODELS ALLOWED (pure) ==================================================
+# Which of the models are served here: those of allowedModels, but for the ones
+# that `models` switches off, and unknown ones only where allowUnknownModels lets
+# them through.  A model is meant by whatever name stands for it.
+
+
+def switched_off(models: Models, config: Config) -> FrozenSet[str]:
+    """Ids in lower case of the models that are switched off."""
+    names = [row["id"] for row in config.models if not row["enabled"]]
+    found = [find_model(name, models) for name in names]
+    return frozenset((model.id if model else name).lower() for model, name in zip(found, names))
+
+
+def served_ids(models: Models, config: Config) -> List[str]:
+    """Ids of the listed models that a request may name."""
+    allowed = {one.lower() for one in config.allowed_models}
+    off = switched_off(models, config)
+    return [name for name in models.listed
+            if name.lower() not in off and (not allowed or name.lower() in allowed)]
+
+
+def unknown_model(name: str, ids: List[str]) -> ProxyError:
+    near = nearest_ids(name[:200], ids)
+    return ProxyError("model", "There is no model %s (GET /v1/models lists them).%s" % (
+        printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""), param="model")
+
+
+def refuse_switched_off(name: str, model: Optional[Model], models: Models,
+                        config: Config) -> None:
+    """Refuse a model that is switched off (404)."""
+    found = model.id if model else name
+    if config.models and found.lower() in switched_off(models, config):
+        near = nearest_ids(found[:200], served_ids(models, config))
+        raise ProxyError("model", "Model %s is switched off here (the option models).%s" % (
+            printable(found, 100), " Nearest: %s." % ", ".join(near) if near else ""),
+            param="model")
+
+
+def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
+    """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
+    refuse_switched_off(name, model, models, config)
+    allowed = {one.lower() for one in config.allowed_models}
+    if allowed and (model.id if model else name).lower() not in allowed:
+        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
+            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
+    if model is None and not config.allow_unknown_models:
+        raise unknown_model(name, served_ids(models, config))
+
+
+def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
+    """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
+    name = asked if asked not in ("", "default") else config.default_model
+    name = match_alias(name, config.model_aliases) or name
+    if name.lower() in DECISION_MODELS:
+        raise ProxyError("invalid", "%s is a decision model without chat; name another model."
+                         % printable(name, 100), param="model")
+    if not re.fullmatch(r"[!-~]{1,200}", name):
+        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
+                         param="model")
+    found = find_model(name, models)
+    check_allowed(name, found, models, config)
+    model = found or Model(name, name)
+    if asked and model.id != asked:
+        add_note(notes, "model", "%s -> %s" % (asked, model.id))
+    return model
+
+
 # === MODEL LISTS (pure) =====================================================
 # What GET /v1/models answers, in OpenAI's shape and in Anthropic's: a person's
 # own aliases first, then the live or built-in list, as far as it is allowed.
@@ -1701,13 +1777,15 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
 def listed_models(models: Models, config: Config) -> List[Model]:
     """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
     allowed = {one.lower() for one in config.allowed_models}
-    shown = [models.known.get(name.lower(), Model(name, name)) for name in models.listed]
+    off = switched_off(models, config)
     named = []
     for alias, target in sorted(config.model_aliases.items()):
         model = find_model(target, models) or Model(target, target)
-        if "*" not in alias and (not allowed or model.id.lower() in allowed):
+        wanted = model.id.lower() not in off and (not allowed or model.id.lower() in allowed)
+        if "*" not in alias and wanted:
             named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
-    return named + [model for model in shown if not allowed or model.id.lower() in allowed]
+    return named + [models.known.get(name.lower(), Model(name, name))
+                    for name in served_ids(models, config)]
 
 
 def openai_model(model: Model) -> Json:
@@ -2021,16 +2099,17 @@ def check_operator(operator: Operator, host: str) -> str:
     """
     if KEY_PATTERN.search(operator.client_key):
         raise ProxyError("config", "clientKey looks like a Command Code key (user_...): choose "
-                         "another, or callers' requests would be taken for ones with own keys")
+                         "another, or callers' requests would be taken for ones with own keys",
+                         param="clientKey")
     if not re.fullmatch("[!-~]*", operator.client_key):
         raise ProxyError("config", "clientKey must be of visible ASCII characters: a header holds "
-                         "no others")
+                         "no others", param="clientKey")
     if not operator.keys or operator.client_key:
         return ""
     if not LOOPBACK.fullmatch(host):
         raise ProxyError("config", "%s holds keys, and host %s is reachable from other machines: "
                          "set clientKey (BRIDGE_API_KEY) for callers to present, or unset the keys"
-                         % (operator.source, host))
+                         % (operator.source, host), param="clientKey")
     return "" if operator.loopback else (
         "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
 
@@ -6954,6 +7033,98 @@ def check_writer(fields: Fields, admin_key: str) -> None:
                          "Bearer ...`.")
 
 
+# === CONFIG CHANGES (pure) ==================================================
+# The config file's entries changed over HTTP: what is asked for is read, merged
+# and told of, secrets never.  Options with `at_start` keep the value that the
+# program was started with until it starts again; flags and the environment win
+# over the file as ever.
+
+
+def decode_entries(text: str, path: str) -> Json:
+    """The entries in a config file's text.  Raises ProxyError `config`."""
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
+            path, error.msg, error.lineno, error.colno)) from None
+    except (ValueError, RecursionError) as error:
+        raise ProxyError("config", "%s: is not usable: %s" % (path, error)) from None
+    if not isinstance(entries, dict):
+        raise ProxyError("config", "%s: must hold one JSON object" % path)
+    return entries
+
+
+def encode_json_file(value: Any) -> bytes:
+    """JSON as a person reads it in a file."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:          # a lone surrogate
+        return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_changes(body: Json) -> Json:
+    """What a request wants the config file's entries to be, each in its option's own type; null
+    is for taking one out.  Raises ProxyError `config`."""
+    options = {option.name: option for option in OPTIONS}
+    check_entries({name: "" for name in body}, "the request")
+    changes = {}
+    for name, given in body.items():
+        value = None if given is None else read_value(options[name], given, "the request")
+        changes[name] = int(value) if isinstance(value, float) and value == int(value) else value
+    return changes
+
+
+def merge_entries(entries: Json, changes: Json) -> Json:
+    """A file's entries with changes, in the order that they had."""
+    merged = {**entries, **changes}
+    return {name: value for name, value in merged.items()
+            if value is not None or name not in changes}
+
+
+def keep_started(config: Config, running: Config) -> Config:
+    """A new configuration as far as it counts without a start."""
+    return config._replace(**{snake_case(option.name): getattr(running, snake_case(option.name))
+                              for option in OPTIONS if option.at_start})
+
+
+def waiting_options(config: Config, running: Config) -> List[str]:
+    """The options whose new value waits for the next start."""
+    return [option.name for option in OPTIONS if option.at_start and getattr(
+        config, snake_case(option.name)) != getattr(running, snake_case(option.name))]
+
+
+def changed_options(config: Config, before: Config) -> List[str]:
+    return [option.name for option in OPTIONS if getattr(
+        config, snake_case(option.name)) != getattr(before, snake_case(option.name))]
+
+
+def change_report(names: Iterable[str], waiting: Iterable[str],
+                  sources: Mapping[str, str]) -> Json:
+    """What became of each of the options that were to change."""
+    stronger = {name: sources[name] for name in names
+                if sources[name].startswith(("--", "environment "))}
+    left = [name for name in names if name not in stronger]
+    return {"applied": [name for name in left if name not in waiting],
+            "restart_needed": [name for name in left if name in waiting], "overridden": stronger}
+
+
+def option_entry(option: Option, value: Any, source: str) -> Json:
+    """One option as /admin/config shows it."""
+    secret = option.kind == "secret"
+    shown = None if secret else json.loads(redact(json.dumps(value)))
+    return {"name": option.name, "kind": option.kind, "value": shown,
+            "default": None if secret else option.default, "choices": list(option.choices),
+            "help": option.help, "source": source, "at_start": option.at_start, "secret": secret,
+            "set": bool(value) if secret else source != "default"}
+
+
+def as_refusal(error: ProxyError) -> ProxyError:
+    """What is wrong with a configuration, as a client's mistake."""
+    if error.kind != "config":
+        return error
+    return ProxyError("invalid", redact(error.message), param=error.param and redact(error.param))
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -7228,6 +7399,8 @@ class App:
     watching: Any = None                        # the task that looks for changes, for them
     numbered: int = 0                           # requests that were shown while they ran
     settings: Any = None                        # Settings: where the configuration came from
+    changing: Any = None                        # asyncio.Lock: one change of a file at a time
+    version_task: Optional["asyncio.Task[Any]"] = None      # asks npm for cliVersion
     alerts: List[Json] = field(default_factory=list)    # that stand now, oldest first
 
 
@@ -7289,37 +7462,47 @@ class Settings:
     entries: Json                       # of the config file
     operator: Operator = Operator()
     unused: str = ""                    # why the operator's keys lie unused
+    given: Optional[str] = None         # --config
+
+    @property
+    def path(self) -> str:
+        """Where the config file is, or would be; "" where the program is run by another."""
+        return config_path(self.given) if self.file_name else ""
 
 
 def read_settings(flags: Dict[str, str], given: Optional[str]) -> Settings:
     """All settings, read whole and checked.  `given` is --config.  Raises ProxyError `config`."""
     file_name, entries = read_config_file(given)
+    return check_settings(flags, entries, file_name, given)
+
+
+def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
+                   given: Optional[str]) -> Settings:
+    """The settings that these entries of a config file make, with everything checked that the
+    start asks for.  Raises ProxyError `config`."""
     config, sources = read_config(flags, os.environ, entries, file_name)
     operator = read_operator(config)
     return Settings(config, sources, flags, file_name, entries, operator,
-                    check_operator(operator, config.host))
+                    check_operator(operator, config.host), given)
+
+
+def config_path(given: Optional[str]) -> str:
+    """Where the config file is, or would be."""
+    return given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
 def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
     """(name, entries) of the config file; without --config it may be absent."""
-    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+    path = config_path(given)
     if given is None and not os.path.exists(path):
         return "config.json", {}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)
+            return path, decode_entries(file.read(), path)
     except OSError as error:
         raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
     except UnicodeDecodeError:
         raise ProxyError("config", "%s: is not UTF-8" % path) from None
-    except json.JSONDecodeError as error:
-        raise ProxyError("config", "%s: is not JSON: %s at line %d, column %d" % (
-            path, error.msg, error.lineno, error.colno)) from None
-    except (ValueError, RecursionError) as error:
-        raise ProxyError("config", "%s: is not usable: %s" % (path, error)) from None
-    if not isinstance(entries, dict):
-        raise ProxyError("config", "%s: must hold one JSON object" % path)
-    return path, entries
 
 
 def read_credentials_file(name: str) -> Tuple[str, str]:
@@ -7391,11 +7574,109 @@ def open_log(config: Config) -> logging.Logger:
     return log
 
 
-def check_certificates() -> None:
-    """A certificate file that is named but missing is said at start, not at the first request."""
+def check_surroundings(config: Config) -> None:
+    """What a configuration needs of this machine.  A certificate file that is named but missing is
+    said at start, not at the first request.  Raises ProxyError `config`."""
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.path.isfile(path):
         raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
+    if config.workers > 1 and not hasattr(os, "fork"):
+        raise ProxyError("config", "workers: this platform has no fork; only 1 can run.",
+                         param="workers")
+    place = config.log_file and os.path.dirname(os.path.abspath(config.log_file))
+    if place and (not os.path.isdir(place) or os.path.isdir(config.log_file) or not os.access(
+            config.log_file if os.path.exists(config.log_file) else place, os.W_OK)):
+        raise ProxyError("config", "logFile %s: cannot be written" % config.log_file,
+                         param="logFile")
+
+
+# === SAFE FILES =============================================================
+# Files that hold a person's settings, changed so that nothing is lost: one
+# change at a time (other processes wait for a lock on the folder), on top of
+# what the file says by then, and at once or not at all.  A link stays one.
+
+LOCK_SECONDS = 5.0          # another change takes milliseconds
+
+
+def lock_folder(folder: str) -> int:
+    """A descriptor that keeps other processes' changes waiting until it is closed; -1 where there
+    are no such locks.  Raises TimeoutError."""
+    try:
+        import fcntl
+    except ImportError:         # Windows: there is one process, and its changes come one by one
+        return -1
+    number = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(number)
+                raise TimeoutError(errno.EBUSY, "another change does not end") from None
+            time.sleep(0.02)
+        except OSError:         # a file system without locks
+            return number
+
+
+def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode: int) -> None:
+    """Put data in a file's place at once, or change nothing.  Raises OSError."""
+    folder, name = os.path.split(target)
+    fresh = os.path.join(folder, ".%s.%s" % (name, random_hex(8)))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    number = os.open(fresh, flags, 0o600)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(fresh, mode)
+        if like is not None and hasattr(os, "chown") and os.geteuid() == 0:
+            os.chown(fresh, like.st_uid, like.st_gid)      # root's changes leave it its owner's
+        os.replace(fresh, target)
+    except BaseException:
+        os.unlink(fresh)
+        raise
+
+
+def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] = None) -> None:
+    """Give a file the content that `edit` makes of its present one (b"" for none).
+
+    The previous file is kept beside it as a hidden one and the mode is kept, unless a mode is
+    given, as for secrets.  Raises ProxyError 409 where it cannot be written, and what edit does.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    lock = -1
+    try:
+        lock = lock_folder(folder)
+        like = os.stat(target) if os.path.exists(target) else None
+        old = b""
+        if like is not None:
+            with open(target, "rb") as file:
+                old = file.read()
+        new = edit(old)
+        if new == old:
+            return
+        kept = mode or (like.st_mode & 0o777 if like is not None else 0o600)
+        if old and mode is None:
+            replace_file(os.path.join(folder, ".%s.previous" % name), old, like, kept)
+        replace_file(target, new, like, kept)
+    except OSError as error:
+        raise ProxyError("invalid", "%s cannot be changed: %s. Nothing was; let the account that "
+                         "runs the proxy write it and its folder, or change it by hand and send "
+                         "SIGHUP." % (path, error.strerror or error), status=409) from None
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def is_writable(path: str) -> bool:
+    """Whether a change of a file has a chance."""
+    target = os.path.realpath(path)
+    return bool(path) and os.access(os.path.dirname(target), os.W_OK) and (
+        not os.path.exists(target) or os.access(target, os.W_OK))
 
 
 # === SOCKETS ================================================================
@@ -9656,11 +9937,212 @@ async def serve_events(app: App, exchange: Exchange) -> None:
     finally:
         wire.flood_bytes = 0
         drop_follower(app, follower)
+# === RELOADING ==============================================================
+# A new configuration for a program that runs.  Most options are looked at when
+# they matter, so it is enough to put them in place, all at once; requests that
+# run finish with what they have taken already.  What was derived from an option
+# at start follows it by FOLLOWERS.  Options with `at_start` wait.
+
+
+def raise_descriptor_limit(app: App) -> None:
+    """Use all descriptors that the system grants; a relayed answer takes two."""
+    app.max_clients = app.config.max_connections
+    try:
+        import resource
+    except ImportError:         # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * app.config.max_connections + 64
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError) as error:
+            app.log.debug("descriptor limit stays at %d: %s", soft, error)
+    if soft != resource.RLIM_INFINITY:
+        app.max_clients = max(1, min(app.config.max_connections, (soft - 64) // 2))
+
+
+def follow_log_level(app: App) -> None:
+    for logger in (app.log, logging.getLogger("asyncio")):
+        logger.setLevel(app.config.log_level.upper())
+
+
+def follow_cli_version(app: App) -> None:
+    """The version sent upstream: the one that is set, or npm's."""
+    if app.version_task is not None:
+        app.version_task.cancel()
+        app.version_task = None
+    if app.config.cli_version == "auto":
+        app.version_task = spawn(app, keep_version_fresh(app))
+    else:
+        app.cli_version = app.config.cli_version
+
+
+def follow_model_list(app: App) -> None:
+    """The upstream's list of models: asked for at the next request, or no longer used."""
+    if not app.config.use_provider_models:
+        app.models = builtin_models()
+    if not app.demo:
+        app.models_due = 0.0
+
+
+FOLLOWERS: Dict[str, Callable[[App], None]] = {
+    "maxConnections": raise_descriptor_limit, "logLevel": follow_log_level,
+    "cliVersion": follow_cli_version, "useProviderModels": follow_model_list,
+    "modelRefreshIntervalMs": follow_model_list}
+
+
+def apply_settings(app: App, settings: Settings) -> List[str]:
+    """Put new settings in place as far as they count without a start; the options that changed."""
+    config = keep_started(settings.config, app.config)
+    changed = changed_options(config, app.config)
+    app.settings, app.config, app.operator = settings, config, settings.operator
+    for name in changed:
+        if name in FOLLOWERS:
+            FOLLOWERS[name](app)
+    return changed
+
+
+def log_change(app: App, origin: str, changed: List[str]) -> None:
+    """One line about a new configuration: the names, never the values."""
+    waiting = waiting_options(app.settings.config, app.config)
+    app.log.info("configuration (%s): %s; %d operator's keys%s", origin,
+                 "changed " + ", ".join(changed) if changed else "nothing changed",
+                 len(app.operator.keys),
+                 "; restart for " + ", ".join(waiting) if waiting else "")
+
+
+def reload_settings(app: App) -> None:
+    """Read the config file and the operator's keys again; where they are wrong, one line says so
+    and all stays as it is."""
+    settings = app.settings
+    if settings is None:
+        return
+    try:
+        fresh = read_settings(settings.flags, settings.given)
+        check_surroundings(fresh.config)
+    except ProxyError as error:
+        app.log.error("the configuration stays as it is: %s", printable(error.message, 1000))
+        return
+    log_change(app, "read again", apply_settings(app, fresh))
+
+
+def tell_workers(app: App) -> None:
+    """What one worker wrote, all must read: their parent passes it on."""
+    if app.worker:
+        os.kill(os.getppid(), signal.SIGHUP)
+
+
+async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
+    """Run blocking work that changes a file in a thread, one at a time."""
+    if app.changing is None:
+        app.changing = asyncio.Lock()
+    async with app.changing:
+        return await in_thread(work)
+
+
+# === ADMIN CHANGES ==========================================================
+# The endpoints below /admin that show and change the configuration.  Everything
+# is checked as at a start before anything is written.
+
+
+def known_settings(app: App) -> Settings:
+    """The settings; without a file to write to where the program that runs us gave none."""
+    if app.settings is not None:
+        return app.settings
+    return Settings(app.config, {option.name: "default" for option in OPTIONS}, {}, "", {})
+
+
+def can_restart(app: App) -> bool:
+    return False
+
+
+async def show_config(app: App, exchange: Exchange) -> None:
+    """The configuration without its secrets."""
+    admit_reader(app, exchange)
+    settings = known_settings(app)
+    await respond_json(app, exchange, 200, {
+        "file": settings.path or None, "writable": is_writable(settings.path),
+        "restart": can_restart(app),
+        "restart_needed": waiting_options(settings.config, app.config),
+        "options": [option_entry(option, getattr(settings.config, snake_case(option.name)),
+                                 settings.sources[option.name]) for option in OPTIONS]})
+
+
+def write_config(settings: Settings, changes: Json) -> Settings:
+    """Change the config file; the settings that it then makes.  Raises ProxyError."""
+    made: List[Settings] = []
+
+    def edit(old: bytes) -> bytes:
+        try:
+            text = old.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ProxyError("config", "%s: is not UTF-8" % settings.path) from None
+        entries = decode_entries(text, settings.path) if text.strip() else {}
+        merged = merge_entries(entries, changes)
+        made.append(check_settings(settings.flags, merged, settings.path, settings.given))
+        check_surroundings(made[0].config)
+        return old if list(merged.items()) == list(entries.items()) else encode_json_file(merged)
+
+    change_file(settings.path, edit)
+    return made[0]
+
+
+async def change_config(app: App, exchange: Exchange) -> None:
+    """Entries of the config file written anew, and what came of it."""
+    admit_writer(app, exchange)
+    body = parse_object(await read_body(app, exchange), [])
+    settings = known_settings(app)
+    if not settings.path:
+        raise ProxyError("invalid", "This proxy was not started from a config file.", status=409)
+    try:
+        changes = read_changes(body)
+        fresh = await change_in_turn(app, lambda: write_config(settings, changes))
+    except ProxyError as error:
+        raise as_refusal(error) from None
+    log_change(app, "by /admin/config", apply_settings(app, fresh))
+    tell_workers(app)
+    waiting = waiting_options(fresh.config, app.config)
+    await respond_json(app, exchange, 200, change_report(changes, waiting, fresh.sources))
+
+
+def admin_model_entry(model: Model, off: FrozenSet[str], requests: Mapping[str, int]) -> Json:
+    return {"id": redact(model.id), "name": redact(model.name), "context": model.context or None,
+            "max_output": model.max_output or None, "vision": model.vision,
+            "efforts": None if model.efforts is None else list(model.efforts),
+            "plan": model.plan if model.plan not in ("", "-") else None,
+            "enabled": model.id.lower() not in off, "requests": requests.get(model.id, 0)}
+
+
+async def show_admin_models(app: App, exchange: Exchange) -> None:
+    """All models, those that are switched off among them."""
+    admit_reader(app, exchange)
+    keep_models_fresh(app)
+    off, requests = switched_off(app.models, app.config), count_names(
+        record.model for record in app.recent)
+    listed = list(app.models.listed)
+    known = {name.lower() for name in listed}
+    listed += [row["id"] for row in app.config.models if row["id"].lower() in off - known]
+    await respond_json(app, exchange, 200, {"models": [admin_model_entry(
+        app.models.known.get(name.lower(), Model(name, name)), off, requests)
+        for name in listed]})
+
+
+def count_names(names: Iterable[str]) -> Dict[str, int]:
+    counts: Dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
+
+
+ALL_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 
 class Route(NamedTuple):
@@ -9764,6 +10246,7 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
     found = find_model(name, app.models)
+    refuse_switched_off(name, found, app.models, app.config)
     wanted = {name.lower(), found.id.lower() if found else ""}
     model = next((one for one in shown if one.id.lower() in wanted), None)
     if model is None:
@@ -9838,10 +10321,10 @@ async def serve_noise(app: App, exchange: Exchange) -> None:
 
 async def serve_options(app: App, exchange: Exchange) -> None:
     """A CORS preflight: answered before any key is looked at (FIELD 61)."""
-    fields = [("allow", "GET, HEAD, POST, OPTIONS")]
+    fields = [("allow", ALL_METHODS)]
     if any(name == "access-control-allow-origin" for name, _ in cors_fields(app, exchange.head)):
         wanted = redact(exchange.head.fields.get("access-control-request-headers", "*"))
-        fields += [("access-control-allow-methods", "GET, HEAD, POST, OPTIONS"),
+        fields += [("access-control-allow-methods", ALL_METHODS),
                    ("access-control-allow-headers", wanted[:1000]),
                    ("access-control-max-age", "600")]
     await respond(app, exchange, 204, b"", fields)
@@ -9860,6 +10343,8 @@ ROUTES = {
     "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
     "/admin/state": Route({"GET": serve_state}, quiet=True),
     "/admin/events": Route({"GET": serve_events}, quiet=True),
+    "/admin/config": Route({"GET": show_config, "PUT": change_config}),
+    "/admin/models": Route({"GET": show_admin_models}, quiet=True),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
@@ -10162,7 +10647,7 @@ async def listen(app: App) -> Any:
     spawn(app, sweep(app))
     spawn(app, watch_alerts(app))
     if app.config.cli_version == "auto":
-        spawn(app, keep_version_fresh(app))
+        app.version_task = spawn(app, keep_version_fresh(app))
     return server
 
 
@@ -10235,25 +10720,6 @@ def ignore_result(result: Any) -> None:
 
 PARENT_SIGNALS = {number for number in (getattr(signal, name, None) for name in (
     "SIGINT", "SIGTERM", "SIGCHLD")) if number is not None}
-
-
-def raise_descriptor_limit(app: App) -> None:
-    """Use all descriptors that the system grants; a relayed answer takes two."""
-    try:
-        import resource
-    except ImportError:         # Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * app.config.max_connections + 64
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-        except (OSError, ValueError) as error:
-            app.log.debug("descriptor limit stays at %d: %s", soft, error)
-    if soft != resource.RLIM_INFINITY:
-        app.max_clients = max(1, min(app.config.max_connections, (soft - 64) // 2))
 
 
 def watch_signals(app: App, stop: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -11042,9 +11508,7 @@ def run_selftest(app: App) -> int:
 def make_app(settings: Settings) -> App:
     """A proxy of these settings that does not listen yet.  Raises ProxyError `config`."""
     config = settings.config
-    check_certificates()
-    if config.workers > 1 and not hasattr(os, "fork"):
-        raise ProxyError("config", "workers: this platform has no fork; only 1 can run.")
+    check_surroundings(config)
     app = new_app(config, Limits(), open_log(config), Pool())
     app.operator, app.settings = settings.operator, settings
     return app

@@ -113,7 +113,7 @@ def test_flags_win_over_environment_over_file_over_defaults(flags, environment, 
 def test_every_option_can_come_from_every_source(option):
     text = {"int": "2000", "seconds": "7.5", "bool": "false", "str": "thing", "host": "::1", "list": "a,b",
             "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word",
-            "number": "2.5"}[option.kind]
+            "number": "2.5", "models": "kimi=off"}[option.kind]
     text = {"cliVersion": "9.8.7", "workers": "7", "accountRefreshSeconds": "17",
             "alertIntervalSeconds": "17", "alertWebhookUrl": "https://h/x?y=1"}.get(
                 option.name, text)
@@ -127,6 +127,33 @@ def test_every_option_can_come_from_every_source(option):
     config, sources = read(entries={option.name: by_flag})
     assert getattr(config, attribute) == by_flag
     assert sources[option.name] == "the file"
+
+
+# The option `models`.
+
+@pytest.mark.parametrize("given, value", [
+    ("", []), ("[]", []), ("kimi=off", [("kimi", False)]), ("a=on, b = OFF,", [("a", True), ("b", False)]),
+    ("x:free=off", [("x:free", False)]), ("a=b=off", [("a=b", False)]),
+    ('[{"id": "v/M", "enabled": false}]', [("v/M", False)]),
+    ([{"enabled": True, "id": "m"}], [("m", True)])])
+def test_models_that_are_switched(given, value):
+    config = read(flags={"models": given} if isinstance(given, str) else None,
+                  entries={"models": given} if isinstance(given, list) else None)[0]
+    assert [(row["id"], row["enabled"]) for row in config.models] == value
+
+
+@pytest.mark.parametrize("given, words", [
+    ("kimi", "entry 1 must have an id and enabled"), ("kimi=maybe", "entry 1"), ("=off", "an id of 1"),
+    ("[", "must be a JSON list"), ("a=off,A=on", "entry 2 names a model a second time"),
+    ({"kimi": False}, "must be a list like"), (["kimi"], "must be a list like"), (5, "must be a list like"),
+    ([{"id": "a"}], "no more"), ([{"id": "a", "enabled": 1}], "no more"),
+    ([{"id": "a", "enabled": True, "x": 1}], "no more"), ([{"id": 5, "enabled": True}], "an id of 1"),
+    ([{"id": "a b", "enabled": True}], "an id of 1")])
+def test_models_that_make_no_sense(given, words):
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        read(entries={"models": given})
+    assert words in caught.value.message and caught.value.param == "models"
+    assert caught.value.message.startswith("the file: models ")
 
 
 # Values.
