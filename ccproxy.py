@@ -79,6 +79,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     HISTORY (pure)
     ADMIN ACCESS (pure)
     CONFIG CHANGES (pure)
+    CLIENT SETTINGS (pure)
     DEMO ANSWERS (pure)
     THE SHELL
     SETTINGS
@@ -109,6 +110,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     MODELS COMMAND
     SELFTEST FEATURES
     SELFTEST
+    LAUNCHERS
     COMMAND LINE
 """
 from __future__ import annotations
@@ -7125,6 +7127,256 @@ def as_refusal(error: ProxyError) -> ProxyError:
     return ProxyError("invalid", redact(error.message), param=error.param and redact(error.param))
 
 
+# === CLIENT SETTINGS (pure) =================================================
+# What each client takes to be led here: an environment, arguments where that
+# does not do, a file where neither does, and the settings of others that would
+# win over them.  Each was tried with the real program.  One table serves
+# `run`, `env` and `setup`; the environment as lines for three shells.
+
+KEY_VARIABLE = "COMMANDCODE_KEY"
+KEY_MARK = "\0key"      # stands for the key where only a reference to it may be shown
+NO_KEY = "no-key"       # for a proxy that asks for none: programs want some word
+LOOPBACK_NAMES = "127.0.0.1,localhost,::1"
+
+
+class Target(NamedTuple):
+    """Where a client is led: the proxy's address, the caller's key, and the model."""
+
+    base: str               # http://127.0.0.1:3000
+    key: str
+    model: Model
+    models: Tuple[Model, ...] = ()      # that may be chosen besides
+    folder: str = ""                    # of `Client.files`; "" where no file is written
+
+
+class Client(NamedTuple):
+    """One row of CLIENTS."""
+
+    package: str                                    # what is to be installed
+    environment: Callable[[Target], Dict[str, str]]
+    arguments: Callable[[Target], List[str]]        # that come before the person's own
+    foreign: str                                    # names of settings that would defeat ours
+    files: Callable[[Target], Dict[str, str]] = lambda target: {}
+    home: str = ""                  # the variable that names the folder of `files`
+    advice: Callable[[Target], List[str]] = lambda target: []   # what `env` cannot put into words
+
+
+def claude_models(target: Target) -> Dict[str, str]:
+    """The model for all that Claude Code does, titles and sub-agents too; beside a Claude model
+    its own choices stay."""
+    names = {"ANTHROPIC_BASE_URL": target.base, "ANTHROPIC_MODEL": target.model.id}
+    if not target.model.id.startswith("claude"):
+        names.update(("ANTHROPIC_DEFAULT_%s_MODEL" % family, target.model.id)
+                     for family in ("OPUS", "SONNET", "HAIKU", "FABLE"))
+        if target.model.context:        # else it takes a name that it does not know for 1m tokens
+            names["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(target.model.context)
+    return names
+
+
+def claude_environment(target: Target) -> Dict[str, str]:
+    """A token, not ANTHROPIC_API_KEY: that one is asked about at the start.  MANAGED_BY_HOST lets
+    this win over settings.json, and keeps the key from the commands that the model runs."""
+    return {**claude_models(target), "ANTHROPIC_AUTH_TOKEN": target.key,
+            "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST": "1"}
+
+
+def codex_entries(target: Target) -> Dict[str, Any]:
+    """Entries of Codex' config.toml that stand above its tables."""
+    entries = {"model": target.model.id, "model_provider": "ccproxy"}
+    return {**entries, "model_context_window": target.model.context} if target.model.context \
+        else entries
+
+
+def codex_provider(target: Target) -> Dict[str, str]:
+    return {"name": "ccproxy", "base_url": target.base + "/v1", "env_key": KEY_VARIABLE,
+            "wire_api": "responses"}
+
+
+def codex_arguments(target: Target) -> List[str]:
+    """Its configuration as -c words: without quotes, which Windows would eat; what is no TOML
+    counts as a string."""
+    words = {**codex_entries(target), **{"model_providers.ccproxy." + name: value
+                                         for name, value in codex_provider(target).items()}}
+    return [word for name, value in words.items() for word in ("-c", "%s=%s" % (name, value))]
+
+
+def opencode_model(model: Model) -> Json:
+    """A model as opencode declares one; its output is part of its context."""
+    entry: Json = {"name": model.name, "attachment": model.vision, "tool_call": True,
+                   "modalities": {"input": ["text"] + ["image"] * model.vision,
+                                  "output": ["text"]}}
+    if model.context:
+        output = min(model.max_output or DEFAULT_OUTPUT_TOKENS, model.context // 2)
+        entry["limit"] = {"context": model.context, "output": output}
+    return entry
+
+
+def opencode_entries(target: Target) -> Json:
+    """What opencode's configuration gets."""
+    chosen = "ccproxy/" + target.model.id
+    models = {model.id: opencode_model(model) for model in (target.model,) + target.models}
+    return {"model": chosen, "small_model": chosen, "provider": {"ccproxy": {
+        "npm": "@ai-sdk/openai-compatible", "name": "ccproxy", "options": {
+            "baseURL": target.base + "/v1", "apiKey": "{env:%s}" % KEY_VARIABLE},
+        "models": models}}}
+
+
+def opencode_environment(target: Target) -> Dict[str, str]:
+    return {"OPENCODE_CONFIG_CONTENT": json.dumps(opencode_entries(target),
+                                                  separators=(",", ":")),
+            KEY_VARIABLE: target.key}
+
+
+def aider_environment(target: Target) -> Dict[str, str]:
+    """Its own names for its flags: a project's .env may hold others for OPENAI_*, and wins."""
+    model = "openai/" + target.model.id
+    return {"AIDER_OPENAI_API_BASE": target.base + "/v1", "AIDER_OPENAI_API_KEY": target.key,
+            "AIDER_MODEL": model, "AIDER_WEAK_MODEL": model, "AIDER_EDITOR_MODEL": model,
+            "AIDER_SHOW_MODEL_WARNINGS": "false"}
+
+
+def llm_environment(target: Target) -> Dict[str, str]:
+    """With a folder any model, without one OpenAI's: llm knows others from a file alone."""
+    if target.folder:
+        return {"LLM_USER_PATH": target.folder, "LLM_MODEL": target.model.id,
+                "OPENAI_API_KEY": target.key}
+    return {"OPENAI_BASE_URL": target.base + "/v1", "OPENAI_API_KEY": target.key}
+
+
+def llm_files(target: Target) -> Dict[str, str]:
+    """A model of its own key name, so that no key that llm stores is taken (JSON is YAML)."""
+    model: Json = {"model_id": target.model.id, "model_name": target.model.id,
+                   "api_base": target.base + "/v1", "api_key_name": "ccproxy",
+                   "supports_tools": True, "supports_schema": True}
+    if target.model.vision:
+        model["vision"] = True
+    return {"extra-openai-models.yaml": "- %s\n" % json.dumps(model)}
+
+
+def llm_advice(target: Target) -> List[str]:
+    return ["llm takes OpenAI's model names alone from here (llm -m gpt-5.5), and a key stored as",
+            "`openai` wins; `ccproxy.py run llm` brings any model, as does this line in the file",
+            "extra-openai-models.yaml of llm's folder (then llm -m %s):" % target.model.id,
+            llm_files(target)["extra-openai-models.yaml"].strip()]
+
+
+def pi_provider(target: Target) -> Json:
+    model = target.model
+    return {"name": "ccproxy", "baseUrl": target.base + "/v1", "apiKey": KEY_VARIABLE,
+            "api": "openai-completions", "models": [{
+                "id": model.id, "name": model.name, "reasoning": model.efforts != (),
+                "input": ["text"] + ["image"] * model.vision,
+                "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+                "contextWindow": model.context or 128_000,
+                "maxTokens": model.max_output or DEFAULT_OUTPUT_TOKENS}]}
+
+
+def pi_files(target: Target) -> Dict[str, str]:
+    """An extension, which leaves pi's own folder as it is."""
+    return {"ccproxy.js": "export default (pi) => pi.registerProvider(\"ccproxy\", %s);\n"
+                          % json.dumps(pi_provider(target))}
+
+
+def pi_arguments(target: Target) -> List[str]:
+    chosen = ["--provider", "ccproxy", "--model", target.model.id]
+    return ["--extension", target.folder + "/ccproxy.js"] + chosen if target.folder else chosen
+
+
+def pi_advice(target: Target) -> List[str]:
+    return ["pi knows other addresses from a file alone: `ccproxy.py run pi` brings one, or put",
+            "this into ~/.pi/agent/models.json:",
+            json.dumps({"providers": {"ccproxy": pi_provider(target)}})]
+
+
+def key_environment(target: Target) -> Dict[str, str]:
+    return {KEY_VARIABLE: target.key}
+
+
+def no_arguments(target: Target) -> List[str]:
+    return []
+
+
+CLIENTS: Dict[str, Client] = {
+    "claude": Client("@anthropic-ai/claude-code (npm)", claude_environment, no_arguments,
+                     "ANTHROPIC_.*|CLAUDE_CODE_(USE_(BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY)|"
+                     "USE_ANTHROPIC_.*|OAUTH_.*|API_KEY_FILE_DESCRIPTOR|API_BASE_URL|"
+                     "SUBAGENT_MODEL.*|MAX_CONTEXT_TOKENS|HOST_.*)"),
+    "codex": Client("@openai/codex (npm)", key_environment, codex_arguments,
+                    "CODEX_(API_KEY|ACCESS_TOKEN)|OPENAI_.*"),
+    "opencode": Client("opencode-ai (npm)", opencode_environment, no_arguments,
+                       "OPENCODE_CONFIG_CONTENT"),
+    "aider": Client("aider-chat (PyPI)", aider_environment, no_arguments,
+                    "OPENAI_.*|AIDER_(OPENAI_.*|(WEAK_|EDITOR_)?MODEL)"),
+    "llm": Client("llm (PyPI)", llm_environment, no_arguments, "OPENAI_.*|LLM_(MODEL|USER_PATH)",
+                  llm_files, "LLM_USER_PATH", llm_advice),
+    "pi": Client("@mariozechner/pi-coding-agent (npm)", key_environment, pi_arguments,
+                 "", pi_files, advice=pi_advice)}
+
+
+def foreign_names(client: Client, environment: Iterable[str]) -> List[str]:
+    """Names of an environment that would lead the client elsewhere."""
+    return sorted(name for name in environment if re.fullmatch(client.foreign, name))
+
+
+def without_detour(environment: Mapping[str, str]) -> Dict[str, str]:
+    """NO_PROXY with loopback in it, where an HTTP proxy is set: it could not come back here."""
+    named = {name.lower(): value for name, value in environment.items() if value}
+    if not {"http_proxy", "https_proxy", "all_proxy"} & set(named):
+        return {}
+    given = named.get("no_proxy", "")
+    value = given if given == "*" else ",".join(filter(None, (given, LOOPBACK_NAMES)))
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+class Shell(NamedTuple):
+    """How a shell writes settings: templates of a name, and of a name and a quoted value."""
+
+    setting: str
+    unset: str
+    reference: str          # to a variable
+    quoted: Callable[[str], str]
+    use: str                # how the printed lines are taken in, of a command
+
+
+SHELLS = {
+    "sh": Shell("export %s=%s", "unset %s", '"${%s}"',
+                lambda text: "'%s'" % text.replace("'", "'\\''"), 'eval "$(%s)"'),
+    "fish": Shell("set -gx %s %s", "set -e %s", '"$%s"',
+                  lambda text: "'%s'" % re.sub(r"([\\'])", r"\\\1", text), "%s | source"),
+    # PowerShell takes curly quotes for straight ones.
+    "powershell": Shell("$env:%s = %s", "Remove-Item Env:%s", "$env:%s",
+                        lambda text: "'%s'" % re.sub("(['\u2018-\u201b])", r"\1\1", text),
+                        "%s | Out-String | Invoke-Expression")}
+
+
+def shell_of(variables: Mapping[str, str], windows: bool) -> str:
+    """The shell that a person most likely uses, by $SHELL."""
+    name = re.split(r"[/\\]", variables.get("SHELL", ""))[-1]
+    known = {"fish": "fish", "pwsh": "powershell", "powershell": "powershell"}
+    return known.get(name, "powershell" if windows and not name else "sh")
+
+
+def environment_lines(name: str, target: Target, shell: Shell,
+                      variables: Mapping[str, str]) -> List[str]:
+    """A client's environment in the words of a shell; the key only as a reference to
+    KEY_VARIABLE."""
+    client = CLIENTS[name]
+    wanted = {**client.environment(target), **without_detour(variables)}
+    lines = ["# %s by way of ccproxy on %s; first set %s to your key (user_...)" % (
+        name, target.base, KEY_VARIABLE),
+             "# use: " + shell.use % ("python3 ccproxy.py env " + name)]
+    lines += [shell.unset % one for one in foreign_names(client, variables) if one not in wanted]
+    lines += [shell.setting % (one, shell.reference % KEY_VARIABLE if value == KEY_MARK
+                               else shell.quoted(value)) for one, value in wanted.items()]
+    words = client.arguments(target)
+    if words:
+        lines.append("# the rest does not fit into an environment; start it as:")
+        lines.append("# %s %s" % (name, " ".join(
+            word if re.fullmatch("[A-Za-z0-9@%_+=:,./-]+", word) else shell.quoted(word)
+            for word in words)))
+    return lines + ["# " + line for line in client.advice(target)]
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -11343,6 +11595,35 @@ async def selftest(app: App) -> bool:
         await drain(app, asyncio.Event())
 
 
+# === LAUNCHERS ==============================================================
+# `env` prints what a client needs to come here; `run` starts the client so, with
+# a proxy of its own where none runs yet.
+
+
+def local_base(config: Config) -> str:
+    """The address at which clients of this machine reach the proxy."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return "http://%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host,
+                             config.port)
+
+
+def target_of(invocation: Invocation, base: str, key: str) -> Target:
+    """Where a client is to be led.  Raises ProxyError for a model that is not served."""
+    config, models = invocation.settings.config, builtin_models()
+    model = resolve_model(invocation.given.model or "default", models, config, [])
+    return Target(base, key, model, tuple(one for one in listed_models(models, config)
+                                          if one.id != model.id))
+
+
+def show_environment(invocation: Invocation) -> int:
+    """The command `env`."""
+    target = target_of(invocation, local_base(invocation.settings.config), KEY_MARK)
+    shell = SHELLS[invocation.given.shell or shell_of(os.environ, sys.platform == "win32")]
+    lines = environment_lines(invocation.given.client, target._replace(models=()), shell,
+                              os.environ)
+    return 0 if say("".join(line + "\n" for line in lines)) else 1
+
+
 # === COMMAND LINE ===========================================================
 # Flags from the option table, the config file, the start-up screen, and
 # `main`.  What is wrong with the configuration is one line on standard error
@@ -11539,11 +11820,21 @@ def serve(invocation: Invocation) -> int:
 
 
 JSON_FLAG = ("--json", {"action": "store_true", "help": "print JSON instead of a table"})
+def client_argument(names: Iterable[str]) -> Tuple[str, Json]:
+    return "client", {"choices": list(names), "metavar": "|".join(names), "help": "the program"}
+
+
+MODEL_FLAG: Tuple[str, Json] = ("--model", {"help": "its model (default: defaultModel)"})
+
 COMMANDS: Dict[str, Command] = {
     "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
                         "try every feature against the upstream inside the program", "selftest"),
     "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
-                      "models --json", (JSON_FLAG,))}
+                      "models --json", (JSON_FLAG,)),
+    "env": Command(show_environment, "print the environment with which a client comes here",
+                   "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
+                       "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
+                                   "the one in use)"})))}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
