@@ -42,6 +42,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     KEYS (pure)
     KEY RINGS (pure)
     OPERATOR KEYS (pure)
+    OPERATOR KEY CHANGES (pure)
     PROMPT (pure)
     EVENTS (pure)
     GRAMMAR (pure)
@@ -102,6 +103,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     LIVE EVENTS
     RELOADING
     ADMIN CHANGES
+    ADMIN KEYS
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -2035,9 +2037,9 @@ def credential_members(row: Json, source: str, place: str) -> Json:
     return known
 
 
-def read_credential(row: Any, source: str, place: str) -> Optional[RingKey]:
+def read_credential(row: Any, source: str, place: str) -> Tuple[RingKey, bool]:
     """One row: {"id", "apiKey", "weight", "enabled", "maxInFlight", "allowedModels"} or a key
-    alone; None when it is not enabled.  Raises ProxyError `config`, never with the key in it."""
+    alone; and whether it is enabled.  Raises ProxyError `config`, never with the key in it."""
     row = {"apiKey": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise credential_fault(source, place, "must be an object or a key")
@@ -2048,7 +2050,7 @@ def read_credential(row: Any, source: str, place: str) -> Optional[RingKey]:
         raise credential_fault(source, place, "must have an id that is a name")
     known = credential_members(row, source, place)
     enabled = known.pop("enabled")
-    return new_ring_key(key.strip(), name=printable(name, 64), **known) if enabled else None
+    return new_ring_key(key.strip(), name=printable(name, 64), **known), enabled
 
 
 def decode_credentials(text: str, source: str) -> Any:
@@ -2078,19 +2080,23 @@ def credential_rows(text: str, source: str) -> List[Any]:
     return value
 
 
+def every_credential(rows: List[Any], source: str) -> List[Tuple[RingKey, bool]]:
+    """The keys of all rows, and whether each is enabled.  Raises ProxyError `config`."""
+    if len(rows) > MAX_OPERATOR_KEYS:
+        raise credential_fault(source, "holds", "more than %d keys" % MAX_OPERATOR_KEYS)
+    return [read_credential(row, source, "credential %d" % number)
+            for number, row in enumerate(rows, 1)]
+
+
 def read_credentials(sources: Iterable[Tuple[str, str]]) -> Tuple[str, Tuple[RingKey, ...]]:
     """(source, keys) of the first of (name, text) that holds a key; ("", ()) for none.
 
     Raises ProxyError `config` that names source and row, never a key.
     """
     for source, text in sources:
-        rows = credential_rows(text, source)
-        if len(rows) > MAX_OPERATOR_KEYS:
-            raise credential_fault(source, "holds", "more than %d keys" % MAX_OPERATOR_KEYS)
-        keys = [read_credential(row, source, "credential %d" % number)
-                for number, row in enumerate(rows, 1)]
+        keys = every_credential(credential_rows(text, source), source)
         if keys:        # rows that are all switched off are the operator's word too
-            return source, merge_ring([key for key in keys if key is not None], source, "config")
+            return source, merge_ring([key for key, on in keys if on], source, "config")
     return "", ()
 
 
@@ -2166,6 +2172,118 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
                              "(operatorKeys: loopback). Send your own key." % fault)
         return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
     raise missing_key(fields)
+
+
+# === OPERATOR KEY CHANGES (pure) ============================================
+# The text of the operator's file with a key added, changed or taken out.  What
+# else stands in the file stays, in whichever of its forms it is written; a form
+# without room for more becomes {"credentials": [...]}.  A row is meant by its id,
+# or by its key's safe name.
+
+KEY_CHANGES = ("id", "weight", "enabled", "maxInFlight", "allowedModels")
+
+
+def open_credentials(text: str, source: str) -> Tuple[Any, List[Any]]:
+    """(the whole value, the list of rows in it) of a credentials file, the list to be changed in
+    its place.  Raises ProxyError `config`."""
+    text = text.strip().lstrip("\ufeff")
+    rows = credential_rows(text, source) if text else []
+    if not text.startswith(("[", "{")):
+        return {"credentials": rows}, rows
+    value = decode_credentials(text, source)
+    if isinstance(value, list):
+        return value, value
+    name = "credentials" if "credentials" in value or "apiKeys" not in value else "apiKeys"
+    value.setdefault(name, rows)
+    if value[name] is rows:
+        value.pop("apiKey", None)           # it is one of the rows now
+    return value, value[name]
+
+
+def id_of(key: RingKey) -> str:
+    """What a key is called where it is changed."""
+    return key.name or key.shown
+
+
+def check_key_id(given: Any) -> str:
+    """An id for a key.  Raises ProxyError `invalid`."""
+    if not isinstance(given, str) or not re.fullmatch(r"[!-~]([ -~]{0,62}[!-~])?", given) or \
+            KEY_LIKE.search(given) or given.startswith("key:"):
+        raise ProxyError("invalid", "id must be a name of 1 to 64 printable ASCII characters that "
+                         "does not look like a key.", param="id")
+    return given
+
+
+def check_key_changes(body: Json) -> Json:
+    """What may be changed of a key; null stands for the default.  Raises ProxyError `invalid`."""
+    unknown = [name for name in body if name not in KEY_CHANGES]
+    if unknown:
+        raise ProxyError("invalid", "%s is no member that can be set here (%s)." % (
+            printable(unknown[0], 64), ", ".join(KEY_CHANGES)), param=printable(unknown[0], 64))
+    for _, name, _, fits, words in CREDENTIAL_MEMBERS:
+        if body.get(name) is not None and not fits(body[name]):
+            raise ProxyError("invalid", "%s must be %s." % (name, words), param=name)
+    if "id" in body:
+        check_key_id(body["id"])
+    return body
+
+
+def find_row(rows: List[Any], name: str, source: str) -> int:
+    """Which row is meant.  Raises ProxyError 404."""
+    keys = [key for key, _ in every_credential(rows, source)]
+    for names in ([id_of(key) for key in keys], [key.shown for key in keys]):
+        if name in names:
+            return names.index(name)
+    raise ProxyError("not_found", "There is no key %s in credentialsFile." % printable(name, 64))
+
+
+def refuse_taken(rows: List[Any], name: Any, index: int, source: str) -> None:
+    """Refuse an id that another row has (409)."""
+    for number, (key, _) in enumerate(every_credential(rows, source)):
+        if number != index and name in (id_of(key), key.shown):
+            raise ProxyError("invalid", "There is a key %s already." % printable(name, 64),
+                             param="id", status=409)
+
+
+def add_credential(rows: List[Any], body: Json, source: str) -> str:
+    """Put a new key behind the others; its id.  Raises ProxyError 400, 409."""
+    given = body.get("apiKey")
+    if not isinstance(given, str) or not KEY_PATTERN.fullmatch(given.strip()):
+        raise ProxyError("invalid", "apiKey must be a Command Code key (user_...).",
+                         param="apiKey")
+    check_key_changes({name: value for name, value in body.items() if name != "apiKey"})
+    name = check_key_id(body.get("id"))
+    refuse_taken(rows, name, -1, source)
+    key = new_ring_key(given.strip())
+    if key.digest in [one.digest for one, _ in every_credential(rows, source)]:
+        raise ProxyError("invalid", "The key %s is there already." % key.shown, param="apiKey",
+                         status=409)
+    if len(rows) >= MAX_OPERATOR_KEYS:
+        raise ProxyError("invalid", "There can be %d keys at most." % MAX_OPERATOR_KEYS,
+                         status=409)
+    rows.append({"id": name, "apiKey": key.key, **{
+        name: value for name, value in body.items()
+        if name not in ("id", "apiKey") and value is not None}})
+    return name
+
+
+def change_credential(rows: List[Any], name: str, body: Json, source: str) -> str:
+    """Change members of a key's row; its id from then on.  Raises ProxyError 400, 404, 409."""
+    index = find_row(rows, name, source)
+    check_key_changes(body)
+    if "id" in body:
+        refuse_taken(rows, body["id"], index, source)
+    row = {"apiKey": rows[index]} if isinstance(rows[index], str) else {**rows[index]}
+    row.update(body)
+    rows[index] = {name: value for name, value in row.items()
+                   if value is not None or name not in KEY_CHANGES}
+    return id_of(read_credential(rows[index], source, "")[0])
+
+
+def remove_credential(rows: List[Any], name: str, source: str) -> str:
+    """Take a key's row out; its id.  Raises ProxyError 404."""
+    index = find_row(rows, name, source)
+    return id_of(read_credential(rows.pop(index), source, "")[0])
 
 
 # === PROMPT (pure) ==========================================================
@@ -6669,7 +6787,7 @@ def usage_entry(key: RingKey, state: KeyState, routing: Routing, now: float) -> 
                                      "cached_tokens": state.cached,
                                      "cost_usd": round(state.cost, 6)}}
     if key.allowed_models:
-        entry["allowed_models"] = list(key.allowed_models)
+        entry["allowed_models"] = [redact(name) for name in key.allowed_models]
     return entry
 
 
@@ -7767,9 +7885,12 @@ def read_credentials_file(name: str) -> Tuple[str, str]:
             name, getattr(error, "strerror", None) or "not UTF-8")) from None
 
 
-def read_operator(config: Config) -> Operator:
-    """The operator's keys from the first source that holds any.  Raises ProxyError `config`."""
-    sources = [read_credentials_file(config.credentials_file)] if config.credentials_file else []
+def read_operator(config: Config, text: Optional[str] = None) -> Operator:
+    """The operator's keys from the first source that holds any; `text` is what credentialsFile is
+    to hold, where that is not written yet.  Raises ProxyError `config`."""
+    sources = [] if not config.credentials_file else [
+        read_credentials_file(config.credentials_file) if text is None
+        else (config.credentials_file, text)]
     sources += [(name, os.environ[name]) for name in CREDENTIAL_VARIABLES if os.environ.get(name)]
     if config.client_key or config.operator_keys != "off":
         files = map(os.path.expanduser, CLI_FILES)
@@ -10189,6 +10310,18 @@ async def serve_events(app: App, exchange: Exchange) -> None:
     finally:
         wire.flood_bytes = 0
         drop_follower(app, follower)
+def normal_path(path: str) -> str:
+    """A path without what may stand before it (/explain, /anthropic, /v1 once or twice) and
+    without slashes behind it."""
+    path = re.sub(r"/{2,}", "/", path)
+    path = re.sub(r"^(/explain)?(/anthropic)?(?=/|$)", "", path)
+    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
+
+
+def query_words(head: RequestHead) -> List[str]:
+    return head.target.partition("?")[2].split("&")
+
+
 # === RELOADING ==============================================================
 # A new configuration for a program that runs.  Most options are looked at when
 # they matter, so it is enough to put them in place, all at once; requests that
@@ -10389,6 +10522,117 @@ def count_names(names: Iterable[str]) -> Dict[str, int]:
     return counts
 
 
+# === ADMIN KEYS =============================================================
+# The endpoints that show and change the operator's keys.  A key is kept only in
+# credentialsFile; it comes in once and never comes out again.
+
+
+def stored_keys(app: App) -> List[Tuple[RingKey, bool]]:
+    """All the operator's keys, also those that are not enabled.  Raises ProxyError `config`."""
+    path = app.config.credentials_file
+    if path:
+        rows = every_credential(credential_rows(read_credentials_file(path)[1], path), path)
+        if rows:
+            return rows
+    return [(key, True) for key in app.operator.keys]
+
+
+async def key_entries(app: App, exchange: Exchange) -> List[Json]:
+    """What is shown of each key."""
+    stored = await in_thread(lambda: stored_keys(app))
+    routing = read_routing(app.config, exchange.head.fields, "", "")
+    if not app.demo:
+        fresh = "refresh=true" in query_words(exchange.head)
+        await await_all_figures(app, tuple(key for key, enabled in stored if enabled),
+                                0.0 if fresh else routing.refresh)
+    now = time.time()
+    return [{"id": id_of(key), "enabled": enabled, "max_in_flight": key.max_in_flight or None,
+             **usage_entry(key, state_of(app.keys, key, now), routing, now)}
+            for key, enabled in stored]
+
+
+async def show_keys(app: App, exchange: Exchange) -> None:
+    """The operator's keys, redacted, with their fitness."""
+    admit_reader(app, exchange)
+    path = app.config.credentials_file
+    try:
+        entries = await key_entries(app, exchange)
+    except ProxyError as error:
+        raise as_refusal(error) from None
+    await respond_json(app, exchange, 200, {
+        "file": path or None, "writable": is_writable(path), "policy": app.config.routing_policy,
+        "keys": entries})
+
+
+def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[str, Operator]:
+    """Change the rows of credentialsFile; (the id that `edit` gives, the keys from then on).
+
+    What would not do at a start is not written.  Raises ProxyError.
+    """
+    path, made = config.credentials_file, ["", Operator()]
+
+    def rewrite(old: bytes) -> bytes:
+        try:
+            value, rows = open_credentials(old.decode(), path)
+        except UnicodeDecodeError:
+            raise credential_fault(path, "is not", "UTF-8") from None
+        made[0] = edit(rows, path)
+        new = encode_json_file(value)
+        made[1] = read_operator(config, new.decode())
+        check_operator(made[1], config.host)
+        return new
+
+    change_file(path, rewrite, 0o600)
+    return made[0], made[1]         # type: ignore[return-value]
+
+
+async def edit_keys(app: App, exchange: Exchange, status: int,
+                    edit: Callable[[List[Any], str], str]) -> None:
+    """Change the operator's keys, at once for all requests that come, and answer with the key."""
+    config = app.config
+    if not config.credentials_file:
+        raise ProxyError("invalid", "The operator's keys can be changed here only where they are "
+                         "in a file of their own: set credentialsFile "
+                         "(COMMANDCODE_CREDENTIALS_FILE).", status=409)
+    try:
+        name, app.operator = await change_in_turn(app, lambda: write_keys(config, edit))
+        tell_workers(app)
+        entries = [entry for entry in await key_entries(app, exchange) if entry["id"] == name]
+    except ProxyError as error:
+        raise as_refusal(error) from None
+    app.log.info("operator's keys: %s %s, %d in use", exchange.head.method, printable(name, 64),
+                 len(app.operator.keys))
+    await respond_json(app, exchange, status, entries[0] if entries else {"id": name,
+                                                                          "deleted": True})
+
+
+async def add_key(app: App, exchange: Exchange) -> None:
+    """A new key of the operator's."""
+    admit_writer(app, exchange)
+    body = parse_object(await read_body(app, exchange), [])
+    await edit_keys(app, exchange, 201, lambda rows, path: add_credential(rows, body, path))
+
+
+def named_key(exchange: Exchange) -> str:
+    return unquote(normal_path(exchange.head.path)[len("/admin/keys/"):])
+
+
+async def change_key(app: App, exchange: Exchange) -> None:
+    """Another id, weight or limit for a key, or whether it is in use."""
+    admit_writer(app, exchange)
+    name = named_key(exchange)
+    body = parse_object(await read_body(app, exchange), [])
+    await edit_keys(app, exchange, 200,
+                    lambda rows, path: change_credential(rows, name, body, path))
+
+
+async def remove_key(app: App, exchange: Exchange) -> None:
+    """A key that the operator no longer lends."""
+    admit_writer(app, exchange)
+    name = named_key(exchange)
+    await edit_keys(app, exchange, 200, lambda rows, path: remove_credential(rows, name, path))
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -10414,14 +10658,6 @@ def face_of_path(head: RequestHead) -> Face:
 def shown_path(head: RequestHead) -> str:
     """A path as it may be shown: decoded first, so that no key hides in it."""
     return printable(unquote(head.path), 100)
-
-
-def normal_path(path: str) -> str:
-    """A path without what may stand before it (/explain, /anthropic, /v1 once or twice) and
-    without slashes behind it."""
-    path = re.sub(r"/{2,}", "/", path)
-    path = re.sub(r"^(/explain)?(/anthropic)?(?=/|$)", "", path)
-    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
 
 
 def serve_chat(app: App, exchange: Exchange) -> Awaitable[None]:
@@ -10534,10 +10770,6 @@ async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) 
     await respond_json(app, exchange, 200, body)
 
 
-def query_words(head: RequestHead) -> List[str]:
-    return head.target.partition("?")[2].split("&")
-
-
 async def serve_usage(app: App, exchange: Exchange) -> None:
     """Where the caller's own keys stand (the operator's, for who may use them)."""
     await show_usage(app, exchange, caller_of(app, exchange), False)
@@ -10597,18 +10829,20 @@ ROUTES = {
     "/admin/events": Route({"GET": serve_events}, quiet=True),
     "/admin/config": Route({"GET": show_config, "PUT": change_config}),
     "/admin/models": Route({"GET": show_admin_models}, quiet=True),
+    "/admin/keys": Route({"GET": show_keys, "POST": add_key}),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
 ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
+ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key})
+PREFIXES = {"/models/": ONE_MODEL, "/responses/": ONE_RESPONSE, "/admin/keys/": ONE_KEY}
 
 
 def find_route(head: RequestHead) -> Route:
     """The route of a path.  Raises ProxyError 404."""
     path = normal_path(head.path)
-    route = ROUTES.get(path)
-    if route is None and path.startswith(("/models/", "/responses/")):
-        route = ONE_MODEL if path.startswith("/models/") else ONE_RESPONSE
+    route = ROUTES.get(path) or next(
+        (route for prefix, route in PREFIXES.items() if path.startswith(prefix)), None)
     if route is None:
         raise ProxyError("not_found", "There is no %s here. Served are POST /v1/chat/completions, "
                          "POST /v1/messages, POST /v1/responses, GET /v1/models, GET /health."
