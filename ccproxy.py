@@ -9141,8 +9141,8 @@ async def try_post(app: App, body: bytes) -> str:
         url, token = app.config.alert_webhook_url, app.config.alert_webhook_token
         if not url:
             return ""
-        context = tls_context(app) if url.lower().startswith("https:") else None
         try:
+            context = tls_context(app) if url.lower().startswith("https:") else None
             status = await within(app, app.limits.webhook, in_thread(
                 lambda: post_json((url, token), body, context, app.limits.webhook)))
         except (OSError, ValueError, asyncio.TimeoutError) as error:

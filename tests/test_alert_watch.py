@@ -293,3 +293,11 @@ def test_the_certificate_is_verified(place, monkeypatch, trusted):
     wait_until(lambda: place.posts or place.logged("not delivered"))
     assert bool(place.posts) == trusted
     assert trusted or "certificate" in place.log
+
+
+def test_a_trust_that_cannot_be_read_is_one_line(place, monkeypatch, tmp_path):
+    (tmp_path / "ca.pem").write_text("no certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    place.start(alertWebhookUrl="https://127.0.0.1:1/5lackSecret", **LIMITS)
+    wait_until(lambda: place.logged("not delivered"))
+    assert len(place.logged("not delivered")) == 1
