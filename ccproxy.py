@@ -112,6 +112,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     MODELS COMMAND
     SELFTEST FEATURES
     SELFTEST
+    A PROXY AT HAND
     LAUNCHERS
     COMMAND LINE
 """
@@ -8743,11 +8744,13 @@ def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
     return UPSTREAMS[word](model, found.endpoints if found else ())
 
 
+def configured_upstream(config: Config) -> str:
+    return config.api_base + (ALPHA.path if config.upstream == "alpha" else "/provider/v1")
+
+
 def upstream_address(app: App) -> str:
     """Which upstream is in use, for the start-up screen and /health."""
-    if app.demo:
-        return "demo"
-    return app.config.api_base + (ALPHA.path if app.config.upstream == "alpha" else "/provider/v1")
+    return "demo" if app.demo else configured_upstream(app.config)
 
 
 def alpha_fields(app: App, session: str) -> List[Tuple[str, str]]:
@@ -11248,6 +11251,22 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     await drain(app, hurry)
 
 
+def end_with_stdin() -> None:
+    """End as SIGTERM ends when standard input does: when whoever started us is gone, in whatever
+    way, and no descriptor of it is left."""
+    import threading
+
+    def watch() -> None:
+        try:
+            while os.read(0, KIB):
+                pass
+        except OSError:         # there is none
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def leave(status: int) -> None:
     """End the process without the interpreter's own clean-up: a thread that still asks for the
     list of models may wake in the middle of that and crash (CPython before 3.14)."""
@@ -11829,9 +11848,13 @@ async def selftest(app: App) -> bool:
         await drain(app, asyncio.Event())
 
 
-# === LAUNCHERS ==============================================================
-# `env` prints what a client needs to come here; `run` starts the client so, with
-# a proxy of its own where none runs yet.
+# === A PROXY AT HAND ========================================================
+# For commands that need one: where it is, what key it wants, and one of their own
+# where none runs.  That one ends with whoever started it, however that ends.
+
+KEY_SOURCES = (KEY_VARIABLE, "COMMANDCODE_API_KEY")
+OWN_PROXY = {"host": "127.0.0.1", "port": "0", "workers": "1", "drainSeconds": "1",
+             "drainDelaySeconds": "0"}
 
 
 def local_base(config: Config) -> str:
@@ -11839,6 +11862,126 @@ def local_base(config: Config) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     return "http://%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host,
                              config.port)
+
+
+def ask_key() -> str:
+    """The key as a person types it, unseen.  Ends the program where nobody is there to ask."""
+    if not is_terminal(sys.stdin):
+        complain("no key: set %s (export %s=user_...), or try it with --demo." % (
+            KEY_VARIABLE, KEY_VARIABLE))
+    import getpass
+    try:
+        return getpass.getpass("Command Code key (user_..., neither shown nor stored): ").strip()
+    except (EOFError, KeyboardInterrupt):
+        complain("no key was given.", 130)
+        return ""
+
+
+def find_key(settings: Settings, demo: bool) -> str:
+    """The key that the client is to send: the person's own, else what the operator's keys are
+    lent for."""
+    if demo:
+        return NO_KEY
+    own = [os.environ[name].strip() for name in KEY_SOURCES if os.environ.get(name)]
+    lent = settings.operator.client_key or (NO_KEY if settings.operator.loopback else "")
+    if not settings.operator.keys:
+        lent = ""
+    key = next(filter(None, own), "") or lent or ask_key()
+    if key != lent and not parse_ring(key, KEY_VARIABLE):
+        complain("%s holds no Command Code key (user_...)." % KEY_VARIABLE)
+    return key
+
+
+def read_health(base: str) -> Json:
+    """What a proxy at this address says of itself; {} where there is none."""
+    import http.client
+    parts = urlsplit(base)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=1.0)
+    try:
+        connection.request("GET", "/health")
+        health = json.loads(connection.getresponse().read(MAX_ERROR_BODY_BYTES))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        return {}
+    finally:
+        connection.close()
+    return health if isinstance(health, dict) else {}
+
+
+def find_proxy(settings: Settings, demo: bool) -> str:
+    """The address of a running proxy that would do just what one of these settings does, or ""."""
+    config = settings.config
+    base = local_base(config)
+    health = read_health(base) if config.port else {}
+    wanted = {"status": "ok", "version": __version__,
+              "upstream": "demo" if demo else configured_upstream(config),
+              "operator_keys": len(settings.operator.keys)}
+    return base if {name: health.get(name) for name in wanted} == wanted else ""
+
+
+def own_proxy_command(invocation: Invocation) -> Tuple[List[str], Dict[str, str]]:
+    """How a proxy of these settings is started on a free port of loopback.  Flags go by way of the
+    environment: other accounts can read a command line, and one may be a secret."""
+    settings = invocation.settings
+    command = [sys.executable, os.path.abspath(__file__), "--while-stdin"]
+    command += ["--demo"] if invocation.given.demo else []
+    command += ["--config", os.path.abspath(settings.given)] if settings.given else []
+    names = {option.name: environment_names(option)[0] for option in OPTIONS}
+    flags = {**settings.flags, **OWN_PROXY}
+    return command, {**os.environ, **{names[name]: value for name, value in flags.items()}}
+
+
+def start_proxy(invocation: Invocation, log: Any) -> Tuple[Any, str]:
+    """(process, address) of a proxy that ends when its standard input does: with us, however we
+    end.  In a session of its own, for a terminal's Ctrl-C is the client's."""
+    import subprocess
+    command, environment = own_proxy_command(invocation)
+    apart: Json = {"creationflags": 0x200} if sys.platform == "win32" else {
+        "start_new_session": True}
+    show_progress("starting a proxy \u2026")
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=log, **apart)
+    found = re.search(rb" on (http://\S+)", process.stdout.readline())     # type: ignore
+    show_progress("")
+    if found is None:
+        process.kill()
+        process.wait()
+        told = " ".join(log_faults(log, "")[-3:])
+        complain("the proxy did not start: " + re.sub("^ccproxy: ", "", told), 1)
+        return process, ""
+    return process, found[1].decode()
+
+
+def log_faults(log: Any, mark: str) -> List[str]:
+    """The lines of a proxy's log that hold this."""
+    log.seek(0)
+    lines = log.read(MIB).decode("utf-8", "replace").splitlines()
+    return [line for line in lines if line.strip() and mark in line]
+
+
+def end_proxy(process: Any, log: Any) -> None:
+    """End a proxy of our own, and tell what went wrong with it: the client had the screen."""
+    import subprocess
+    status = process.poll()
+    process.stdin.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+    faults = log_faults(log, " ERROR ") if status is None else log_faults(log, "")
+    if status is not None:
+        faults.append("the proxy ended before the client, with status %d" % status)
+    for line in faults[-5:]:
+        sys.stderr.write("ccproxy: %s\n" % printable(line, 1000))
+
+
+# === LAUNCHERS ==============================================================
+# `env` prints what a client needs to come here; `run` starts the client so, with
+# a proxy of its own where none runs yet.
+
+TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT", "SIGBREAK")    # a terminal sends them to the client too
+PASSED_SIGNALS = TERMINAL_SIGNALS + ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 def target_of(invocation: Invocation, base: str, key: str) -> Target:
@@ -11856,6 +11999,129 @@ def show_environment(invocation: Invocation) -> int:
     lines = environment_lines(invocation.given.client, target._replace(models=()), shell,
                               os.environ)
     return 0 if say("".join(line + "\n" for line in lines)) else 1
+
+
+def client_environment(client: Client, target: Target) -> Dict[str, str]:
+    """Our own environment, led here, without what leads elsewhere and without the secrets of
+    whoever runs the proxy."""
+    secrets = {name for option in OPTIONS if option.kind == "secret"
+               for name in environment_names(option)}
+    secrets.update(set(CREDENTIAL_VARIABLES) - set(KEY_SOURCES))
+    gone = secrets.union(foreign_names(client, os.environ))
+    kept = {name: value for name, value in os.environ.items() if name not in gone}
+    return {**kept, **without_detour(kept), **client.environment(target)}
+
+
+def llm_home() -> str:
+    """Where llm keeps its logs, keys and templates (click.get_app_dir)."""
+    places = {"win32": os.environ.get("APPDATA") or "~",
+              "darwin": "~/Library/Application Support"}
+    usual = places.get(sys.platform) or os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return os.environ.get("LLM_USER_PATH") or os.path.join(
+        os.path.expanduser(usual), "io.datasette.llm")
+
+
+def fill_folder(client: Client, target: Target) -> None:
+    """Write a client's files into its temporary folder.  llm wants all it has in that one folder:
+    the rest of its own is linked in, its logs even before there are any."""
+    files = client.files(target)
+    for name, text in files.items():
+        with open(os.path.join(target.folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    home = llm_home()
+    if client.home != "LLM_USER_PATH" or not os.path.isdir(home):
+        return
+    for name in set(os.listdir(home)) | {"logs.db"}:
+        if name not in files:
+            try:
+                os.symlink(os.path.join(os.path.abspath(home), name),
+                           os.path.join(target.folder, name))
+            except OSError:         # Windows without the right to: the folder is as a new one
+                return
+
+
+def holds_terminal() -> bool:
+    """Whether a terminal's keys reach us, and with us the client (on Windows always)."""
+    if not hasattr(os, "tcgetpgrp"):
+        return True
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def await_client(process: Any) -> int:
+    """The client's exit status, 128 + n where signal n ended it.  A client that is stopped
+    (Ctrl-Z) stops us too: the shell waits for us."""
+    if not hasattr(os, "WUNTRACED"):
+        return int(process.wait())
+    while True:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            break
+        if holds_terminal():
+            os.kill(os.getpid(), signal.SIGSTOP)
+    process.returncode = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                          else os.WEXITSTATUS(status))
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else process.returncode
+
+
+def run_to_end(command: List[str], environment: Dict[str, str]) -> int:
+    """Run the client with our terminal and pass on the signals that reach us alone."""
+    import subprocess
+    running: List[Any] = []
+    early: List[int] = []
+    keys = {getattr(signal, name, None) for name in TERMINAL_SIGNALS}
+
+    def pass_on(number: int, frame: Any) -> None:
+        if not running:
+            early.append(number)
+        elif number not in keys or not holds_terminal():
+            running[0].send_signal(number)
+
+    for name in PASSED_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
+    if hasattr(signal, "SIGTSTP"):      # Ctrl-Z: we stop when the client has, see await_client
+        signal.signal(signal.SIGTSTP, lambda number, frame: None)
+    try:
+        running.append(subprocess.Popen(command, env=environment))
+    except OSError as error:
+        complain("%s cannot be started: %s" % (command[0], error.strerror), 126)
+    for number in early:
+        running[0].send_signal(number)
+    return await_client(running[0])
+
+
+def run_client(invocation: Invocation) -> int:
+    """The command `run`."""
+    import contextlib
+    import shutil
+    import tempfile
+    name, demo = invocation.given.client, invocation.given.demo
+    client, program = CLIENTS[name], shutil.which(name)
+    if program is None:
+        complain("%s is not installed; its package is %s." % (name, client.package), 127)
+    target = target_of(invocation, "", find_key(invocation.settings, demo))
+    base = find_proxy(invocation.settings, demo)
+    with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):    # at the start
+        if not base:
+            log = held.enter_context(tempfile.TemporaryFile("a+b"))
+            process, base = start_proxy(invocation, log)
+            held.callback(end_proxy, process, log)
+        target = target._replace(base=base)
+        if client.files(target):
+            target = target._replace(folder=held.enter_context(
+                tempfile.TemporaryDirectory(prefix="ccproxy-")))
+            fill_folder(client, target)
+        if is_terminal(sys.stderr):
+            sys.stderr.write("%s by way of ccproxy on %s, model %s%s\n" % (
+                name, base, target.model.id, "" if demo or invocation.settings.config.upstream
+                != "alpha" else "; the vendor objects to it, see the README"))
+        return run_to_end([str(program), *client.arguments(target), *invocation.rest],
+                          client_environment(client, target))
+    return 130
 
 
 # === COMMAND LINE ===========================================================
@@ -11893,6 +12159,8 @@ def main_parser() -> Any:
                "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
     parser.add_argument("--check", action="store_true",
                         help="print the configuration in effect and end")
+    parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends, "
+                        "for programs that start this one")
     parser.add_argument("--version", action="version", version="ccproxy " + __version__)
     return parser
 
@@ -12038,6 +12306,8 @@ def serve(invocation: Invocation) -> int:
     def announce(host: str, port: int) -> None:
         say(welcome(app, source, host, port, settings.unused))
 
+    if invocation.given.while_stdin:
+        end_with_stdin()
     try:
         if config.workers > 1:
             run_workers(app, demo, announce)
@@ -12054,6 +12324,8 @@ def serve(invocation: Invocation) -> int:
 
 
 JSON_FLAG = ("--json", {"action": "store_true", "help": "print JSON instead of a table"})
+
+
 def client_argument(names: Iterable[str]) -> Tuple[str, Json]:
     return "client", {"choices": list(names), "metavar": "|".join(names), "help": "the program"}
 
@@ -12065,6 +12337,9 @@ COMMANDS: Dict[str, Command] = {
                         "try every feature against the upstream inside the program", "selftest"),
     "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
                       "models --json", (JSON_FLAG,)),
+    "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
+                   'run claude --demo -- -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
+                   True),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
