@@ -81,6 +81,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ADMIN ACCESS (pure)
     CONFIG CHANGES (pure)
     CLIENT SETTINGS (pure)
+    DIAGNOSES (pure)
     DEMO ANSWERS (pure)
     THE SHELL
     SETTINGS
@@ -110,6 +111,10 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     PROCESSES
     TERMINAL
     MODELS COMMAND
+    DOCTOR CHECKS
+    DOCTOR UPSTREAM
+    DOCTOR ACCOUNTS
+    DOCTOR
     SELFTEST FEATURES
     SELFTEST
     A PROXY AT HAND
@@ -7496,6 +7501,256 @@ def environment_lines(name: str, target: Target, shell: Shell,
     return lines + ["# " + line for line in client.advice(target)]
 
 
+# === DIAGNOSES (pure) =======================================================
+# What the doctor says of what it found: certificates, clocks, accounts, and the
+# settings of clients.  A finding never quotes a value that may be a secret: of
+# an address it shows host and port, of a key its name.
+
+CLOCK_SKEW_SECONDS = 60.0       # beyond this, TLS, OAuth and usage windows go wrong
+LIVE_PLANS = ("active", "trialing", "past_due", "")     # as the vendor's client counts them
+CERTIFICATE_NAMES = {b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O"}
+INTERCEPTORS = re.compile(
+    r"zscaler|netskope|forti(net|gate)|palo ?alto|blue ?coat|symantec|sophos|kaspersky|\beset\b"
+    r"|avast|\bavg\b|bitdefender|mitmproxy|charles proxy|fiddler|portswigger|umbrella|mcafee"
+    r"|skyhigh|forcepoint|websense|check ?point|barracuda|watchguard|sonicwall|untangle|squid"
+    r"|cato networks|gateway ca|securly|goguardian|iboss|lightspeed|contentkeeper|dr\.?web"
+    r"|inspection|intercept", re.I)
+COMPANY_ADVICE = ("If your company or a virus scanner inspects TLS, save its root certificate as a "
+                  "PEM file and name that in SSL_CERT_FILE; else somebody is in between")
+
+# What to do, by OpenSSL's code of what is wrong with a certificate.
+VERIFY_ADVICE = {
+    9: "Check this machine's clock", 10: "Check this machine's clock; if it is right, the "
+    "upstream must renew its certificate", 18: COMPANY_ADVICE, 19: COMPANY_ADVICE,
+    20: COMPANY_ADVICE + " (or the system's authorities are missing: install ca-certificates; "
+    "python.org's Python on macOS: run Install Certificates.command)", 21: COMPANY_ADVICE,
+    62: "Something else answers in its place: check apiBase, the hosts file and the proxy",
+    64: "Something else answers in its place: check apiBase, the hosts file and the proxy"}
+
+# Variables that say where a client sends its requests, and those that hold its key.
+ADDRESS_VARIABLES = (
+    ("ANTHROPIC_BASE_URL", "", ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")),
+    ("ANTHROPIC_API_BASE", "", ("ANTHROPIC_API_KEY",)),
+    ("OPENAI_BASE_URL", "/v1", ("OPENAI_API_KEY",)),
+    ("OPENAI_API_BASE", "/v1", ("OPENAI_API_KEY",)),
+    ("AIDER_OPENAI_API_BASE", "/v1", ("AIDER_OPENAI_API_KEY",)))
+CLIENT_PROGRAMS = ("claude", "codex", "opencode", "aider", "llm", "pi")
+
+
+class Finding(NamedTuple):
+    """One line of the doctor: whether all is well (None: unknown, or it does not apply), what was
+    found, and what to do."""
+
+    works: Optional[bool]
+    words: str
+    advice: str = ""
+
+
+class Certificate(NamedTuple):
+    """What is shown of a certificate; `until` is an epoch second."""
+
+    issuer: str
+    until: float
+
+
+def der_members(data: bytes) -> List[Tuple[int, bytes]]:
+    """The (tag, content) of each element in a DER content, X.690 8.1.  Raises ValueError,
+    IndexError."""
+    members, at = [], 0
+    while at < len(data):
+        tag, size, at = data[at], data[at + 1], at + 2
+        if size & 0x80:
+            count = size & 0x7f
+            size, at = int.from_bytes(data[at:at + count], "big"), at + count
+        if at + size > len(data):
+            raise ValueError("cut off")
+        members.append((tag, data[at:at + size]))
+        at += size
+    return members
+
+
+def read_certificate(der: bytes) -> Certificate:
+    """Issuer and end of a certificate (RFC 5280 4.1), also of one that is not trusted: Python's own
+    reader tells nothing of these.  What is not understood is told as unknown."""
+    from datetime import datetime, timezone
+    try:
+        tbs = der_members(der_members(der_members(der)[0][1])[0][1])
+        fields = tbs[1:] if tbs[0][0] == 0xa0 else tbs      # [0] is the version
+        names = {}
+        for _, part in der_members(fields[2][1]):
+            for _, attribute in der_members(part):
+                (_, kind), (_, value) = der_members(attribute)[:2]
+                names[CERTIFICATE_NAMES.get(kind, "")] = value.decode("utf-8", "replace")
+        tag, moment = der_members(fields[3][1])[1]
+        end = datetime.strptime(moment.decode("ascii"),
+                                "%y%m%d%H%M%SZ" if tag == 0x17 else "%Y%m%d%H%M%SZ")
+        issuer = ", ".join(names[one] for one in ("CN", "O") if names.get(one))
+        return Certificate(printable(issuer or "nobody", 100),
+                           end.replace(tzinfo=timezone.utc).timestamp())
+    except (ValueError, IndexError):
+        return Certificate("somebody unknown", 0.0)
+
+
+def certificate_finding(certificate: Certificate, now: float) -> Finding:
+    """A certificate that is trusted: whose it is, and whether that reads along."""
+    days = int((certificate.until - now) // DAY_SECONDS)
+    words = "issued by %s, %d days left" % (certificate.issuer, days)
+    if INTERCEPTORS.search(certificate.issuer):
+        return Finding(True, words + "; this is an inspection in between: whoever runs it can read "
+                       "keys and prompts")
+    return Finding(True, words)
+
+
+def untrusted_finding(code: int, message: str, certificate: Certificate) -> Finding:
+    """A certificate that could not be verified."""
+    words = "the certificate is not trusted: %s (issued by %s)" % (message, certificate.issuer)
+    return Finding(False, words, VERIFY_ADVICE.get(code, COMPANY_ADVICE))
+
+
+def span_words(seconds: float) -> str:
+    """A span as a person says it: 45 s, 12 min, 3 h 12 min, 2 d 4 h."""
+    whole = int(max(seconds, 0))
+    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    words = []
+    for name, size in units:
+        if whole >= size and len(words) < 2:
+            words.append("%d %s" % (whole // size, name))
+            whole %= size
+    return " ".join(words) or "0 s"
+
+
+def clock_finding(date: str, now: float) -> Finding:
+    """This machine's clock against a Date header."""
+    from email.utils import parsedate_to_datetime
+    try:
+        skew = now - parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return Finding(None, "the upstream told no time")
+    words = "%s %s the upstream's" % (span_words(abs(skew)), "behind" if skew < 0 else "ahead of")
+    if abs(skew) > CLOCK_SKEW_SECONDS:
+        return Finding(False, "this machine's clock is " + words,
+                       "Set it (timedatectl set-ntp true, or the system's settings)")
+    return Finding(True, words if abs(skew) >= 2 else "right")
+
+
+def plan_finding(shown: str, figures: Figures, now: float) -> Finding:
+    """An account's plan and what is left of its credit."""
+    words = "%s: %s" % (shown, figures.plan or "no subscription")
+    words += ", " + figures.status if figures.status else ""
+    words += ", %s USD left" % dollars(figures.balance) if figures.known else ""
+    if figures.period_end and figures.period_end > now:
+        words += ", period ends in " + span_words(figures.period_end - now)
+    if figures.status not in LIVE_PLANS:
+        return Finding(False, words, "Renew it at commandcode.ai")
+    if figures.known and figures.balance <= 0:
+        return Finding(False, words, "Buy credit at commandcode.ai, or wait for the next period")
+    return Finding(True, words)
+
+
+def window_finding(shown: str, figures: Figures, now: float) -> Finding:
+    """An account's usage windows."""
+    words, waits = [], []
+    for name, window in (("5-hour", figures.five_hour), ("weekly", figures.weekly)):
+        if window is None:
+            continue
+        reset = ", resets in " + span_words(window.resets - now) if window.resets > now else ""
+        words.append("%s %s of %s USD%s" % (name, dollars(window.used), dollars(window.cap), reset))
+        waits += ["%s window%s" % (name, reset)] if window.exceeded else []
+    if not words:
+        return Finding(None, shown + ": no usage windows are told")
+    text = "%s: %s" % (shown, "; ".join(words))
+    return Finding(False, text, "Used up: wait (%s), or use another key" % "; ".join(waits)) \
+        if waits else Finding(True, text)
+
+
+def shown_address(url: str) -> str:
+    """Scheme, host and port of an address alone: its other parts may hold a secret."""
+    try:
+        origin = parse_origin(url.strip())
+    except ValueError:
+        return "no http(s) address"
+    return printable("%s://%s" % (origin.scheme, origin.authority), 100)
+
+
+def points_here(url: str, config: Config) -> bool:
+    """Whether an address is where this proxy listens, or will."""
+    try:
+        origin = parse_origin(url.strip())
+    except ValueError:
+        return False
+    return origin.port == config.port and (
+        LOOPBACK.fullmatch(origin.host) is not None or origin.host == config.host)
+
+
+def is_loopback_address(url: str) -> bool:
+    try:
+        return LOOPBACK.fullmatch(parse_origin(url.strip()).host) is not None
+    except ValueError:
+        return False
+
+
+def own_address(config: Config) -> str:
+    """The address to give to clients on this machine."""
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
+
+
+def environment_findings(environment: Mapping[str, str], place: str,
+                         config: Config) -> List[Finding]:
+    """What variables of clients say, found at a place (`the environment` or a file)."""
+    findings = []
+    for name, path, keys in ADDRESS_VARIABLES:
+        value = environment.get(name, "")
+        if value and not points_here(value, config):
+            findings.append(Finding(
+                False, "%s in %s is %s" % (name, place, shown_address(value)),
+                "Set it to %s%s, or remove it" % (own_address(config), path)))
+            continue
+        wrong = [one for one in keys if value and environment.get(one)
+                 and not KEY_PATTERN.search(environment[one])
+                 and not is_same_secret(environment[one], config.client_key)]
+        if wrong:
+            findings.append(Finding(False, "%s in %s is no Command Code key, and %s points here"
+                                    % (wrong[0], place, name), "Set it to your user_... key"))
+        elif value:
+            findings.append(Finding(True, "%s in %s points here" % (name, place)))
+    if environment.get("ANTHROPIC_API_KEY") and environment.get("ANTHROPIC_AUTH_TOKEN"):
+        findings.append(Finding(False, "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN in %s "
+                                "contradict each other" % place, "Unset one of them"))
+    return findings
+
+
+def toml_strings(text: str) -> Dict[str, str]:
+    """The strings of a TOML file by their dotted names, as far as a line holds one; Python's own
+    reader came with 3.11."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        head = re.match(r"\s*\[{1,2}\s*([^\[\]]+?)\s*\]", line)
+        section = head[1].replace('"', "").replace("'", "") + "." if head else section
+        pair = re.match(r"\s*([A-Za-z0-9_-]+)\s*=\s*(\"([^\"\\]*)\"|'([^']*)')", line)
+        if pair:
+            found[section + pair[1]] = pair[3] if pair[3] is not None else pair[4]
+    return found
+
+
+def codex_finding(text: str, environment: Mapping[str, str], config: Config) -> Finding:
+    """What Codex' configuration says of where it sends its requests."""
+    found = toml_strings(text)
+    name = found.get("model_provider", "openai")
+    base = found.get("model_providers.%s.base_url" % name, "")
+    variable = found.get("model_providers.%s.env_key" % name, "")
+    words = "codex uses its provider " + printable(name, 40)
+    if not base or not is_loopback_address(base):
+        return Finding(None, words + (", at " + shown_address(base) if base else ""))
+    if not points_here(base, config):
+        return Finding(False, "%s, at %s" % (words, shown_address(base)),
+                       "Set its base_url to %s/v1 in config.toml" % own_address(config))
+    if variable and not environment.get(variable):
+        return Finding(False, "%s, whose env_key %s is not set" % (words, printable(variable, 40)),
+                       "Set it to your user_... key")
+    return Finding(True, words + ", which points here")
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -7834,6 +8089,7 @@ class Settings:
     operator: Operator = Operator()
     unused: str = ""                    # why the operator's keys lie unused
     given: Optional[str] = None         # --config
+    fault: str = ""                     # what is wrong, where all is at its default therefore
 
     @property
     def path(self) -> str:
@@ -7860,6 +8116,15 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
 def config_path(given: Optional[str]) -> str:
     """Where the config file is, or would be."""
     return given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+
+
+def read_what_holds(flags: Dict[str, str], given: Optional[str]) -> Settings:
+    """All settings, or the defaults and what is wrong: for who is to say so."""
+    try:
+        return read_settings(flags, given)
+    except ProxyError as error:
+        config, sources = read_config({}, {}, {}, "")
+        return Settings(config, sources, {}, "", {}, fault=error.message)
 
 
 def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
@@ -11540,17 +11805,20 @@ def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
         show_progress("")
 
 
-def model_state(model: Model, config: Config) -> str:
-    """What is to be said of a model here: why it is not served, or that it is the default."""
+def model_states(models: Models, config: Config) -> List[Tuple[Model, str]]:
+    """Every listed model, and what is to be said of it here: why it is not served, or that it is
+    the default."""
     allowed = {one.lower() for one in config.allowed_models}
-    off = {row["id"].lower() for row in getattr(config, "models", ())
-           if not row.get("enabled", True)}
-    default = find_model(match_alias(config.default_model, config.model_aliases)
-                         or config.default_model, index_models([model], []))
-    states = ((model.id.lower() in off, "off"),
-              (bool(allowed) and model.id.lower() not in allowed, "not allowed"),
-              (default is not None, "default"))
-    return next((words for holds, words in states if holds), "")
+    off = switched_off(models, config)
+    named = match_alias(config.default_model, config.model_aliases) or config.default_model
+    default = find_model(named, models)
+    states = []
+    for name in models.listed:
+        refused = "not allowed" if allowed and name.lower() not in allowed else ""
+        chosen = "default" if default and default.id.lower() == name.lower() else ""
+        states.append((models.known[name.lower()],
+                       "off" if name.lower() in off else refused or chosen))
+    return states
 
 
 def known_plan(model: Model) -> str:
@@ -11608,10 +11876,572 @@ def show_models(invocation: Invocation) -> int:
     """The command `models`."""
     config = invocation.settings.config
     models, why = find_models(config, invocation.given.demo)
-    shown = [(model, model_state(model, config)) for model in
-             (models.known[name.lower()] for name in models.listed)]
-    text = (models_json if invocation.given.json else models_text)(shown, config, why)
+    write = models_json if invocation.given.json else models_text
+    text = write(model_states(models, config), config, why)
     return 0 if say(text) else 1
+
+
+# === DOCTOR CHECKS ==========================================================
+# What can be wrong on this machine, a function a check: Python, settings, port,
+# clients.  A check reads and tries, and changes nothing; what it knows for later
+# ones it leaves in the scene.
+
+EMPTY_ZSTD = b"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00"
+VERSION_SECONDS = 8.0           # for `CLIENT --version`; aider takes three
+
+
+class Account(NamedTuple):
+    """What the upstream said of a key: a status (0: no answer) and words, or figures."""
+
+    key: RingKey
+    status: int
+    said: str
+    figures: Optional[Figures] = None
+
+
+@dataclass
+class Scene:
+    """What the checks are given, and what earlier ones have found."""
+
+    settings: Settings
+    origin: Origin
+    proxy: Optional[Origin] = None
+    proxy_authorization: str = field(default="", repr=False)
+    date: str = ""                              # of the upstream's answer,
+    heard: float = 0.0                          # and when it came
+    models: Optional[Models] = None
+    accounts: List[Account] = field(default_factory=list)
+
+
+def check_python(scene: Scene) -> List[Finding]:
+    """Python itself, and the modules that a build may lack."""
+    try:
+        import sqlite3
+        database = "SQLite " + sqlite3.sqlite_version
+    except ImportError:
+        database = ""
+    try:
+        inflate_zstd(EMPTY_ZSTD, 10)
+        zstd = "zstd"
+    except ProxyError:
+        zstd = "no zstd (requests in it get a 415)"
+    words = "Python %s, %s, %s, %s" % (".".join(map(str, sys.version_info[:3])),
+                                       ssl.OPENSSL_VERSION, database or "no SQLite", zstd)
+    if scene.settings.config.usage_db and not database:
+        return [Finding(False, words, "Unset usageDb, or use a Python with sqlite3")]
+    return [Finding(True, words)]
+
+
+def setting_sources(settings: Settings) -> str:
+    """Where the settings come from, in words."""
+    given = sorted({source.partition(" ")[2] for source in settings.sources.values()
+                    if source.startswith("environment ")})
+    words = ["%d entries of %s" % (len(settings.entries), settings.file_name)
+             if settings.entries else "no config file"]
+    words += ["%d flags" % len(settings.flags)] if settings.flags else []
+    words += ["from the environment: " + ", ".join(given)] if given else []
+    return "; ".join(words)
+
+
+def check_configuration(scene: Scene) -> List[Finding]:
+    """Where the configuration comes from, names that mean nothing, and secrets that lie open."""
+    settings = scene.settings
+    if settings.fault:
+        return [Finding(False, settings.fault, "Mend it; what follows looks at the defaults")]
+    findings = [Finding(True, setting_sources(settings))]
+    names = {name for option in OPTIONS for name in environment_names(option)}
+    strange = sorted(name for name in set(os.environ) - names
+                     if name.startswith("CC_") and nearest_ids(name, names))
+    if strange:
+        findings.append(Finding(None, "no option has the name " + ", ".join(strange)))
+    secrets = [option.name for option in OPTIONS if option.kind == "secret"
+               and settings.entries.get(option.name)]
+    if secrets and readable_by_others(settings.file_name):
+        findings.append(Finding(False, "other accounts of this machine can read %s in %s" % (
+            " and ".join(secrets), settings.file_name), "chmod 600 it"))
+    return findings
+
+
+def check_operator_keys(scene: Scene) -> List[Finding]:
+    """The operator's keys: how many, for whom, and who can read their file."""
+    operator, findings = scene.settings.operator, []
+    if not operator.keys:
+        return [Finding(None, "none: callers bring their own")]
+    findings.append(Finding(None if scene.settings.unused else True, scene.settings.unused or (
+        "%d of %s" % (len(operator.keys), operator.source))))
+    if readable_by_others(operator.source):
+        findings.append(Finding(False, "other accounts of this machine can read " + operator.source,
+                                "chmod 600 it"))
+    return findings
+
+
+def who_listens(host: str, port: int) -> Optional[str]:
+    """The version of the ccproxy that answers there, "" for another program, None for nobody."""
+    import http.client
+    connection = http.client.HTTPConnection(host, port, timeout=3)
+    try:
+        connection.connect()
+    except OSError:
+        return None
+    try:
+        connection.request("GET", "/health")
+        health = json.loads(connection.getresponse().read(MIB))
+        ours = isinstance(health, dict) and "open_streams" in health
+        return printable(str(health["version"]), 20) if ours else ""
+    except (OSError, ValueError, KeyError, RecursionError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
+
+
+def check_port(scene: Scene) -> List[Finding]:
+    """Whether the proxy could listen, or does already."""
+    config = scene.settings.config
+    host, port = config.host, config.port
+    if not port:
+        return [Finding(None, "0: any free one is taken at start")]
+    version = who_listens({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    if version:
+        same = "" if version == __version__ else " (this file is %s: restart it)" % __version__
+        return [Finding(True, "ccproxy %s answers on %s:%d%s" % (version, host, port, same))]
+    if version == "":
+        return [Finding(False, "another program holds port %d" % port,
+                        "Stop that, or choose another: --port %d" % (port % 65535 + 1))]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as alone:
+            if os.name == "posix":      # on Windows it would let us share another's port
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+    except OSError as error:
+        return [Finding(False, "cannot listen on %s port %d: %s" % (
+            host, port, plain_reason(error)), "Choose another --host or --port")]
+    return [Finding(True, "%d is free" % port)]
+
+
+def client_version(path: str) -> Finding:
+    """What `--version` of an installed client prints."""
+    import subprocess
+    try:
+        done = subprocess.run([path, "--version"], timeout=VERSION_SECONDS,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+    except subprocess.TimeoutExpired:
+        return Finding(None, "at %s, gives no version" % path)
+    except OSError as error:
+        return Finding(False, "%s does not start: %s" % (path, plain_reason(error)),
+                       "Install it anew")
+    found = re.search(rb"[0-9]+(\.[0-9]+)+[0-9A-Za-z.+-]*", done.stdout)
+    if done.returncode:
+        return Finding(False, "%s --version ends with status %d" % (path, done.returncode),
+                       "Install it anew")
+    return Finding(True, printable(found[0].decode(), 40) if found else "at " + path)
+
+
+def check_clients(scene: Scene) -> List[Finding]:
+    """The clients on PATH and their versions, all asked at once."""
+    import shutil
+    from concurrent.futures import ThreadPoolExecutor
+    places = [(name, shutil.which(name)) for name in CLIENT_PROGRAMS]
+    found = [(name, path) for name, path in places if path]
+    if not found:
+        return [Finding(None, "none of %s is on PATH" % ", ".join(CLIENT_PROGRAMS))]
+    with ThreadPoolExecutor(len(found)) as pool:
+        versions = list(pool.map(client_version, [path for _, path in found]))
+    return [one._replace(words="%s %s" % (name, one.words))
+            for (name, _), one in zip(found, versions)]
+
+
+def read_home_file(variable: str, folder: str, name: str) -> str:
+    """The text of a client's own settings; "" when there are none that can be read."""
+    place = os.environ.get(variable) or os.path.expanduser(folder)
+    try:
+        with open(os.path.join(place, name), encoding="utf-8-sig", errors="replace") as file:
+            return file.read(MIB)
+    except OSError:
+        return ""
+
+
+def check_client_settings(scene: Scene) -> List[Finding]:
+    """Whether variables and files of clients send them here."""
+    config = scene.settings.config
+    findings = environment_findings(os.environ, "the environment", config)
+    text = read_home_file("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json")
+    try:
+        inner = inner_object(json.loads(text), "env") if text else {}
+        given = {name: value for name, value in inner.items() if isinstance(value, str)}
+        findings += environment_findings(given, "claude's settings.json", config)
+    except (ValueError, RecursionError):
+        findings.append(Finding(False, "claude's settings.json is not JSON",
+                                "Mend it: claude does not read it either"))
+    text = read_home_file("CODEX_HOME", "~/.codex", "config.toml")
+    findings += [codex_finding(text, os.environ, config)] if text else []
+    return findings or [Finding(None, "nothing points a client here yet: see Clients in the "
+                                "README")]
+
+
+# === DOCTOR UPSTREAM ========================================================
+# The way to the upstream, step by step, and what it says of keys and models.
+# Only what is free is asked for: the list of models, and an account's figures.
+
+
+def check_proxy(scene: Scene) -> List[Finding]:
+    """Whether the environment sends us through an HTTP proxy."""
+    app = new_app(scene.settings.config, Limits(), logging.getLogger("ccproxy"), Pool())
+    try:
+        read_proxy(app)
+    except ProxyError as error:
+        return [Finding(False, error.message, "Name an http:// proxy, or the upstream in NO_PROXY")]
+    scene.proxy, scene.proxy_authorization = app.proxy, app.proxy_authorization
+    names = sorted(name for name in os.environ if name.lower() in (
+        "http_proxy", "https_proxy", "all_proxy", "no_proxy") and os.environ[name])
+    given = " (%s)" % ", ".join(names) if names else ""
+    if app.proxy is None:
+        return [Finding(True, "none is used" + given)]
+    return [Finding(True, "%s%s" % (printable(app.proxy.authority, 100), given))]
+
+
+def check_authorities(scene: Scene) -> List[Finding]:
+    """Whether there are authorities to verify the upstream's certificate by."""
+    if scene.origin.scheme != "https":
+        return [Finding(None, "not needed: apiBase is plain HTTP")]
+    named = [(name, exists) for name, exists in (
+        ("SSL_CERT_FILE", os.path.isfile), ("SSL_CERT_DIR", os.path.isdir))
+        if os.environ.get(name)]
+    lost = ["%s (%s)" % (name, os.environ[name]) for name, exists in named
+            if not exists(os.environ[name])]
+    if lost:
+        return [Finding(False, "there is no such place: " + ", ".join(lost),
+                        "Correct it, or unset it")]
+    place = " of " + (" and ".join(name for name, _ in named) or "the system")
+    try:
+        loaded = ssl.create_default_context().cert_store_stats()["x509_ca"]
+    except OSError as error:
+        return [Finding(False, "the authorities%s cannot be read: %s" % (
+            place, plain_reason(error)), "It must be a PEM file")]
+    folder = ssl.get_default_verify_paths().capath or ""
+    hashed = re.compile(r"[0-9a-f]{8}\.[0-9]+")     # as OpenSSL looks for them, when it wants one
+    if not loaded and os.path.isdir(folder) and any(map(hashed.fullmatch, os.listdir(folder))):
+        return [Finding(True, "in the folder " + folder)]
+    if loaded:
+        return [Finding(True, "%d%s" % (loaded, place))]
+    return [Finding(False, "there are no certificate authorities" + place,
+                    "Install ca-certificates, or name a PEM file of them in SSL_CERT_FILE")]
+
+
+def has_route() -> bool:
+    """Whether this machine knows a way to others.  Connecting a UDP socket sends nothing."""
+    for family, address in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((address, 9))
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def first_hop(scene: Scene) -> Origin:
+    return scene.proxy or scene.origin
+
+
+def check_network(scene: Scene) -> List[Finding]:
+    host = first_hop(scene).host
+    if LOOPBACK.fullmatch(host):
+        return [Finding(None, "not needed: %s is this machine" % host)]
+    if has_route():
+        return [Finding(True, "there is a way out")]
+    return [Finding(False, "there is no network: this machine has no way to any other",
+                    "Connect it, then try again")]
+
+
+def check_names(scene: Scene) -> List[Finding]:
+    """DNS of the first host on the way."""
+    first = first_hop(scene)
+    try:
+        found = socket.getaddrinfo(first.host, first.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        # Without a network some systems say the same as of a name that does not exist.
+        return [Finding(False, "no network, or none whose DNS knows %s: %s" % (
+            printable(first.host, 100), plain_reason(error)), "Check the connection, and " + (
+                "apiBase" if scene.proxy is None else "HTTPS_PROXY and HTTP_PROXY"))]
+    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    return [Finding(True, "%s is %s" % (first.host, ", ".join(addresses[:4])))]
+
+
+def open_socket(scene: Scene) -> socket.socket:
+    """A connection to the upstream's port, perhaps through the proxy.  Raises OSError."""
+    first, origin = first_hop(scene), scene.origin
+    sock = socket.create_connection((first.host, first.port),
+                                    scene.settings.config.upstream_connect_seconds)
+    if scene.proxy is None:
+        return sock
+    host = "[%s]" % origin.host if ":" in origin.host else origin.host
+    target = "%s:%d" % (host, origin.port)
+    fields = [("host", target)]
+    if scene.proxy_authorization:
+        fields.append(("proxy-authorization", scene.proxy_authorization))
+    try:
+        sock.sendall(head_bytes("CONNECT %s HTTP/1.1" % target, fields))
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
+            piece = sock.recv(1)        # not a byte of the TLS behind it
+            if not piece:
+                break
+            head += piece
+        if not re.match(rb"HTTP/1\.[01] 200\b", head):
+            raise OSError("the proxy answered %s to CONNECT" % printable(
+                head.partition(b"\r\n")[0].decode("latin-1") or "nothing", 80))
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def shake_hands(scene: Scene, context: ssl.SSLContext) -> bytes:
+    """The upstream's certificate after a TLS handshake.  Raises OSError."""
+    with open_socket(scene) as sock:
+        with context.wrap_socket(sock, server_hostname=scene.origin.host) as tls:
+            return tls.getpeercert(True) or b""
+
+
+def check_tls(scene: Scene) -> List[Finding]:
+    """The TLS handshake, and who issued the certificate, also of one that is not trusted."""
+    if scene.origin.scheme != "https":
+        return [Finding(None, "not used: apiBase is plain HTTP")]
+    try:
+        der = shake_hands(scene, ssl.create_default_context())
+        return [certificate_finding(read_certificate(der), time.time())]
+    except ssl.SSLCertVerificationError as error:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE     # to name it only
+        shown = read_certificate(shake_hands(scene, context))
+        return [untrusted_finding(error.verify_code, printable(error.verify_message, 200), shown)]
+    except ssl.SSLError as error:
+        return [Finding(False, "the TLS handshake failed: %s" % plain_reason(error),
+                        "Something in between may speak no TLS: check apiBase and the proxy")]
+    except OSError as error:
+        return [Finding(False, "no connection to %s: %s" % (
+            scene.origin.authority, plain_reason(error)), "Check firewall and proxy settings")]
+
+
+def ask_upstream(scene: Scene, path: str, key: str = "") -> Tuple[int, bytes]:
+    """(status, body) of a GET to the upstream; its Date is kept.  Raises OSError."""
+    origin, config = scene.origin, scene.settings.config
+    fields = {"accept": "application/json"}
+    if key:
+        fields.update({"authorization": "Bearer " + key, "x-cli-environment": "production",
+                       "x-command-code-version": DEFAULT_CLI_VERSION if config.cli_version == "auto"
+                       else config.cli_version})
+    context = ssl.create_default_context() if origin.scheme == "https" else None
+    status, told, body = get_url("%s://%s%s%s" % (
+        origin.scheme, origin.authority, origin.base, path), context, 10.0, fields)
+    scene.date, scene.heard = told.get("date", scene.date), time.time()
+    return status, body
+
+
+def check_upstream(scene: Scene) -> List[Finding]:
+    """Whether the upstream answers, without a key."""
+    began = time.monotonic()
+    try:
+        status, body = ask_upstream(scene, "/provider/v1/models")
+    except OSError as error:
+        return [Finding(False, "%s does not answer: %s" % (
+            scene.origin.authority, plain_reason(error)), "Try again later; check apiBase")]
+    spent = time.monotonic() - began
+    try:
+        live = json.loads(body) if status == 200 else None
+    except (ValueError, RecursionError):
+        live = None
+    scene.models = merge_live_models(live, builtin_models())
+    if scene.models is None:
+        return [Finding(False, "%s answers %d, not with its list of models" % (
+            scene.origin.authority, status), "Check apiBase; a proxy or firewall may answer")]
+    return [Finding(True, "%s answers within %d ms" % (scene.origin.authority, spent * 1000))]
+
+
+def check_clock(scene: Scene) -> List[Finding]:
+    if not scene.date:
+        return [Finding(None, "not known: no answer of the upstream told the time")]
+    return [clock_finding(scene.date, scene.heard)]
+
+
+# === DOCTOR ACCOUNTS ========================================================
+# What the upstream says of each key and its account, and whether the models that
+# are wanted are among its own.
+
+MAX_ASKED_KEYS = 32
+
+
+def own_keys(settings: Settings) -> Tuple[RingKey, ...]:
+    """The keys to try: COMMANDCODE_KEY's, then the operator's.  Raises ProxyError."""
+    own = parse_ring(os.environ.get("COMMANDCODE_KEY", ""), "COMMANDCODE_KEY")
+    every = {key.digest: key for key in (*own, *settings.operator.keys)}
+    return tuple(every.values())
+
+
+def ask_about(scene: Scene, key: RingKey) -> Account:
+    """What the upstream says of a key, as ACCOUNTS asks it."""
+    whoami, credits, subscriptions = ACCOUNT_PATHS
+    try:
+        status, body = ask_upstream(scene, whoami, key.key)
+        if status != 200:
+            return Account(key, status, "")
+        org = read_org(json.loads(body))
+        answers = []
+        for path in (credits, subscriptions):
+            status, body = ask_upstream(scene, path + ("?orgId=" + org if org else ""), key.key)
+            answers.append(json.loads(body) if status == 200 else None)
+        return Account(key, 200, "", read_figures(answers[0], answers[1], time.time()))
+    except (OSError, ValueError, RecursionError) as error:
+        return Account(key, 0, plain_reason(error))
+
+
+def key_words(key: RingKey) -> str:
+    return "%s (%s)" % (key.shown, key.name) if key.name else key.shown
+
+
+def key_finding(account: Account) -> Finding:
+    """Whether a key was accepted."""
+    shown = key_words(account.key)
+    if account.status == 200:
+        return Finding(True, shown + " is accepted")
+    if account.status in (401, 403):
+        return Finding(False, "%s is refused (%d)" % (shown, account.status),
+                       "Make a new one at commandcode.ai, settings, API keys")
+    if account.status:
+        return Finding(False, "%s: the upstream answers %d" % (shown, account.status),
+                       "Try again later")
+    return Finding(False, "%s: %s" % (shown, account.said), "Try again later")
+
+
+def check_keys(scene: Scene) -> List[Finding]:
+    """Each key of the environment and of the operator, asked about a few at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+    try:
+        keys = own_keys(scene.settings)
+    except ProxyError as error:
+        return [Finding(False, error.message, "Mend COMMANDCODE_KEY")]
+    if not keys:
+        return [Finding(None, "none is set: export COMMANDCODE_KEY=user_... to have one tried")]
+    with ThreadPoolExecutor(8) as pool:
+        scene.accounts = list(pool.map(lambda key: ask_about(scene, key), keys[:MAX_ASKED_KEYS]))
+    findings = [key_finding(account) for account in scene.accounts]
+    if len(keys) > MAX_ASKED_KEYS:
+        findings.append(Finding(None, "%d more were not tried" % (len(keys) - MAX_ASKED_KEYS)))
+    return findings
+
+
+def figures_findings(scene: Scene, finding: Callable[[str, Figures, float], Finding],
+                     nothing: str) -> List[Finding]:
+    """A finding for each account of which there are figures."""
+    known = [(key_words(one.key), one.figures) for one in scene.accounts if one.figures]
+    return [finding(shown, figures, time.time()) for shown, figures in known] or [
+        Finding(None, nothing)]
+
+
+def check_plans(scene: Scene) -> List[Finding]:
+    return figures_findings(scene, plan_finding, "no plan is known")
+
+
+def check_windows(scene: Scene) -> List[Finding]:
+    return figures_findings(scene, window_finding, "no usage windows are known")
+
+
+def check_models(scene: Scene) -> List[Finding]:
+    """How many models there are, and whether the default is one that is served here."""
+    config, models = scene.settings.config, scene.models or builtin_models()
+    words = "%d%s" % (len(models.listed), "" if scene.models else " built in")
+    try:
+        default = resolve_model("", models, config, [])
+    except ProxyError as error:
+        return [Finding(False, "%s; defaultModel: %s" % (words, error.message),
+                        "Choose another defaultModel")]
+    if default.id not in models.listed:
+        near = nearest_ids(default.id, models.listed)
+        return [Finding(False, "%s; defaultModel %s is not one of them" % (words, default.id),
+                        "Choose another" + (", such as %s" % ", ".join(near) if near else ""))]
+    return [Finding(True, "%s; defaultModel is %s" % (words, default.id))]
+
+
+# === DOCTOR =================================================================
+# `ccproxy.py doctor`: the checks in their order, a line or more each, exit
+# status 0 when nothing is wrong.  What needs something that failed is not tried,
+# so that one cause gives one cross.
+
+
+class Check(NamedTuple):
+    """One row: what is checked, how, what it needs, and the seconds that it may take."""
+
+    name: str
+    run: Callable[[Scene], List[Finding]]
+    needs: str = ""
+    seconds: float = 15.0
+
+
+DOCTOR_CHECKS = (
+    Check("python", check_python), Check("configuration", check_configuration),
+    Check("operator keys", check_operator_keys), Check("port", check_port),
+    Check("proxy", check_proxy), Check("authorities", check_authorities),
+    Check("network", check_network, "proxy"), Check("names", check_names, "network", 10.0),
+    Check("tls", check_tls, "names", 25.0), Check("upstream", check_upstream, "tls", 12.0),
+    Check("clock", check_clock), Check("keys", check_keys, "upstream", 40.0),
+    Check("plan", check_plans, "upstream"), Check("windows", check_windows, "upstream"),
+    Check("models", check_models), Check("clients", check_clients),
+    Check("client settings", check_client_settings))
+
+
+def run_check(check: Check, scene: Scene) -> List[Finding]:
+    """What a check finds; that it takes too long, or cannot be made, is a finding too."""
+    show_progress("checking: %s\u2026" % check.name)
+    try:
+        return list(with_deadline(check.seconds, lambda: check.run(scene)))
+    except (OSError, ValueError, RecursionError, ProxyError) as error:
+        return [Finding(False, plain_reason(error), "Try again")]
+    finally:
+        show_progress("")
+
+
+def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
+    """Make all checks and show each finding as it comes; whether nothing is wrong."""
+    failed: Dict[str, str] = {}         # name of a check -> of the one that is the cause
+    sound = True
+    for check in DOCTOR_CHECKS:
+        cause = failed.get(check.needs)
+        findings = run_check(check, scene) if cause is None else [
+            Finding(None, "not tried: see %s" % cause)]
+        wrong = any(finding.works is False for finding in findings)
+        sound = sound and not wrong
+        if wrong or cause is not None:
+            failed[check.name] = cause or check.name
+        for finding in findings:
+            show(check, finding._replace(words=redact(finding.words),
+                                         advice=redact(finding.advice)))
+    return sound
+
+
+def show_finding(check: Check, finding: Finding) -> None:
+    """A finding as a line."""
+    advice = ". %s." % finding.advice if finding.advice else ""
+    show_feature(finding.works, "%-16s%s%s" % (check.name, finding.words, advice))
+
+
+def run_doctor(invocation: Invocation) -> int:
+    """The command `doctor`."""
+    settings = invocation.settings
+    scene = Scene(settings, parse_origin(settings.config.api_base))
+    if not invocation.given.json:
+        return 0 if run_checks(scene, show_finding) else 1
+    rows: List[Json] = []
+
+    def keep(check: Check, finding: Finding) -> None:
+        rows.append({"check": check.name, **finding._asdict()})
+
+    sound = run_checks(scene, keep)
+    said = say(json.dumps({"sound": sound, "version": __version__, "checks": rows}, indent=1)
+               + "\n")
+    return 0 if sound and said else 1
 
 
 # === SELFTEST FEATURES ======================================================
@@ -12138,6 +12968,7 @@ class Command(NamedTuple):
     example: str                        # what stands behind `python3 ccproxy.py`
     arguments: Tuple[Tuple[str, Json], ...] = ()
     rest: bool = False                  # whether arguments for another program follow `--`
+    lenient: bool = False               # whether it runs with settings that are wrong
 
 
 def new_parser(name: str, **words: str) -> Any:
@@ -12340,6 +13171,8 @@ COMMANDS: Dict[str, Command] = {
     "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
                    'run claude --demo -- -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
                    True),
+    "doctor": Command(run_doctor, "check this machine, the settings, the way to the upstream, keys "
+                      "and clients", "doctor --json", (JSON_FLAG,), lenient=True),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
@@ -12350,7 +13183,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program; gives its exit status."""
     name, flags, given, rest = read_arguments_of(sys.argv[1:] if argv is None else argv)
     try:
-        settings = read_settings(flags, given.config)
+        lenient = bool(name) and COMMANDS[name].lenient
+        settings = (read_what_holds if lenient else read_settings)(flags, given.config)
         if not name and given.check:
             return 0 if say(describe_config(settings.config, settings.sources)) else 1
         run = COMMANDS[name].run if name else serve
