@@ -78,6 +78,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ALERTS (pure)
     REQUEST RECORDS (pure)
     HISTORY (pure)
+    METRICS (pure)
     ADMIN ACCESS (pure)
     CONFIG CHANGES (pure)
     CLIENT SETTINGS (pure)
@@ -105,6 +106,8 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     RELOADING
     ADMIN CHANGES
     ADMIN KEYS
+    WORKER BOARD
+    SCRAPES
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -126,6 +129,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import bisect
 import copy
 import errno
 import gc
@@ -139,10 +143,11 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import sys
 import time
 import zlib
-from collections import deque, namedtuple
+from collections import defaultdict, deque, namedtuple
 from dataclasses import dataclass, field
 from math import ceil, log
 from sys import intern
@@ -239,6 +244,7 @@ class Limits(NamedTuple):
     alert_tick: float = 5.0         # how often it is looked whether accounts are due a look
     webhook: float = 10.0           # for the answer of alertWebhookUrl
     webhook_backoff: Tuple[float, ...] = (2.0, 15.0, 60.0, 300.0)   # between its attempts
+    board: float = 1.0              # how often a worker shows the others its counts
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
     followers: int = 32             # readers of /admin/events at once; then 503
     news: float = 1.0               # how often they are told of a change
@@ -7127,6 +7133,206 @@ def minute_entries(minutes: Minutes, now: float) -> List[Json]:
             if newest - HISTORY_MINUTES < number <= newest]
 
 
+# === METRICS (pure) =========================================================
+# Counting records, and showing the counts to Prometheus (text format 0.0.4).
+# All that is counted is one flat table from (metric, label values...) to a number
+# that only grows, so that workers' counts are added by adding numbers; a
+# histogram's entry ends with the number of its bucket, or "sum".  Every label
+# has values from a table, or from the list of models; what is not there is
+# "other": nothing that a client or the upstream says can make a new series.
+
+MAX_MODEL_LABELS = 200
+MAX_COUNT = 10 ** 12                # tokens that one record may add: the upstream tells any number
+FIRST_BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
+TOTAL_BOUNDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+STATUS_CLASSES = {2: "2xx", 3: "3xx", 4: "4xx", 5: "5xx"}
+API_NAMES = frozenset(face.name for face in (CHAT, MESSAGES, RESPONSES))
+CLIENT_NAMES = frozenset(name for _, name in CLIENT_FAMILIES)
+NOTE_CODES = frozenset((
+    "clamped", "cut", "dropped", "effort", "failover", "ignored", "json_format", "json_invalid",
+    "json_repaired", "left_out", "model", "pictures", "prefill", "renamed", "repaired", "replaced",
+    "retried", "schema", "tool_input", "unreadable", "usage"))
+
+Counts = Dict[Tuple[str, ...], Any]
+
+
+class Metric(NamedTuple):
+    """One family of series; a histogram has bounds."""
+
+    name: str                       # behind "ccproxy_"
+    kind: str
+    help: str
+    labels: Tuple[str, ...] = ()
+    bounds: Tuple[float, ...] = ()
+
+
+METRICS = (
+    Metric("build_info", "gauge", "Version of ccproxy and of Python.", ("version", "python")),
+    Metric("uptime_seconds", "gauge", "Time since the process began to listen.", ("worker",)),
+    Metric("requests_total", "counter", "Generating requests that are over, by status class "
+           "(left: the client hung up).", ("api", "client", "status", "stream")),
+    Metric("model_requests_total", "counter", "The same by model.", ("model", "status")),
+    Metric("errors_total", "counter", "Requests that failed, also in the middle of a stream, by "
+           "kind of failure.", ("kind",)),
+    Metric("tokens_total", "counter", "Tokens as the upstream told them; cached is part of input, "
+           "reasoning of output.", ("model", "kind")),
+    Metric("cost_usd_total", "counter", "What answers cost, where the upstream told it."),
+    Metric("cache_share_ratio", "gauge", "Share of all input tokens that came from a cache."),
+    Metric("retries_total", "counter", "Upstream calls that were made anew."),
+    Metric("failovers_total", "counter", "Of these, those with another key."),
+    Metric("splices_total", "counter", "Of these, those behind thinking that was shown."),
+    Metric("notes_total", "counter", "What was dropped, clamped or changed, by code of the note.",
+           ("code",)),
+    Metric("first_event_seconds", "histogram", "Time to the first event of an answer.",
+           ("stream",), FIRST_BOUNDS),
+    Metric("request_seconds", "histogram", "Time of a whole request.", ("stream",), TOTAL_BOUNDS),
+    Metric("open_streams", "gauge", "Answers being relayed, streamed or not."),
+    Metric("requests_in_flight", "gauge", "Generating requests being served."),
+    Metric("client_connections", "gauge", "Open connections of clients."),
+    Metric("upstream_idle_connections", "gauge", "Connections to the upstream kept for reuse."),
+    Metric("upstream_connections_total", "counter", "Connections for upstream calls, newly opened "
+           "or reused.", ("kind",)),
+    Metric("resident_memory_bytes", "gauge", "Memory of the process (its peak where the system "
+           "tells no more).", ("worker",)),
+    Metric("open_descriptors", "gauge", "File descriptors of the process.", ("worker",)),
+    Metric("usage_records_lost_total", "counter", "Records that did not get into usageDb."))
+FROM_ZERO = (("cost_usd_total",), ("retries_total",), ("failovers_total",), ("splices_total",),
+             ("usage_records_lost_total",))     # shown before they first happen
+
+
+@dataclass
+class Metrics:
+    """What was counted so far, and the models that have a label of their own."""
+
+    counts: Counts = field(default_factory=lambda: defaultdict(int, dict.fromkeys(FROM_ZERO, 0)))
+    models: Dict[str, str] = field(default_factory=dict)    # id -> label
+
+
+def model_label(metrics: Metrics, name: str, models: Models) -> str:
+    """The id of a model that the list knows, "other" for the rest and beyond a bound.  The list is
+    the upstream's: no key can stand there, whatever it holds."""
+    found = models.known.get(name.lower())
+    if found is None:
+        return "other"
+    if found.id not in metrics.models:
+        if len(metrics.models) >= MAX_MODEL_LABELS:
+            return "other"
+        metrics.models[found.id] = printable(found.id, 100)
+    return metrics.models[found.id]
+
+
+def error_kind(record: Record) -> str:
+    """The kind of a failed request, of those that ERRORS knows."""
+    kind = record.error.partition(":")[0]
+    return kind if kind in KINDS else "client_left" if record.status == 499 else "other"
+
+
+def count_span(counts: Counts, name: str, stream: str, bounds: Tuple[float, ...],
+               seconds: float) -> None:
+    """Count a time in its histogram."""
+    counts[name, stream, str(bisect.bisect_left(bounds, seconds))] += 1
+    counts[name, stream, "sum"] += seconds
+
+
+def count_notes(counts: Counts, notes: str) -> None:
+    """Count each note by its code."""
+    for note in notes.split("; "):
+        code = note.partition("=")[0]
+        counts["notes_total", code if code in NOTE_CODES else "other"] += 1
+        if code == "failover":
+            counts["failovers_total",] += 1
+
+
+def measure_record(metrics: Metrics, record: Record, models: Models) -> None:
+    """Count one finished request."""
+    counts, stream = metrics.counts, "true" if record.stream else "false"
+    status = "left" if record.status == 499 else STATUS_CLASSES.get(record.status // 100, "other")
+    model = model_label(metrics, record.model, models)
+    counts["requests_total", record.api if record.api in API_NAMES else "other",
+           record.client if record.client in CLIENT_NAMES else "other", status, stream] += 1
+    counts["model_requests_total", model, status] += 1
+    for kind, tokens in (("input", record.input), ("output", record.output),
+                         ("cached", record.cached), ("reasoning", record.reasoning)):
+        if tokens:
+            counts["tokens_total", model, kind] += min(tokens, MAX_COUNT)
+    if record.error:
+        counts["errors_total", error_kind(record)] += 1
+    if record.notes:
+        count_notes(counts, record.notes)
+    if record.first is not None:
+        count_span(counts, "first_event_seconds", stream, FIRST_BOUNDS, record.first)
+    count_span(counts, "request_seconds", stream, TOTAL_BOUNDS, record.total)
+    counts["cost_usd_total",] += record.cost or 0
+    counts["retries_total",] += record.retries
+
+
+# Counts on their way between workers.
+
+
+def count_rows(counts: Counts) -> List[Any]:
+    """A table of counts as JSON holds it."""
+    return [[*key, number] for key, number in counts.items()]
+
+
+def add_rows(counts: Counts, rows: List[Any]) -> None:
+    """Add what `count_rows` made."""
+    for row in rows:
+        key = tuple(row[:-1])
+        counts[key] = counts.get(key, 0) + row[-1]
+
+
+def cache_share(counts: Counts) -> Optional[float]:
+    """The share of input that was cached, None before there was any input."""
+    sums = {kind: sum(number for key, number in counts.items()
+                      if key[0] == "tokens_total" and key[2] == kind)
+            for kind in ("input", "cached")}
+    return sums["cached"] / sums["input"] if sums["input"] else None
+
+
+# The text.
+
+
+def label_text(names: Iterable[str], values: Iterable[str]) -> str:
+    """Labels as they stand behind a name."""
+    pairs = ['%s="%s"' % (name, value.translate(LABEL_ESCAPES))
+             for name, value in zip(names, values)]
+    return "{%s}" % ",".join(pairs) if pairs else ""
+
+
+def histogram_lines(metric: Metric, samples: Dict[Tuple[str, ...], Any]) -> List[str]:
+    """A histogram's lines: buckets that hold all that is not above their bound, sum, count."""
+    lines = []
+    for values in sorted({key[:-1] for key in samples}):
+        total = 0
+        for place, bound in enumerate([*map(repr, metric.bounds), "+Inf"]):
+            total += samples.get((*values, str(place)), 0)
+            lines.append("ccproxy_%s_bucket%s %d" % (
+                metric.name, label_text((*metric.labels, "le"), (*values, bound)), total))
+        labels = label_text(metric.labels, values)
+        lines.append("ccproxy_%s_sum%s %r" % (metric.name, labels,
+                                              samples.get((*values, "sum"), 0)))
+        lines.append("ccproxy_%s_count%s %d" % (metric.name, labels, total))
+    return lines
+
+
+def render_metrics(counts: Counts) -> str:
+    """All that was counted, in the text format of Prometheus 0.0.4."""
+    lines = []
+    for metric in METRICS:
+        samples = {key[1:]: number for key, number in counts.items() if key[0] == metric.name}
+        if not samples:
+            continue
+        lines.append("# HELP ccproxy_%s %s" % (metric.name, metric.help))
+        lines.append("# TYPE ccproxy_%s %s" % (metric.name, metric.kind))
+        if metric.bounds:
+            lines += histogram_lines(metric, samples)
+            continue
+        lines += ["ccproxy_%s%s %r" % (metric.name, label_text(metric.labels, values), number)
+                  for values, number in sorted(samples.items())]
+    return "\n".join(lines) + "\n"
+
+
 # === ADMIN ACCESS (pure) ====================================================
 # Who may read and who may change what /admin, /metrics and the page show.
 # Reading from this machine needs no key, but the request must be its own user's:
@@ -8024,6 +8230,9 @@ class App:
     followers: Set[Any] = field(default_factory=set)            # see LIVE EVENTS
     watching: Any = None                        # the task that looks for changes, for them
     numbered: int = 0                           # requests that were shown while they ran
+    metrics: Metrics = field(default_factory=Metrics)
+    board: Any = None                           # Board: memory that all workers share
+    shared: Dict[str, Callable[[], Any]] = field(default_factory=dict)  # what each shows on it
     settings: Any = None                        # Settings: where the configuration came from
     changing: Any = None                        # asyncio.Lock: one change of a file at a time
     version_task: Optional["asyncio.Task[Any]"] = None      # asks npm for cliVersion
@@ -8934,6 +9143,7 @@ def connect_error(app: App, error: Exception) -> ProxyError:
 async def open_wire(app: App) -> Wire:
     """A fresh connection to the upstream.  Raises ProxyError."""
     wire = Wire(app)
+    app.metrics.counts["upstream_connections_total", "opened"] += 1
     try:
         await within(app, app.config.upstream_connect_seconds, connect_wire(app, wire))
     except (OSError, asyncio.TimeoutError) as error:
@@ -9076,6 +9286,8 @@ async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
     while call is None:
         wire = app.pool.take()
         pooled = wire is not None
+        if pooled:
+            app.metrics.counts["upstream_connections_total", "reused"] += 1
         wire = wire or await open_wire(app)
         try:
             call = await send_call(app, wire, spec)
@@ -9686,6 +9898,8 @@ def begin_anew(relay: Relay, error: ProxyError, mendable: bool, code: str, detai
     if not mendable:
         raise error
     relay.app.log.debug("%s: %s failed: %s", code, relay.key.shown, printable(error.message, 200))
+    if relay.answer.stream and relay.answer.shown:
+        relay.app.metrics.counts["splices_total",] += 1
     relay.answer.restart()
     add_note(relay.answer.reply.notes, code, detail)
 
@@ -10901,6 +11115,157 @@ async def remove_key(app: App, exchange: Exchange) -> None:
     await edit_keys(app, exchange, 200, lambda rows, path: remove_credential(rows, name, path))
 
 
+# === WORKER BOARD ===========================================================
+# Memory that all workers share, for what each has to show of itself to whoever
+# asks any of them: about once a second a worker writes, as JSON, what the
+# functions in `App.shared` tell.  A slot has two halves that are written in turn,
+# each with a number and a checksum: a reader takes the newest that is whole, so
+# that nobody waits for anybody and a worker killed in mid-write spoils nothing.
+# The board is made before the fork, and a worker started anew reads what the one
+# before it left.  Without workers there is none.
+
+BOARD_HALF_BYTES = 512 * KIB        # pages that nobody writes to cost nothing
+BOARD_HEAD = struct.Struct("<QII")  # number, length, checksum
+BOARD_STALE_SECONDS = 5.0           # what is older was left by a worker that is gone
+
+
+class Board:
+    """Shared memory with a slot for each worker, which that one alone writes."""
+
+    def __init__(self, slots: int) -> None:
+        import mmap
+        self.slots = slots
+        self.memory = mmap.mmap(-1, 2 * slots * BOARD_HALF_BYTES)
+
+    def halves(self, slot: int) -> List[Tuple[int, int, bytes]]:
+        """(number, where it begins, content) of a slot's halves that are whole, newest first."""
+        found = []
+        for start in (2 * slot * BOARD_HALF_BYTES, (2 * slot + 1) * BOARD_HALF_BYTES):
+            number, length, checksum = BOARD_HEAD.unpack_from(self.memory, start)
+            begin = start + BOARD_HEAD.size
+            content = self.memory[begin:begin + min(length, BOARD_HALF_BYTES)]
+            if number and zlib.crc32(content, number & 0xffffffff) == checksum:
+                found.append((number, start, content))
+        return sorted(found, reverse=True)
+
+    def read(self, slot: int) -> bytes:
+        """What its worker wrote last, b"" for nothing."""
+        found = self.halves(slot)
+        return found[0][2] if found else b""
+
+    def write(self, slot: int, content: bytes) -> bool:
+        """Replace a slot's older half; False for what is too long."""
+        if len(content) > BOARD_HALF_BYTES - BOARD_HEAD.size:
+            return False
+        found = self.halves(slot)
+        number, last = (found[0][0] + 1, found[0][1]) if found else (1, -1)
+        first = 2 * slot * BOARD_HALF_BYTES
+        start = first + BOARD_HALF_BYTES if last == first else first
+        begin = start + BOARD_HEAD.size
+        self.memory[begin:begin + len(content)] = content
+        BOARD_HEAD.pack_into(self.memory, start, number, len(content),
+                             zlib.crc32(content, number & 0xffffffff))
+        return True
+
+
+def show_on_board(app: App) -> None:
+    """Write what this worker has to show."""
+    if app.board is not None:
+        content = to_json({"at": time.monotonic(),
+                           **{name: tell() for name, tell in app.shared.items()}})
+        if not app.board.write(app.worker - 1, content):
+            app.log.debug("%d bytes are too many for the workers' board", len(content))
+
+
+def read_board(app: App, slot: int) -> Json:
+    """What a worker showed last; {} for nothing.  `at` is its time.monotonic()."""
+    content = app.board.read(slot) if app.board is not None else b""
+    return json.loads(content) if content else {}
+
+
+def read_others(app: App, name: str) -> List[Tuple[Any, bool]]:
+    """For each other worker: what it shows under that name, and whether it is fresh."""
+    slots = range(app.board.slots) if app.board is not None else ()
+    shown = [read_board(app, slot) for slot in slots if slot != app.worker - 1]
+    now = time.monotonic()
+    return [(one[name], now - one["at"] < BOARD_STALE_SECONDS) for one in shown if name in one]
+
+
+async def keep_board(app: App) -> None:
+    """Show what is new, again and again."""
+    while True:
+        show_on_board(app)
+        await asyncio.sleep(app.limits.board)
+
+
+# === SCRAPES ================================================================
+# GET /metrics: what this worker counted, what the others showed on the board,
+# and how things stand at this moment.
+
+
+def resident_bytes() -> Optional[int]:
+    """The process's memory, or its peak, or None where neither can be had."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:         # not Linux
+        pass
+    try:
+        import resource
+    except ImportError:     # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else KIB)
+
+
+def open_descriptors() -> Optional[int]:
+    """How many files and sockets the process holds, None where that cannot be had."""
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if os.path.isdir(folder):
+            return len(os.listdir(folder)) - 1      # without the one that reads the folder
+    return None
+
+
+def read_gauges(app: App) -> Counts:
+    """How this worker stands; what is not known is left out."""
+    worker = str(app.worker or 1)
+    known = {("uptime_seconds", worker): round(asyncio.get_running_loop().time() - app.started, 3),
+             ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
+             ("client_connections",): app.clients,
+             ("upstream_idle_connections",): len(app.pool.idle),
+             ("resident_memory_bytes", worker): resident_bytes(),
+             ("open_descriptors", worker): open_descriptors()}
+    return {key: number for key, number in known.items() if number is not None}
+
+
+def start_metrics(app: App) -> None:
+    """Count every record from now on, on top of what a worker before this one counted."""
+    app.shared["metrics"] = lambda: {"counts": count_rows(app.metrics.counts),
+                                     "gauges": count_rows(read_gauges(app))}
+    if app.board is not None:
+        add_rows(app.metrics.counts, read_board(app, app.worker - 1).get(
+            "metrics", {}).get("counts", []))
+        spawn(app, keep_board(app))
+    app.listeners.append(lambda record: measure_record(app.metrics, record, app.models))
+
+
+async def serve_metrics(app: App, exchange: Exchange) -> None:
+    """The counts of all workers.  What is shown is on the board too, so that it never shrinks."""
+    admit_reader(app, exchange)
+    show_on_board(app)
+    counts = {**app.metrics.counts, **read_gauges(app)}
+    for shown, fresh in read_others(app, "metrics"):
+        add_rows(counts, shown["counts"])
+        if fresh:
+            add_rows(counts, shown["gauges"])
+    share = cache_share(counts)
+    if share is not None:
+        counts["cache_share_ratio",] = round(share, 6)
+    counts["build_info", __version__, "%d.%d.%d" % sys.version_info[:3]] = 1
+    await respond(app, exchange, 200, render_metrics(counts).encode(),
+                  [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -11092,6 +11457,7 @@ ROUTES = {
     "/responses/input_tokens": Route({"POST": serve_responses_count}, quiet=True),
     "/models": Route({"GET": serve_models}),
     "/usage": Route({"GET": serve_usage}),
+    "/metrics": Route({"GET": serve_metrics}, quiet=True),
     "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
     "/admin/state": Route({"GET": serve_state}, quiet=True),
     "/admin/events": Route({"GET": serve_events}, quiet=True),
@@ -11379,6 +11745,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    show_on_board(app)
     app.pool.close()
 
 
@@ -11400,6 +11767,7 @@ async def listen(app: App) -> Any:
                                  lambda: Wire(app, lambda wire: accept(app, wire)))
     spawn(app, sweep(app))
     spawn(app, watch_alerts(app))
+    start_metrics(app)
     if app.config.cli_version == "auto":
         app.version_task = spawn(app, keep_version_fresh(app))
     return server
@@ -11591,6 +11959,7 @@ def run_workers(app: App, demo: bool, announce: Callable[[str, int], None]) -> N
     held = reserve_port(app.config)
     host, port = held.getsockname()[:2]
     app.config, app.demo = app.config._replace(port=port), demo
+    app.board = Board(app.config.workers)
     signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
     ties = Ties(os.pipe(), os.pipe())
     born: Dict[int, float] = {}

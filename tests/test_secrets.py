@@ -271,3 +271,31 @@ def test_the_whole_program(tmp_path, monkeypatch):
     log = (tmp_path / "proxy.log").read_text()
     assert not any(holds_secret(text) for text in (log, errors, program.screen))
     assert log.count("key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]) >= 3
+
+
+PLANTED = [
+    post(model=KEY), post(MESSAGES, model=KEY, stream=True), post(model="kimi", tools=[{"type": KEY}]),
+    post(fields={"user-agent": "codex/" + KEY, "x-trace-id": KEY, "traceparent": KEY}),
+    post(model=KEY + "\u00e9"), respond(model=KEY, previous_response_id=KEY),
+    post(fields={"authorization": "Bearer work=%s,%s" % (KEY, KEY + "2")}, stream=True)]
+
+
+def plant(proxy, fake):
+    """Requests with the key in every place that a record could take something from."""
+    for script in (ECHOES["a status"], ECHOES["a later event"], ECHOES["a good trace id"],
+                   ECHOES["a cost"], ECHOES["its code"]):
+        fake.default = script
+        for data in PLANTED:
+            assert send(proxy, data).startswith(b"HTTP/1.1 ")
+    proxy.wait_quiet()
+
+
+def test_metrics(place):
+    proxy, fake = place
+    before = len(proxy.app.recent)
+    plant(proxy, fake)
+    answer = proxy.request("GET", "/metrics", key=None)
+    assert len(proxy.app.recent) - before >= 5 * len(PLANTED)
+    assert b'ccproxy_errors_total{kind="authentication"}' in answer.body
+    assert not holds_secret(answer.body) and not holds_secret(repr(proxy.app.recent))
+    take_log(proxy)

@@ -1,0 +1,79 @@
+"""WORKER BOARD: memory in which each worker shows the others what it has."""
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+from harness import ccproxy
+
+HALF = ccproxy.BOARD_HALF_BYTES
+
+
+@pytest.fixture
+def board():
+    return ccproxy.Board(3)
+
+
+@pytest.mark.parametrize("contents", [
+    [], [b"one"], [b"one", b"two"], [b"a" * 100, b"", b"three"], [b"%d" % one for one in range(9)],
+    [b"x" * (HALF - 16)]])
+def test_the_newest_is_read(board, contents):
+    for content in contents:
+        assert board.write(1, content)
+    assert board.read(1) == (contents or [b""])[-1]
+    assert board.read(0) == board.read(2) == b""
+
+
+def test_slots_are_apart(board):
+    for slot in range(3):
+        assert board.write(slot, b"%d" % slot * (HALF - 100))
+    assert [board.read(slot)[:1] for slot in range(3)] == [b"0", b"1", b"2"]
+
+
+def test_what_is_too_long_changes_nothing(board):
+    board.write(0, b"short")
+    assert not board.write(0, b"x" * (HALF - 15))
+    assert board.read(0) == b"short"
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4])
+@pytest.mark.parametrize("damage", [b"\0" * 4, b"\xff" * 40])
+@pytest.mark.parametrize("where", [0, 8, 12, 16])
+def test_a_worker_killed_in_mid_write_spoils_nothing(board, writes, damage, where):
+    """Whatever stands in the half that is being written, the other one is read."""
+    for number in range(writes):
+        board.write(1, b"content %d" % number)
+    older = min(((number, start) for number, start, _ in board.halves(1)),
+                default=(0, 2 * HALF)) if writes > 1 else (0, 3 * HALF)
+    board.memory[older[1] + where:older[1] + where + len(damage)] = damage
+    assert board.read(1) == b"content %d" % (writes - 1)
+    assert board.write(1, b"next") and board.read(1) == b"next"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_readers_never_see_half_a_content():
+    """A child writes as fast as it can; what is read is whole, and older by one at most (where both
+    halves were written to during one reading)."""
+    board, done = ccproxy.Board(1), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            for number in range(1, 20001):
+                board.write(0, b"%d " % number * (number % 50 + 1))
+            os.write(done[1], b"1")
+        finally:
+            os._exit(0)
+    seen = [0]
+    reader = threading.Thread(target=lambda: os.read(done[0], 1))
+    reader.start()
+    while reader.is_alive():
+        words = board.read(0).split()
+        if words:
+            assert len(set(words)) == 1 and len(words) == int(words[0]) % 50 + 1
+            assert int(words[0]) >= seen[-1] - 1
+            seen.append(int(words[0]))
+    os.waitpid(child, 0)
+    assert board.read(0).split()[0] == b"20000"
+    assert len(set(seen)) > 2 or sys.platform != "linux"
