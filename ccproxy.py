@@ -118,6 +118,8 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DOCTOR UPSTREAM
     DOCTOR ACCOUNTS
     DOCTOR
+    TOP SCREEN
+    TOP
     SELFTEST FEATURES
     SELFTEST
     A PROXY AT HAND
@@ -12813,6 +12815,413 @@ def run_doctor(invocation: Invocation) -> int:
     return 0 if sound and said else 1
 
 
+# === TOP SCREEN =============================================================
+# What `ccproxy.py top` shows: lines made of what the proxy told.  It may be any
+# version's, or no ccproxy at all, so nothing is taken for granted, and of a text
+# only its printable ASCII reaches the terminal.
+
+MAX_TOP_RECENT = 200            # requests that are over, kept for a high terminal
+TOP_MINUTES = 5                 # that the summary adds up
+SNAPSHOT_LINES = 60             # where there is no terminal
+
+
+@dataclass
+class TopView:
+    """All that is known of the proxy."""
+
+    address: str
+    state: Json = field(default_factory=dict)
+    recent: Deque[Json] = field(default_factory=lambda: deque(maxlen=MAX_TOP_RECENT))
+    minutes: Dict[float, Json] = field(default_factory=dict)
+    trouble: str = ""               # why it does not answer now
+    lost: str = ""                  # since when
+
+
+class Column(NamedTuple):
+    """One column of a table: its head, side, the least width of the terminal that has room for
+    it, and what stands in it."""
+
+    head: str
+    side: str
+    least: int
+    cell: Callable[[Json], str]
+
+
+def number_in(entry: Json, name: str) -> float:
+    """A number that was told, 0 where none was."""
+    value = entry.get(name)
+    return value if isinstance(value, (int, float)) and 0 <= value < 1e11 else 0
+
+
+def text_in(entry: Json, name: str, most: int = 200) -> str:
+    """A text that was told, harmless on a terminal."""
+    value = entry.get(name)
+    return printable(value, most) if isinstance(value, str) else ""
+
+
+def short_count(number: float) -> str:
+    return short_number(int(number)) or "0"
+
+
+def short_span(seconds: float) -> str:
+    """A span of time in its two largest units."""
+    if seconds < 100:
+        return ("%.2fs" if seconds < 10 else "%.1fs") % seconds
+    for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            return "%d%s%02d%s" % (seconds // size, unit, seconds % size // part, smaller)
+    return "%dm%02ds" % (seconds // 60, seconds % 60)
+
+
+def clock_time(entry: Json) -> str:
+    """When a request began, in local time."""
+    return time.strftime("%H:%M:%S", time.localtime(number_in(entry, "at")))
+
+
+def span_cell(name: str) -> Callable[[Json], str]:
+    return lambda entry: short_span(number_in(entry, name)) if entry.get(name) is not None else ""
+
+
+def count_cell(name: str) -> Callable[[Json], str]:
+    return lambda entry: short_count(number_in(entry, name)) if entry.get(name) is not None else ""
+
+
+def text_cell(name: str) -> Callable[[Json], str]:
+    return lambda entry: text_in(entry, name)
+
+
+def model_cell(entry: Json) -> str:
+    return text_in(entry, "model") or text_in(entry, "asked")
+
+
+LIVE_COLUMNS = (
+    Column("running", "r", 0, span_cell("seconds")), Column("phase", "l", 0, text_cell("phase")),
+    Column("chars", "r", 40, count_cell("output_chars")), Column("model", "l", 0, model_cell),
+    Column("client", "l", 60, text_cell("client")), Column("api", "l", 80, text_cell("api")),
+    Column("key", "l", 80, text_cell("key")))
+RECENT_COLUMNS = (
+    Column("last", "l", 0, clock_time),
+    Column("status", "r", 0, lambda entry: "%d" % number_in(entry, "status")),
+    Column("model", "l", 0, model_cell), Column("client", "l", 60, text_cell("client")),
+    Column("api", "l", 120, text_cell("api")), Column("key", "l", 120, text_cell("key")),
+    Column("in", "r", 70, count_cell("input")), Column("cached", "r", 90, count_cell("cached")),
+    Column("out", "r", 50, count_cell("output")), Column("first", "r", 80, span_cell("first")),
+    Column("total", "r", 40, span_cell("total")), Column("error", "l", 60, text_cell("error")))
+
+
+def lay_out(columns: Tuple[Column, ...], entries: List[Json], width: int) -> List[str]:
+    """A table of entries, of the columns that there is room for; width 0: of all."""
+    shown = [one for one in columns if not width or width >= one.least]
+    rows = [tuple(one.cell(entry) for one in shown) for entry in entries]
+    return table_lines(tuple(one.head for one in shown), rows,
+                       "".join(one.side for one in shown), width)
+
+
+def fill_lines(words: List[str], width: int) -> List[str]:
+    """Words in as few lines as they fit in; width 0: in one."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if width and len(lines[-1]) + 2 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] += "  " + word
+    return lines
+
+
+def proxy_words(view: TopView) -> List[str]:
+    """Which proxy it is, and how it is."""
+    state = view.state
+    upstream = state.get("upstream")
+    upstream = text_in(upstream, "address") if isinstance(upstream, dict) else ""
+    words = ["ccproxy " + text_in(state, "version", 20), text_in(state, "status", 20),
+             "up " + short_span(number_in(state, "uptime_seconds")), view.address,
+             "upstream " + upstream]
+    if number_in(state, "workers") > 1:
+        words.append("worker %d of %d alone" % (number_in(state, "worker"),
+                                                number_in(state, "workers")))
+    return [word for word in words if word]
+
+
+def summary_words(view: TopView) -> List[str]:
+    """What runs, and the last minutes added up."""
+    newest = max(view.minutes, default=0.0)
+    last = [view.minutes[at] for at in sorted(view.minutes) if at > newest - 60 * TOP_MINUTES]
+
+    def added(name: str) -> float:
+        return sum(number_in(minute, name) for minute in last)
+
+    words = ["%d open streams" % number_in(view.state, "open_streams"),
+             "%d clients" % number_in(view.state, "clients"),
+             "%d min: %s requests" % (TOP_MINUTES, short_count(added("requests"))),
+             "%s errors" % short_count(added("errors")), "%s in" % short_count(added("input")),
+             "%s out" % short_count(added("output"))]
+    if added("input"):
+        words.append("%d%% cached" % (100 * min(added("cached") / added("input"), 1)))
+    timed = [minute for minute in last if minute.get("first_p50") is not None]
+    if timed:
+        words.append("first event %s, p95 %s" % (
+            short_span(number_in(timed[-1], "first_p50")),
+            short_span(number_in(timed[-1], "first_p95"))))
+    return words
+
+
+def alert_line(alert: Json) -> str:
+    return "alert: %s %s is %.2f (%.2f)" % (
+        text_in(alert, "name") or text_in(alert, "key"), text_in(alert, "kind"),
+        number_in(alert, "value"), number_in(alert, "limit"))
+
+
+def colour_of(entry: Json) -> str:
+    """How a finished request is shown: "" as it is."""
+    status = number_in(entry, "status")
+    failed = status >= 400 or bool(entry.get("error"))
+    return "dim" if status == 499 else "red" if failed else ""
+
+
+def screen_lines(view: TopView, width: int, height: int) -> List[str]:
+    """The whole screen: at most `height` lines of at most `width` columns (0: any number)."""
+    live = objects_in(view.state.get("live"))
+    top = [(line, "bold") for line in fill_lines(proxy_words(view), width)]
+    top += [(line, "") for line in fill_lines(summary_words(view), width)]
+    top += [(alert_line(alert), "yellow") for alert in objects_in(view.state.get("alerts"))[:3]]
+    if view.trouble:
+        top.append((view.trouble, "red"))
+    room = max(height - len(top) - 4, 2)        # for both tables without their heads
+    shown = live[:max(room // 2, room - len(view.recent))]
+    recent = list(view.recent)[:max(room - len(shown), 0)]
+    running = lay_out(LIVE_COLUMNS, shown, width)
+    finished = lay_out(RECENT_COLUMNS, recent, width)
+    top += [("", ""), (running[0], "bold"), *((line, "") for line in running[1:]), ("", ""),
+            (finished[0], "bold"), *zip(finished[1:], map(colour_of, recent))]
+    cut = [(cut_text(line, width) if width else line, colour) for line, colour in top[:height]]
+    return [paint(line, colour) if colour and line else line for line, colour in cut]
+
+
+def take_state(view: TopView, state: Any) -> None:
+    """Take over what /admin/state told.  Raises ValueError for what no ccproxy says."""
+    if not isinstance(state, dict) or "version" not in state or "live" not in state:
+        raise ValueError("that is no ccproxy, or too old a one")
+    view.state = state
+    view.recent.clear()
+    view.recent.extend(objects_in(state.get("recent"))[:MAX_TOP_RECENT])
+    view.minutes = {number_in(one, "at"): one for one in objects_in(state.get("minutes"))}
+
+
+def take_event(view: TopView, name: str, data: Any) -> None:
+    """Take over an event; what is not known is no matter."""
+    if not isinstance(data, dict):
+        return
+    if name == "request":
+        if data not in view.recent:     # else it came with the state already
+            view.recent.appendleft(data)
+    elif name == "state":
+        view.state = data
+        minute = data.get("minute")
+        if isinstance(minute, dict):
+            view.minutes[number_in(minute, "at")] = minute
+            for old in sorted(view.minutes)[:-60]:
+                del view.minutes[old]
+
+
+# === TOP ====================================================================
+# `ccproxy.py top`: the proxy's events read over a plain socket and drawn anew in
+# place, or, where there is no terminal, its state printed once.  A proxy that
+# is gone is asked again every second.
+
+TOP_SECONDS = 10.0              # to connect and to answer
+TOP_SILENCE = 45.0              # without a byte, not even a comment: the connection is dead
+REDRAW_SECONDS = 0.5            # for a terminal whose size changed
+ALTERNATE, ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"    # screen and cursor
+
+
+class Feed:
+    """A GET whose answer is read piece by piece.  Raises OSError and ProxyError."""
+
+    def __init__(self, origin: Origin, path: str, secret: str) -> None:
+        self.sock = socket.create_connection((origin.host, origin.port), TOP_SECONDS)
+        try:
+            if origin.scheme == "https":
+                self.sock = ssl.create_default_context().wrap_socket(
+                    self.sock, server_hostname=origin.host)
+            rows = ["GET %s%s HTTP/1.1" % (origin.base, path), "host: " + origin.authority,
+                    "connection: close"] + (["authorization: Bearer " + secret] if secret else [])
+            self.sock.sendall("\r\n".join(rows + ["", ""]).encode("latin-1", "replace"))
+            data = b""
+            while find_head_end(data, 0, upstream_fault) < 0:
+                piece = self.sock.recv(READ_BYTES)
+                if not piece:
+                    raise ConnectionResetError("it closed the connection")
+                data += piece
+            end = find_head_end(data, 0, upstream_fault)
+            self.head = parse_response_head(data[:end])
+            self.body = open_body(self.head.framing, "", upstream_fault)
+            self.first = self.body.feed(data[end:])
+            self.sock.settimeout(REDRAW_SECONDS)
+            self.heard = time.monotonic()
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def read(self) -> Optional[bytes]:
+        """What came; b"" when nothing did within half a second, None at the end."""
+        data, self.first = self.first, b""
+        if data or self.body.done:
+            return data or None
+        try:
+            piece = self.sock.recv(READ_BYTES)
+        except socket.timeout:
+            if time.monotonic() - self.heard > TOP_SILENCE:
+                raise
+            return b""
+        self.heard = time.monotonic()
+        if not piece:
+            self.body.eof()
+            return None
+        return self.body.feed(piece)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def open_feed(origin: Origin, path: str, secret: str) -> Feed:
+    """The feed of a path; the secret is shown only to a proxy that asks for it.  Raises OSError,
+    and ProxyError for a refusal."""
+    feed = Feed(origin, path, "")
+    if feed.head.status == 401 and secret:
+        feed.close()
+        feed = Feed(origin, path, secret)
+    if feed.head.status == 200:
+        return feed
+    try:
+        said = json.loads(read_whole(feed))["error"]["message"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        said = "that is no ccproxy, or too old a one"
+    raise ProxyError("permission", "status %d: %s" % (feed.head.status, said))
+
+
+def read_whole(feed: Feed) -> bytes:
+    """All of a feed that ends; what takes too long is cut off, and then no JSON."""
+    deadline = time.monotonic() + TOP_SECONDS
+    pieces: List[bytes] = []
+    try:
+        piece = feed.read()
+        while piece is not None and time.monotonic() < deadline:
+            pieces.append(piece)
+            piece = feed.read()
+    finally:
+        feed.close()
+    return b"".join(pieces)
+
+
+def read_events(feed: Feed) -> Iterator[Tuple[str, Any]]:
+    """(name, data) of each event; ("", None) whenever something or nothing was read."""
+    lines, name = LineBuffer(b": "), ""
+    try:
+        data = feed.read()
+        while data is not None:
+            for line in lines.feed(data).decode("utf-8", "replace").split("\n"):
+                if line.startswith("event: "):
+                    name = line[len("event: "):]
+                elif line.startswith("data: "):
+                    yield name, json.loads(line[len("data: "):])
+            yield "", None
+            data = feed.read()
+    finally:
+        feed.close()
+
+
+def top_origin(url: Optional[str], config: Config) -> Origin:
+    """Where the proxy is.  Raises ProxyError `config`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
+    shown = "[%s]" % host if ":" in host else host
+    if not url and not config.port:
+        raise ProxyError("config", "port is 0, so any: say where the proxy is with --url.")
+    try:
+        return parse_origin(url or "http://%s:%d" % (shown, config.port))
+    except ValueError as error:
+        raise ProxyError("config", "--url: %s" % error) from None
+
+
+def draw(view: TopView) -> None:
+    """The screen, drawn anew in place.  Raises OSError when nobody sees it any more."""
+    import shutil
+    width, height = shutil.get_terminal_size((80, 24))
+    lines = screen_lines(view, width, height)
+    if not say("\x1b[H" + "\n".join(line + "\x1b[K" for line in lines) + "\x1b[J"):
+        raise SystemExit(1)
+
+
+def follow_top(view: TopView, origin: Origin, secret: str) -> None:
+    """Draw whatever comes, until it ends.  Raises OSError, ValueError and ProxyError."""
+    feed, drawn = open_feed(origin, "/admin/events", secret), 0.0
+    take_state(view, json.loads(read_whole(open_feed(origin, "/admin/state", secret))))
+    for name, data in read_events(feed):
+        view.trouble = ""
+        take_event(view, name, data)
+        if not name and time.monotonic() - drawn > 0.1:
+            draw(view)
+            drawn = time.monotonic()
+    raise ConnectionResetError("it ended the stream")
+
+
+def fault_words(error: Exception) -> str:
+    return printable(error.message if isinstance(error, ProxyError) else plain_reason(error), 200)
+
+
+def run_top(view: TopView, origin: Origin, secret: str) -> None:
+    """Show the proxy until Ctrl-C, however often it goes and comes back."""
+    draw(view)
+    while True:
+        try:
+            follow_top(view, origin, secret)
+        except (OSError, ValueError, RecursionError, ProxyError) as error:
+            if not view.trouble:
+                view.lost = time.strftime("%H:%M:%S")
+            view.trouble = "no answer since %s (%s), asking again every second" % (
+                view.lost, fault_words(error))
+        draw(view)
+        time.sleep(1.0)
+
+
+def on_screen(work: Callable[[], None]) -> None:
+    """Run work on the terminal's other screen; whatever ends it, the first one comes back."""
+    def ended(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), ended)
+    if sys.platform == "win32":
+        os.system("")           # makes its console understand what follows
+    say(ALTERNATE)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return
+    finally:
+        say(ORDINARY)
+
+
+def show_top(invocation: Invocation) -> int:
+    """The command `top`."""
+    config, given = invocation.settings.config, invocation.given
+    origin = top_origin(given.url, config)
+    secret = config.admin_key or config.client_key
+    view = TopView("%s://%s%s" % (origin.scheme, origin.authority, origin.base))
+    try:
+        take_state(view, json.loads(read_whole(open_feed(origin, "/admin/state", secret))))
+    except ProxyError as error:
+        complain("%s: %s" % (view.address, error.message), 1)
+    except (OSError, ValueError, RecursionError) as error:
+        complain("no ccproxy answers at %s (%s): start it, or say where it is with --url" % (
+            view.address, plain_reason(error)), 1)
+    if given.once or not is_terminal(sys.stdout) or os.environ.get("TERM") == "dumb":
+        lines = screen_lines(view, terminal_width(), SNAPSHOT_LINES)
+        return 0 if say("\n".join(lines) + "\n") else 1
+    on_screen(lambda: run_top(view, origin, secret))
+    return 0
+
+
 # === SELFTEST FEATURES ======================================================
 # What `ccproxy.py selftest` tries, a function a feature, over real sockets and
 # with nothing but Python: the README's feature table made executable.
@@ -13542,6 +13951,10 @@ COMMANDS: Dict[str, Command] = {
                    True),
     "doctor": Command(run_doctor, "check this machine, the settings, the way to the upstream, keys "
                       "and clients", "doctor --json", (JSON_FLAG,), lenient=True),
+    "top": Command(show_top, "watch a running proxy: what runs, what ran, errors, tokens", "top",
+                   (("--url", {"metavar": "URL", "help": "where it is (default: as host and port "
+                               "say); wants its adminKey where it is another machine"}),
+                    ("--once", {"action": "store_true", "help": "print it once and end"}))),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
