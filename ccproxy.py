@@ -84,6 +84,17 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     CLIENT SETTINGS (pure)
     DIAGNOSES (pure)
     DEMO ANSWERS (pure)
+    PAGE STYLE (pure)
+    PAGE MARKUP (pure)
+    PAGE WORDS (pure)
+    PAGE SCRIPT (pure)
+    PAGE FRAME (pure)
+    PAGE CHARTS (pure)
+    PAGE REQUESTS (pure)
+    PAGE SETTINGS (pure)
+    PAGE KEYS (pure)
+    PAGE CLIENTS (pure)
+    PAGE (pure)
     THE SHELL
     SETTINGS
     SAFE FILES
@@ -108,6 +119,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ADMIN KEYS
     WORKER BOARD
     SCRAPES
+    DASHBOARD
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -8179,6 +8191,1933 @@ def demo_answer(body: Json) -> DemoAnswer:
                                                "totalUsage": usage})])
 
 
+# === PAGE STYLE (pure) ======================================================
+# How the dashboard looks.  Colours stand once, for light and dark together;
+# there are no inline styles anywhere, for the page's policy allows this one
+# sheet alone.
+
+PAGE_STYLE = r"""
+:root { color-scheme: light dark; --radius: 12px; --gap: 16px;
+  --page: light-dark(#f5f6f8, #0e1014); --card: light-dark(#ffffff, #171a20);
+  --raised: light-dark(#f1f3f6, #1f232b); --line: light-dark(#dfe3e9, #2b303a);
+  --edge: light-dark(#868f9d, #6b7584); --text: light-dark(#1a1e26, #e8eaee);
+  --dim: light-dark(#586171, #a0a9b8); --accent: light-dark(#3451c6, #93a8ff);
+  --on-accent: light-dark(#ffffff, #10142a); --soft: light-dark(#e9edfd, #232b4a);
+  --good: light-dark(#17733f, #5fd08f); --good-soft: light-dark(#e2f4e9, #14301f);
+  --warn: light-dark(#8a5200, #f0b75e); --warn-soft: light-dark(#fcf0da, #35270f);
+  --bad: light-dark(#b3261e, #ff8f86); --bad-soft: light-dark(#fdeaea, #3c1a19);
+  --second: light-dark(#0b7285, #59c5d6); }
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+* { box-sizing: border-box; }
+html { scroll-padding-top: 72px; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Apple SD Gothic Neo",
+  "Malgun Gothic", "Noto Sans KR", "PingFang SC", "Microsoft YaHei", "Noto Sans SC", sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+:lang(ko) { word-break: keep-all; }
+h1, h2, h3, p, ul, dl, dd, figure { margin: 0; padding: 0; }
+h2 { font-size: 20px; line-height: 1.3; letter-spacing: -0.01em; }
+h3 { font-size: 14px; font-weight: 600; }
+ul { list-style: none; }
+a { color: var(--accent); }
+code, pre, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono",
+  monospace; font-size: 13px; }
+[hidden] { display: none !important; }
+.away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
+.skip { position: absolute; left: 8px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--card); border-radius: 8px; }
+.skip:focus { top: 8px; }
+/* The head: what it is, how it is, and the way about. */
+.top { position: sticky; top: 0; z-index: 5; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+.bar { display: flex; align-items: center; gap: 12px; max-width: 1240px; margin: 0 auto;
+  padding: 8px 20px; min-height: 56px; }
+.brand { display: flex; align-items: center; gap: 8px; font-size: 16px; font-weight: 650;
+  letter-spacing: -0.01em; }
+.brand svg { color: var(--accent); }
+.link { display: flex; align-items: center; gap: 7px; color: var(--dim); font-size: 13px;
+  min-width: 0; }
+.dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--edge); }
+.link[data-link="live"] .dot { background: var(--good); box-shadow: 0 0 0 3px var(--good-soft); }
+.link[data-link="lost"] .dot { background: var(--bad); box-shadow: 0 0 0 3px var(--bad-soft); }
+.tools { display: flex; align-items: center; gap: 6px; margin-left: auto; }
+nav { max-width: 1240px; margin: 0 auto; padding: 0 12px; display: flex; gap: 4px; }
+nav a { display: flex; align-items: center; gap: 7px; padding: 9px 10px 10px; color: var(--dim);
+  text-decoration: none; font-weight: 500; font-size: 14px; border-bottom: 2px solid transparent; }
+nav a:hover { color: var(--text); }
+nav a[aria-current] { color: var(--accent); border-color: var(--accent); }
+nav svg, .icon svg { width: 18px; height: 18px; fill: none; stroke: currentColor;
+  stroke-width: 1.6; stroke-linecap: round; stroke-linejoin: round; }
+main { max-width: 1240px; margin: 0 auto; padding: 20px 20px 48px; }
+main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
+.heading { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; }
+.heading > :last-child:not(:first-child) { margin-left: auto; }
+.note, .empty { color: var(--dim); font-size: 14px; max-width: 74ch; }
+.empty { padding: 18px 4px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius);
+  padding: 16px; min-width: 0; }
+.stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr);
+  align-content: start; }
+#banners:not(:empty) { margin-bottom: var(--gap); }
+.grid { display: grid; gap: var(--gap); grid-template-columns: repeat(2, minmax(0, 1fr)); }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+.dim { color: var(--dim); }
+.small { font-size: 13px; }
+/* Figures. */
+.facts { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 14px; }
+.facts div { display: flex; gap: 7px; }
+.facts dt { color: var(--dim); }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+.tile { padding: 12px 14px; }
+.tile dt { color: var(--dim); font-size: 13px; }
+.tile dd { font-size: 24px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.25; }
+.tile small { display: block; font-size: 12.5px; font-weight: 400; color: var(--dim);
+  letter-spacing: 0; min-height: 1.5em; }
+.chip { display: inline-block; padding: 1px 8px; border-radius: 99px; font-size: 12.5px;
+  font-weight: 550; background: var(--raised); color: var(--dim); white-space: nowrap; }
+.chip.good { background: var(--good-soft); color: var(--good); }
+.chip.warn { background: var(--warn-soft); color: var(--warn); }
+.chip.bad { background: var(--bad-soft); color: var(--bad); }
+.chip.info { background: var(--soft); color: var(--accent); }
+.banner { border-radius: var(--radius); padding: 11px 14px; font-size: 14px;
+  background: var(--warn-soft); color: var(--warn); }
+.banner.bad { background: var(--bad-soft); color: var(--bad); }
+.banner.good { background: var(--good-soft); color: var(--good); }
+.banner.info { background: var(--soft); color: var(--text); }
+.banner code { color: inherit; }
+/* Controls. */
+button, select, input, textarea { font: inherit; color: inherit; }
+input, select, textarea { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 8px; padding: 6px 10px; min-height: 36px; width: 100%; min-width: 0; }
+textarea { min-height: 72px; resize: vertical; font-family: ui-monospace, Menlo, Consolas,
+  monospace; font-size: 13px; }
+input::placeholder { color: var(--dim); opacity: 1; }
+input[type="checkbox"] { width: auto; min-height: 0; }
+.wrong { border-color: var(--bad); }
+.fault { color: var(--bad); font-size: 13px; }
+button { cursor: pointer; border: 1px solid var(--line); background: var(--card);
+  border-radius: 8px; padding: 6px 13px; min-height: 36px; font-weight: 550; font-size: 14px; }
+button:hover:not(:disabled) { background: var(--raised); }
+button:disabled, input:disabled, select:disabled, textarea:disabled { opacity: 0.6;
+  cursor: not-allowed; }
+button.first { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.first:hover:not(:disabled) { background: var(--accent); filter: brightness(1.08); }
+button.danger { color: var(--bad); }
+button.quiet { border-color: transparent; background: none; color: var(--dim); }
+button.quiet:hover { color: var(--text); background: var(--raised); }
+button.icon { display: grid; place-items: center; width: 36px; padding: 0; color: var(--dim); }
+button.text { border: 0; background: none; padding: 0; min-height: 0; text-align: left;
+  color: inherit; font-weight: 550; }
+.tools select { width: auto; border-color: transparent; background: none; color: var(--dim);
+  padding: 4px; font-size: 14px; }
+.tools option { background: var(--card); color: var(--text); }
+.switch { appearance: none; -webkit-appearance: none; flex: none; position: relative; width: 40px;
+  height: 24px; min-height: 24px; padding: 0; border-radius: 99px; cursor: pointer;
+  border: 1px solid var(--edge); background: var(--raised); vertical-align: middle; }
+input.switch { width: 40px; min-height: 24px; margin: 0; }
+.switch::after { content: ""; position: absolute; left: 3px; top: 3px; width: 16px; height: 16px;
+  border-radius: 50%; background: var(--dim); }
+.switch:checked { background: var(--accent); border-color: var(--accent); }
+.switch:checked::after { left: 19px; background: var(--on-accent); }
+.field { display: grid; gap: 4px; font-size: 13px; color: var(--dim); min-width: 0; }
+.field > * { color: var(--text); font-size: 15px; }
+.field > span { color: var(--dim); font-size: 13px; }
+.field .fault { color: var(--bad); }
+.narrow { width: 100%; max-width: 420px; }
+.filters { display: grid; gap: 10px; grid-template-columns: 2fr repeat(4, minmax(0, 1fr)); }
+#connect-form { grid-template-columns: 2fr 2fr 1fr; }
+/* Tables; on a narrow page their rows are cards. */
+.scroll { overflow-x: auto; margin: 0 -16px; padding: 0 16px; }
+table { width: 100%; border-collapse: collapse; font-size: 14px; }
+th { text-align: left; font-weight: 500; color: var(--dim); font-size: 13px; white-space: nowrap;
+  padding: 6px 10px; border-bottom: 1px solid var(--line); }
+td { padding: 8px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th.mono { font-family: inherit; }
+th.model { font-weight: 500; }
+tbody tr:last-child td { border-bottom: 0; }
+th:first-child, td:first-child { padding-left: 0; }
+th:last-child, td:last-child { padding-right: 0; }
+.figure { text-align: right; white-space: nowrap; }
+tr.open { cursor: pointer; }
+tr.open:hover td { background: var(--raised); }
+tr.off td { color: var(--dim); }
+.model { font-weight: 550; }
+/* Charts. */
+.chart { position: relative; }
+.chart figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: baseline; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-left: auto; font-size: 13px;
+  color: var(--dim); }
+.legend b { font-weight: 600; color: var(--text); }
+.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 5px;
+  background: var(--accent); }
+.legend i.second { background: var(--second); }
+.legend i.bad { background: var(--bad); }
+.readout { min-height: 1.5em; font-size: 13px; color: var(--dim); }
+.plot { display: block; width: 100%; height: 168px; touch-action: pan-y; cursor: crosshair; }
+.plot text { fill: var(--dim); font-size: 11px; }
+.plot .rule { stroke: var(--line); stroke-width: 1; }
+.plot .cross { stroke: var(--edge); stroke-width: 1; stroke-dasharray: 3 3; }
+.plot .first { fill: var(--accent); }
+.plot .second { fill: var(--second); }
+.plot .bad { fill: var(--bad); }
+.plot path { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.plot path.first { fill: none; stroke: var(--accent); }
+.plot path.second { fill: none; stroke: var(--second); }
+.plot path.area { fill: var(--accent); stroke: none; opacity: 0.13; }
+details summary { cursor: pointer; color: var(--dim); font-size: 13px; }
+.tall { max-height: 260px; overflow: auto; }
+/* Windows and credit as bars. */
+.meter { height: 10px; border-radius: 99px; background: var(--raised); overflow: hidden;
+  display: block; width: 100%; }
+.meter rect { fill: var(--accent); }
+.meter .warn { fill: var(--warn); }
+.meter .bad { fill: var(--bad); }
+.meter .second { fill: var(--second); }
+.between { display: flex; justify-content: space-between; gap: 10px; flex-wrap: wrap; }
+.big { font-size: 26px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.2; }
+.pair { display: grid; gap: 4px 16px; grid-template-columns: max-content minmax(0, 1fr);
+  font-size: 14px; }
+.pair dt { color: var(--dim); }
+/* Options. */
+.option { display: grid; gap: 4px 24px; padding: 12px 0; border-bottom: 1px solid var(--line);
+  grid-template-columns: minmax(0, 1fr) minmax(0, 340px); }
+.option:last-child { border-bottom: 0; }
+.savebar { position: sticky; bottom: 12px; z-index: 4; display: flex; flex-wrap: wrap;
+  align-items: center; gap: 10px; box-shadow: 0 6px 24px rgb(0 0 0 / 0.18); }
+.savebar > :first-child { margin-right: auto; }
+pre { margin: 0; padding: 12px 14px; border-radius: 8px; background: var(--raised);
+  overflow-x: auto; line-height: 1.55; white-space: pre; overflow-wrap: normal; }
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--card);
+  color: var(--text); padding: 20px; width: min(560px, calc(100vw - 24px));
+  max-height: calc(100dvh - 32px); overscroll-behavior: contain; }
+dialog::backdrop { background: rgb(8 10 16 / 0.5); }
+.toast { position: fixed; left: 50%; bottom: 20px; transform: translateX(-50%); z-index: 8;
+  background: var(--text); color: var(--page); padding: 9px 16px; border-radius: 10px;
+  font-size: 14px; max-width: calc(100vw - 32px); }
+@media (max-width: 1020px) {
+  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .filters:not(#connect-form) { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .filters > :first-child { grid-column: 1 / -1; }
+  #connect-form > :first-child { grid-column: auto; } }
+@media (max-width: 760px) {
+  .bar { padding: 6px 12px; gap: 8px; min-height: 52px; }
+  .top { position: static; }
+  .tools { gap: 0; }
+  html { scroll-padding-top: 12px; }
+  nav { position: fixed; left: 0; right: 0; bottom: 0; z-index: 6; justify-content: space-around;
+    background: var(--card); border-top: 1px solid var(--line); gap: 0;
+    padding: 0 2px env(safe-area-inset-bottom); }
+  nav a { flex: 1 1 0; min-width: 0; flex-direction: column; gap: 2px; font-size: 11px;
+    padding: 7px 0 6px; border: 0; text-align: center; }
+  nav svg { width: 20px; height: 20px; }
+  main { padding: 14px 12px 96px; }
+  .grid, .option, #connect-form { grid-template-columns: minmax(0, 1fr); }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .tile dd { font-size: 21px; }
+  .card { padding: 14px; }
+  .scroll { margin: 0 -14px; padding: 0 14px; }
+  .cards thead { display: none; }
+  .cards, .cards tbody { display: block; }
+  .cards tr { display: flex; flex-wrap: wrap; gap: 3px 10px; padding: 11px 0;
+    border-bottom: 1px solid var(--line); align-items: baseline; }
+  .cards tr:last-child { border-bottom: 0; }
+  .cards td { border: 0; padding: 0; font-size: 13.5px; text-align: left; }
+  .cards td:empty { display: none; }
+  .cards td[data-label]::before { content: attr(data-label) " "; color: var(--dim); }
+  .cards td.wide { flex: 1 1 100%; font-size: 15px; }
+  .cards td.end { margin-left: auto; }
+  .savebar, .toast { bottom: 72px; } }
+@media (prefers-reduced-motion: no-preference) {
+  .switch::after { transition: left 0.15s; }
+  .link[data-link="live"] .dot.busy { animation: pulse 1.6s ease-in-out infinite; }
+  @keyframes pulse { 50% { opacity: 0.45; } } }
+@media (forced-colors: active) { .switch:checked { background: Highlight; } }
+"""
+
+
+# === PAGE MARKUP (pure) =====================================================
+# What the dashboard is made of: a shell without any data, the same for
+# everybody. Texts come from PAGE WORDS by data-word; @STYLE@ and @SCRIPT@ are
+# filled in once.
+
+PAGE_MARKUP = r"""
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="color-scheme" content="light dark">
+<meta name="robots" content="noindex">
+<title>ccproxy</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0
+ 16 16'%3E%3Cpath fill='%234f6bed' d='M3 1h10L8 8zM3 15h10L8 8z'/%3E%3C/svg%3E">
+<style>@STYLE@</style>
+</head>
+<body>
+<a class="skip" id="skip" href="#main" data-word="skip"></a>
+<header class="top">
+  <div class="bar">
+    <h1 class="brand"><svg width="18" height="18" viewBox="0 0 16 16" aria-hidden="true"><path
+      fill="currentColor" d="M3 1h10L8 8zM3 15h10L8 8z"/></svg>ccproxy</h1>
+    <p class="link" id="link" role="status"><span class="dot" id="dot"></span><span
+      id="link-text"></span></p>
+    <div class="tools">
+      <label><span class="away" data-word="language"></span><select id="language">
+        <option value="en" lang="en">English</option><option value="ko" lang="ko">한국어</option>
+        <option value="zh" lang="zh-Hans">中文</option></select></label>
+      <button class="quiet icon" id="theme" type="button"><svg viewBox="0 0 20 20"
+        aria-hidden="true"><circle cx="10" cy="10" r="7"/><path fill="currentColor"
+        d="M10 3a7 7 0 0 1 0 14z"/></svg></button>
+      <button class="quiet icon" id="lock" type="button"><svg viewBox="0 0 20 20"
+        aria-hidden="true"><rect x="4" y="9" width="12" height="8" rx="2"/><path id="shackle"
+        d="M7 9V6.5a3 3 0 0 1 6 0V9"/></svg></button>
+    </div>
+  </div>
+  <nav data-label-word="sections">
+    <a href="#overview"><svg viewBox="0 0 20 20" aria-hidden="true"><path
+      d="M3 17V9M8 17V3M13 17v-6M18 17V6"/></svg><span data-word="overview"></span></a>
+    <a href="#requests"><svg viewBox="0 0 20 20" aria-hidden="true"><path
+      d="M3 5h14M3 10h14M3 15h9"/></svg><span data-word="requests"></span></a>
+    <a href="#models"><svg viewBox="0 0 20 20" aria-hidden="true"><path
+      d="M10 2l7 4v8l-7 4-7-4V6zM3 6l7 4 7-4M10 10v8"/></svg><span data-word="models"></span></a>
+    <a href="#keys"><svg viewBox="0 0 20 20" aria-hidden="true"><circle cx="6.5" cy="13.5" r="3.5"/>
+      <path d="M9 11l8-8M14 6l3 3"/></svg><span data-word="keys"></span></a>
+    <a href="#connect"><svg viewBox="0 0 20 20" aria-hidden="true"><path
+      d="M7 13l-3 0a3 3 0 0 1 0-6h3M13 7h3a3 3 0 0 1 0 6h-3M7 10h6"/></svg><span
+      data-word="connect"></span></a>
+    <a href="#settings"><svg viewBox="0 0 20 20" aria-hidden="true"><path
+      d="M3 6h8M15 6h2M3 14h2M9 14h8"/><circle cx="13" cy="6" r="2"/><circle cx="7" cy="14" r="2"/>
+      </svg><span data-word="settings"></span></a>
+  </nav>
+</header>
+<main id="main" tabindex="-1">
+  <noscript><p class="banner">This page needs JavaScript.</p></noscript>
+  <div class="stack" id="banners" role="status"></div>
+  <section id="page-overview" aria-labelledby="overview-title" hidden>
+    <h2 id="overview-title" class="away" data-word="overview"></h2>
+    <dl class="facts" id="facts"></dl>
+    <dl class="tiles" id="tiles"></dl>
+    <div class="card stack">
+      <h3><span data-word="live"></span> <span class="chip" id="live-count">0</span></h3>
+      <div id="live"></div>
+    </div>
+    <div class="grid" id="charts"></div>
+    <div class="card stack">
+      <div class="heading"><h3 data-word="latest"></h3><a href="#requests" class="small"
+        data-word="all_requests"></a></div>
+      <div id="latest"></div>
+    </div>
+  </section>
+  <section id="page-requests" aria-labelledby="requests-title" hidden>
+    <div class="heading"><h2 id="requests-title" data-word="requests"></h2><span class="note"
+      id="shown"></span></div>
+    <form class="card filters" id="filters">
+      <label class="field"><span data-word="search"></span><input id="filter-text" type="search"
+        autocomplete="off" data-hint="search_hint"></label>
+      <label class="field"><span data-word="status"></span><select
+        id="filter-status"></select></label>
+      <label class="field"><span data-word="model"></span><select
+        id="filter-model"></select></label>
+      <label class="field"><span data-word="client"></span><select
+        id="filter-client"></select></label>
+      <label class="field"><span data-word="api"></span><select id="filter-api"></select></label>
+    </form>
+    <div class="card" id="recent"></div>
+  </section>
+  <section id="page-models" aria-labelledby="models-title" hidden>
+    <div class="heading"><h2 id="models-title" data-word="models"></h2><label><span class="away"
+      data-word="search"></span><input id="model-search" type="search" autocomplete="off"
+      data-hint="search"></label></div>
+    <p class="note" data-word="models_note"></p>
+    <div class="card" id="model-list"></div>
+  </section>
+  <section id="page-keys" aria-labelledby="keys-title" hidden>
+    <h2 id="keys-title" data-word="stand"></h2>
+    <form class="card stack" id="usage-form" autocomplete="off">
+      <p class="note" id="usage-note" data-word="stand_note"></p>
+      <div class="row"><label class="field narrow"><span data-word="your_key"></span><input
+        id="own-key" type="password" autocomplete="off" spellcheck="false"
+        aria-describedby="usage-note" placeholder="user_…"></label></div>
+      <div class="row"><button class="first" data-word="look_up"></button>
+        <button type="button" id="forget" data-word="forget" hidden></button></div>
+    </form>
+    <div class="stack" id="usage" aria-live="polite"></div>
+    <div class="heading"><h2 data-word="operator_keys"></h2><button type="button" id="add-key"
+      data-word="add_key"></button></div>
+    <p class="note" data-word="operator_note"></p>
+    <div class="stack" id="operator"></div>
+  </section>
+  <section id="page-connect" aria-labelledby="connect-title" hidden>
+    <h2 id="connect-title" data-word="connect_title"></h2>
+    <p class="note" data-word="connect_note"></p>
+    <form class="card filters" id="connect-form">
+      <label class="field"><span data-word="address"></span><input id="address" type="url"
+        autocomplete="off" spellcheck="false"></label>
+      <label class="field"><span data-word="model"></span><select id="pick-model"></select></label>
+      <label class="field"><span data-word="shell"></span><select id="shell">
+        <option value="sh">sh / zsh</option><option value="ps">PowerShell</option></select></label>
+    </form>
+    <div class="grid" id="snippets"></div>
+  </section>
+  <section id="page-settings" aria-labelledby="settings-title" hidden>
+    <div class="heading"><h2 id="settings-title" data-word="settings"></h2><button type="button"
+      class="danger" id="restart" data-word="restart"></button></div>
+    <p class="note" id="config-file"></p>
+    <div class="stack" id="config-notes" aria-live="polite"></div>
+    <label class="field"><span data-word="search"></span><input id="option-search" type="search"
+      autocomplete="off"></label>
+    <form id="config-form" class="stack" autocomplete="off">
+      <div class="card" id="options"></div>
+      <div class="card savebar" id="savebar" hidden><span id="changes" role="status"></span>
+        <button type="button" id="discard" data-word="discard"></button>
+        <button class="first" data-word="save"></button></div>
+    </form>
+  </section>
+</main>
+<div class="toast" id="toast" role="status" hidden></div>
+<script>@SCRIPT@</script>
+</body>
+</html>
+"""
+
+
+# === PAGE WORDS (pure) ======================================================
+# Every text of the dashboard: `key: English | Korean | Chinese (simplified)`,
+# an indented line goes on with the one before.  {name} is filled in by the
+# script.
+
+PAGE_WORDS = r"""
+skip: Skip to content | 본문으로 건너뛰기 | 跳到正文
+language: Language | 언어 | 语言
+sections: Sections | 섹션 | 分区
+theme: Theme | 테마 | 主题
+theme_auto: as the system | 시스템 설정 | 跟随系统
+theme_light: light | 밝게 | 浅色
+theme_dark: dark | 어둡게 | 深色
+overview: Overview | 개요 | 概览
+requests: Requests | 요청 | 请求
+models: Models | 모델 | 模型
+keys: Keys | 키 | 密钥
+connect: Connect | 연결 | 接入
+settings: Settings | 설정 | 设置
+link_waiting: Connecting… | 연결 중… | 连接中…
+link_live: Live | 실시간 | 实时
+link_ok: Running | 실행 중 | 运行中
+link_draining: Draining | 종료 준비 중 | 正在排空
+link_lost: Connection lost | 연결 끊김 | 连接已断开
+link_asleep: Paused | 일시 중지 | 已暂停
+lost_note: Connection lost. What you see may be out of date; trying again…
+  | 연결이 끊겼습니다. 표시된 내용이 최신이 아닐 수 있습니다. 다시 연결하는 중…
+  | 连接已断开。所示内容可能已过时，正在重新连接…
+draining_note: The proxy is stopping: running answers may finish, new requests are refused.
+  | 프록시가 종료되는 중입니다. 진행 중인 응답은 끝까지 처리되고 새 요청은 거부됩니다.
+  | 代理正在停止：进行中的回答会完成，新请求会被拒绝。
+alert_minCurrentBalance: {name}: balance {value} is below {limit} (since {when})
+  | {name}: 잔액 {value}이(가) {limit}보다 적습니다 ({when}부터) | {name}：余额 {value} 低于 {limit}（自 {when}）
+alert_minExpiringBalance: {name}: expiring credit {value} is below {limit} (since {when})
+  | {name}: 만료 예정 크레딧 {value}이(가) {limit}보다 적습니다 ({when}부터)
+  | {name}：即将到期的额度 {value} 低于 {limit}（自 {when}）
+alert_maxRequiredDailyBurn: {name}: {value} a day would have to be spent, more than {limit}
+  (since {when}) | {name}: 하루에 {value}을(를) 써야 하며 {limit}보다 많습니다 ({when}부터)
+  | {name}：每天需花费 {value}，超过 {limit}（自 {when}）
+state: State | 상태 | 状态
+version: Version | 버전 | 版本
+upstream: Upstream | 업스트림 | 上游
+uptime: Uptime | 가동 시간 | 运行时间
+worker: Worker | 워커 | 工作进程
+open_streams: Open streams | 열린 스트림 | 打开的流
+connections: Connections | 연결 수 | 连接数
+last_hour: last 60 minutes | 최근 60분 | 最近 60 分钟
+errors: Errors | 오류 | 错误
+tokens: Tokens | 토큰 | 令牌
+tokens_in: Tokens in | 입력 토큰 | 输入令牌
+tokens_out: Tokens out | 출력 토큰 | 输出令牌
+first_event: First event | 첫 이벤트 | 首个事件
+median: median | 중앙값 | 中位数
+p50: p50 | p50 | p50
+p95: p95 | p95 | p95
+cache_share: Cache share | 캐시 비율 | 缓存占比
+cached: From cache | 캐시에서 | 来自缓存
+of_input: of tokens in | 입력 토큰 중 | 占输入令牌
+live: Running now | 진행 중 | 正在进行
+nothing_runs: Nothing is running. | 진행 중인 요청이 없습니다. | 目前没有进行中的请求。
+nothing_yet: No requests yet. | 아직 요청이 없습니다. | 还没有请求。
+nothing_fits: No request fits the filter. | 조건에 맞는 요청이 없습니다. | 没有符合条件的请求。
+and_more: and {count} more | 외 {count}개 | 另有 {count} 个
+latest: Last requests | 최근 요청 | 最近请求
+all_requests: All requests | 모든 요청 | 全部请求
+as_table: As a table | 표로 보기 | 以表格显示
+read_out: Point at the chart, or focus it and use the arrow keys.
+  | 차트를 가리키거나 초점을 두고 화살표 키를 사용하세요. | 指向图表，或聚焦后使用方向键。
+time: Time | 시간 | 时间
+total: Total | 전체 | 总计
+status: Status | 상태 | 状态
+model: Model | 모델 | 模型
+client: Client | 클라이언트 | 客户端
+api: API | API | API
+key: Key | 키 | 密钥
+phase: Phase | 단계 | 阶段
+characters: Characters | 문자 수 | 字符数
+phase_reading: reading | 읽는 중 | 读取中
+phase_waiting: waiting | 대기 중 | 等待中
+phase_thinking: thinking | 생각 중 | 思考中
+phase_answering: answering | 응답 중 | 回答中
+client_left: client left | 클라이언트 이탈 | 客户端离开
+search: Search | 검색 | 搜索
+search_hint: model, client, error, trace id… | 모델, 클라이언트, 오류, 추적 ID… | 模型、客户端、错误、追踪 ID…
+all: All | 전체 | 全部
+status_ok: succeeded | 성공 | 成功
+status_failed: failed | 실패 | 失败
+status_left: client left | 클라이언트 이탈 | 客户端离开
+shown: {count} of {of} | {of}개 중 {count}개 | {count} / {of}
+more: Show more | 더 보기 | 显示更多
+request: Request | 요청 | 请求
+close: Close | 닫기 | 关闭
+cancel: Cancel | 취소 | 取消
+yes: yes | 예 | 是
+no: no | 아니요 | 否
+copied: Copied | 복사했습니다 | 已复制
+copy: Copy | 복사 | 复制
+copy_trace: Copy trace id | 추적 ID 복사 | 复制追踪 ID
+field_at: Began | 시작 | 开始
+field_api: API | API | API
+field_client: Client | 클라이언트 | 客户端
+field_asked: Asked for | 요청한 모델 | 请求的模型
+field_model: Model | 모델 | 模型
+field_key: Key | 키 | 密钥
+field_status: Status | 상태 | 状态
+field_stream: Streamed | 스트리밍 | 流式
+field_input: Tokens in | 입력 토큰 | 输入令牌
+field_output: Tokens out | 출력 토큰 | 输出令牌
+field_cached: From cache | 캐시에서 | 来自缓存
+field_reasoning: For thinking | 추론 토큰 | 思考令牌
+field_cost: Cost | 비용 | 费用
+field_first: First event after | 첫 이벤트까지 | 首个事件用时
+field_total: Total time | 전체 시간 | 总用时
+field_retries: Retries | 재시도 | 重试
+field_notes: Notes | 참고 | 备注
+field_error: Error | 오류 | 错误
+field_trace: Trace id | 추적 ID | 追踪 ID
+admin_key: Enter the adminKey | adminKey 입력 | 输入 adminKey
+admin_key_note: It is kept in this tab's memory alone, until you close or reload the page.
+  | 이 탭의 메모리에만 보관되며 페이지를 닫거나 새로 고치면 사라집니다. | 仅保存在此标签页的内存中，关闭或刷新后即消失。
+key_refused: This key was not accepted. | 이 키는 받아들여지지 않았습니다. | 该密钥未被接受。
+odd_key: A key holds visible ASCII characters only. | 키에는 ASCII 문자만 쓸 수 있습니다. | 密钥只能包含可见的 ASCII 字符。
+unlock: Unlock | 잠금 해제 | 解锁
+unlock_changes: Unlock changes with the adminKey | adminKey로 변경 허용 | 用 adminKey 解锁修改
+lock: Forget the adminKey | adminKey 지우기 | 忘记 adminKey
+locked: The adminKey is forgotten. | adminKey를 지웠습니다. | 已忘记 adminKey。
+not_changed: Nothing was changed. | 변경된 것이 없습니다. | 未作任何修改。
+no_admin_key: Nothing can be changed here until an adminKey is set: start the proxy with
+  CC_ADMIN_KEY in its environment, or write "adminKey" into config.json, and start it again.
+  | adminKey를 설정해야 변경할 수 있습니다. 환경 변수 CC_ADMIN_KEY를 주고 프록시를 시작하거나
+  config.json에 "adminKey"를 적고 다시 시작하세요.
+  | 设置 adminKey 后才能在此修改：启动代理时设置环境变量 CC_ADMIN_KEY，或在 config.json 中写入
+  "adminKey" 后重新启动。
+on: On | 사용 | 启用
+models_note: A model that is switched off is not listed, and asking for it is an error that names
+  its nearest relatives. | 꺼진 모델은 목록에 나오지 않으며, 요청하면 비슷한 모델을 알려 주는 오류가 됩니다.
+  | 关闭的模型不会列出；请求它会得到错误，并提示最接近的模型。
+context: Context | 컨텍스트 | 上下文
+max_output: Output | 최대 출력 | 最大输出
+vision: Vision | 이미지 | 图像
+efforts: Efforts | 추론 강도 | 思考强度
+plan: Plan | 요금제 | 套餐
+switched_on: {model} is on. | {model} 사용을 시작합니다. | 已启用 {model}。
+switched_off: {model} is off. | {model} 사용을 중지합니다. | 已停用 {model}。
+overridden: {name} stays as it is: {source} wins over the file.
+  | {name}: {source} 값이 파일보다 우선하므로 그대로 유지됩니다. | {name} 保持不变：{source} 优先于文件。
+at_start: needs a restart | 재시작 필요 | 需要重启
+from_file: from the file | 파일에서 | 来自文件
+set_by: set by {source} | {source}에서 설정 | 由 {source} 设定
+default_is: Default | 기본값 | 默认
+is_set: set; type to replace it | 설정됨, 바꾸려면 입력 | 已设置，输入以替换
+is_unset: not set | 설정 안 됨 | 未设置
+reset: Back to the default | 기본값으로 | 恢复默认
+config_in: What is saved here is written to {file}. | 저장하면 {file}에 기록됩니다. | 保存的内容写入 {file}。
+config_fixed: {file} cannot be written. | {file}에 쓸 수 없습니다. | 无法写入 {file}。
+no_config_file: This proxy was started without a config file.
+  | 이 프록시는 설정 파일 없이 시작되었습니다. | 此代理启动时没有配置文件。
+changes: {count} to save: {names} | 저장할 변경 {count}개: {names} | {count} 项待保存：{names}
+save: Save | 저장 | 保存
+discard: Discard | 되돌리기 | 放弃
+applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names}
+restart_needed: In effect after a restart: {names} | 재시작 후 적용: {names} | 重启后生效：{names}
+restart: Restart | 재시작 | 重启
+restart_note: Running answers may finish, no connection is refused; this page comes back by itself.
+  | 진행 중인 응답은 끝까지 처리되고 연결은 거부되지 않습니다. 이 페이지는 저절로 다시 연결됩니다.
+  | 进行中的回答会完成，不会拒绝连接；此页面会自动重新连接。
+restarting: Restarting… | 재시작하는 중… | 正在重启…
+stand: Where you stand | 내 사용 현황 | 我的用量
+stand_note: Your own key is sent to this proxy alone, and kept in this tab's memory until you forget
+  it or close or reload the page. | 키는 이 프록시에만 보내고, 지우거나 페이지를 닫거나 새로 고칠 때까지 이 탭의
+  메모리에만 둡니다. | 密钥只发送给此代理，仅保存在此标签页的内存中，直到您忘记它、关闭或刷新页面。
+your_key: Your key | 내 키 | 您的密钥
+look_up: Look up | 조회 | 查询
+forget: Forget the key | 키 지우기 | 忘记密钥
+asking: Asking… | 조회 중… | 查询中…
+operators_own: These are the operator's keys, which serve you here.
+  | 여기서 대신 쓰이는 운영자의 키입니다. | 这些是在此为您服务的运营者密钥。
+balance: Balance | 잔액 | 余额
+credit_monthly: Monthly credit | 월간 크레딧 | 每月额度
+credit_free: Free credit | 무료 크레딧 | 免费额度
+credit_purchased: Purchased credit | 구매 크레딧 | 购买额度
+five_hours: 5 hours | 5시간 | 5 小时
+week: Week | 1주 | 一周
+resets: Resets | 초기화 | 重置于
+until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后
+burn: To spend | 소진 속도 | 需花费
+a_day: {amount} a day | 하루 {amount} | 每天 {amount}
+period_end: Period ends | 기간 종료 | 周期结束
+figures_age: Figures are from | 조회 시점 (전) | 数据时长
+no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
+fit: fit | 사용 가능 | 可用
+unfit: passed over | 건너뜀 | 被跳过
+key_off: off | 꺼짐 | 已停用
+through: Through here | 이 프록시 경유 | 经由此处
+through_proxy: {requests} requests, {failures} failed · {input} → {output} tokens · {cost}
+  | 요청 {requests}개, 실패 {failures}개 · 토큰 {input} → {output} · {cost}
+  | {requests} 个请求，{failures} 个失败 · {input} → {output} 令牌 · {cost}
+weight: Weight | 가중치 | 权重
+in_flight: Running | 진행 중 | 进行中
+max_in_flight: At most at once (0: any number) | 동시 요청 한도 (0: 제한 없음) | 并发上限（0：不限）
+allowed_models: Models allowed | 허용 모델 | 允许的模型
+models_hint: ids with commas; empty: all | 쉼표로 구분, 비우면 전체 | 以逗号分隔，留空为全部
+operator_keys: Operator's keys | 운영자 키 | 运营者密钥
+operator_note: Keys that are lent to callers without one of their own. A key comes in once and is
+  never shown again. | 자기 키가 없는 호출자에게 빌려주는 키입니다. 한 번 입력한 키는 다시 표시되지 않습니다.
+  | 借给没有自己密钥的调用者使用。密钥输入后不会再显示。
+keys_in: Kept in {file} · policy {policy} | {file}에 보관 · 정책 {policy} | 保存在 {file} · 策略 {policy}
+no_key_file: Keys can be added and changed here only where they are in a file of their own: set
+  credentialsFile (COMMANDCODE_CREDENTIALS_FILE).
+  | 키를 별도 파일에 둘 때만 여기서 추가하고 바꿀 수 있습니다. credentialsFile
+  (COMMANDCODE_CREDENTIALS_FILE)을 설정하세요.
+  | 只有密钥保存在单独的文件中时才能在此添加和修改：请设置 credentialsFile
+  (COMMANDCODE_CREDENTIALS_FILE)。
+no_keys: There are no operator's keys. | 운영자 키가 없습니다. | 没有运营者密钥。
+add_key: Add a key | 키 추가 | 添加密钥
+add_key_note: The key is written to the operator's file and never shown again.
+  | 키는 운영자 파일에 기록되며 다시 표시되지 않습니다. | 密钥写入运营者文件，之后不再显示。
+key_id: Name | 이름 | 名称
+key_secret: Key | 키 | 密钥
+in_use: In use | 사용 | 使用
+edit: Edit | 편집 | 编辑
+delete: Delete | 삭제 | 删除
+delete_note: {name} is taken out of the file; requests that run on it may finish.
+  | {name} 키를 파일에서 지웁니다. 진행 중인 요청은 끝까지 처리됩니다. | 将从文件中删除 {name}；正在使用它的请求会完成。
+key_added: The key was added. | 키를 추가했습니다. | 已添加密钥。
+key_changed: The key was changed. | 키를 바꿨습니다. | 已修改密钥。
+key_deleted: The key was deleted. | 키를 삭제했습니다. | 已删除密钥。
+connect_title: Connect a client | 클라이언트 연결 | 接入客户端
+connect_note: Any key field takes your own Command Code key (user_…). Put it into COMMANDCODE_KEY
+  and copy what your client wants.
+  | 모든 키 칸에 자신의 Command Code 키(user_…)를 쓸 수 있습니다. COMMANDCODE_KEY에 넣고 필요한 부분을 복사하세요.
+  | 任何密钥栏都可填您自己的 Command Code 密钥（user_…）。将它放入 COMMANDCODE_KEY，再复制所需内容。
+address: Address | 주소 | 地址
+shell: Shell | 셸 | Shell
+then: then | 그다음 | 然后
+or_run: Or in one command: | 명령 하나로: | 或用一条命令：
+to_shell: In a terminal. | 터미널에서. | 在终端中。
+to_codex: In ~/.codex/config.toml; the key is taken from COMMANDCODE_KEY.
+  | ~/.codex/config.toml에 적습니다. 키는 COMMANDCODE_KEY에서 읽습니다.
+  | 写入 ~/.codex/config.toml；密钥取自 COMMANDCODE_KEY。
+to_opencode: In opencode.json; the key is taken from COMMANDCODE_KEY.
+  | opencode.json에 적습니다. 키는 COMMANDCODE_KEY에서 읽습니다. | 写入 opencode.json；密钥取自 COMMANDCODE_KEY。
+to_cursor: In Settings, Models. Cursor's servers make the call, so the address must be reachable
+  for them, with TLS. | Settings, Models에서. Cursor 서버가 호출하므로 TLS로 접근 가능한 주소여야 합니다.
+  | 在 Settings, Models 中。由 Cursor 的服务器发起调用，地址须可经 TLS 从外部访问。
+to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal.
+  | llm 폴더의 extra-openai-models.yaml에 적고 터미널에서 실행합니다.
+  | 写入 llm 文件夹中的 extra-openai-models.yaml，然后在终端运行。
+to_openai: pip install openai | pip install openai | pip install openai
+to_anthropic: pip install anthropic | pip install anthropic | pip install anthropic
+to_openai_js: npm install openai | npm install openai | npm install openai
+to_anthropic_js: npm install @anthropic-ai/sdk | npm install @anthropic-ai/sdk
+  | npm install @anthropic-ai/sdk
+"""
+
+
+# === PAGE SCRIPT (pure) =====================================================
+# The ground of the dashboard's script: building nodes, words and figures,
+# calls and events, asking.  Whatever a client, upstream or file wrote becomes
+# text by textContent or an attribute that holds text, never markup.  Keys live
+# in variables of the tab alone: no storage, no cookie, no address ever holds
+# one.
+
+PAGE_SCRIPT = r"""
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+const LANGUAGES = { en: "en", ko: "ko", zh: "zh-Hans" };
+const AWAY_MS = 60000, SILENT_MS = 40000, LONGEST_WAIT_MS = 15000, MOST_RECORDS = 500;
+const shared = { state: null, recent: [], minutes: [], models: [], config: null, page: "overview",
+  link: "waiting", at: 0 };
+const views = {};           // page -> {load(): asked for once a visit, show(): drawn anew}
+let adminKey = "";          // in this tab's memory alone
+let asking = null, language = "en";
+
+// What is remembered: language and theme, nothing else.
+function remembered(name) {
+  try { return localStorage.getItem("ccproxy." + name); } catch { return null; }
+}
+function remember(name, value) {
+  try { localStorage.setItem("ccproxy." + name, value); } catch { /* a tab without storage */ }
+}
+
+// Building the page: text is only ever text.
+function attach(node, given, inside) {
+  for (const [name, value] of Object.entries(given || {})) {
+    if (value === undefined || value === null || value === false) continue;
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (name in node && (typeof value === "boolean" || name === "value")) node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...inside.flat(3).filter((one) => one || one === 0));
+  return node;
+}
+function make(tag, given, ...inside) {
+  const [name, ...classes] = tag.split(".");
+  const node = document.createElement(name);
+  if (classes.length) node.className = classes.join(" ");
+  return attach(node, given, inside);
+}
+function draw(tag, given, ...inside) {
+  return attach(document.createElementNS(SVG, tag), given, inside);
+}
+function fill(id, ...inside) {
+  $(id).replaceChildren(...inside.flat(3).filter((one) => one || one === 0));
+}
+// Only what differs is moved, so that focus and selection stay where they are.
+function settle(parent, children) {
+  children.forEach((child, at) => {
+    if (parent.children[at] !== child) parent.insertBefore(child, parent.children[at] || null);
+  });
+  while (parent.children.length > children.length) parent.lastElementChild.remove();
+}
+
+// Words, figures and times in the chosen language.
+function say(key, values) {
+  const words = (WORDS[language] || WORDS.en)[key] || key;
+  return words.replace(/\{(\w+)\}/g, (whole, name) => String((values || {})[name] ?? whole));
+}
+function figure(value, digits) {
+  if (value === null || value === undefined) return "–";
+  return new Intl.NumberFormat(language, { maximumFractionDigits: digits ?? 0 }).format(value);
+}
+function compact(value) {
+  if (value === null || value === undefined) return "–";
+  return new Intl.NumberFormat(language, { notation: "compact", maximumFractionDigits: 1 })
+    .format(value);
+}
+function percent(share) {
+  if (share === null || share === undefined || !Number.isFinite(share)) return "–";
+  return new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 1 })
+    .format(share);
+}
+function money(value) {
+  if (value === null || value === undefined) return "–";
+  return new Intl.NumberFormat(language, { style: "currency", currency: "USD",
+    currencyDisplay: "narrowSymbol",
+    maximumFractionDigits: value && Math.abs(value) < 0.1 ? 4 : 2 }).format(value);
+}
+function unit(value, name, digits) {
+  return new Intl.NumberFormat(language, { style: "unit", unit: name, unitDisplay: "narrow",
+    maximumFractionDigits: digits || 0 }).format(value);
+}
+function span(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 1) return unit(seconds * 1000, "millisecond");
+  if (seconds < 60) return unit(seconds, "second", seconds < 10 ? 1 : 0);
+  const whole = Math.floor(seconds), parts = [["day", 86400], ["hour", 3600], ["minute", 60],
+    ["second", 1]].map(([name, size], at, all) => [
+    Math.floor((at ? whole % all[at - 1][1] : whole) / size), name]);
+  const first = parts.findIndex(([count]) => count > 0);
+  return parts.slice(first, first + 2).filter(([count]) => count)
+    .map(([count, name]) => unit(count, name)).join(" ");
+}
+function moment(seconds, options) {
+  return new Intl.DateTimeFormat(language, options || { hour: "2-digit", minute: "2-digit",
+    second: "2-digit", hourCycle: "h23" }).format(new Date(seconds * 1000));
+}
+function day(seconds) {
+  return moment(seconds, { year: "numeric", month: "short", day: "numeric", hour: "2-digit",
+    minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+}
+function until(iso) {
+  const seconds = Date.parse(iso) / 1000, left = seconds - Date.now() / 1000;
+  if (!Number.isFinite(seconds)) return "–";
+  const when = moment(seconds, { weekday: "short", month: "short", day: "numeric",
+    hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  return left > 0 ? say("until", { when, span: span(left) }) : when;
+}
+
+// The network: our own address only, keys in headers only.
+async function call(method, path, body, key) {
+  if (key && !/^[!-~]+$/.test(key)) throw new Error(say("odd_key"));
+  const headers = { accept: "application/json" };
+  if (key) headers.authorization = "Bearer " + key;
+  if (body !== undefined) headers["content-type"] = "application/json";
+  const answer = await fetch(path, { method, headers, cache: "no-store", credentials: "omit",
+    body: body === undefined ? undefined : JSON.stringify(body) });
+  const data = await answer.json().catch(() => ({}));
+  if (answer.ok) return data;
+  const fault = (data && data.error) || {};
+  throw Object.assign(new Error(fault.message || "HTTP " + answer.status),
+    { status: answer.status, param: fault.param });
+}
+function askAdminKey(fault) {
+  asking = asking || ask(say("admin_key"), say("admin_key_note"),
+    [{ name: "key", label: "adminKey", type: "password", fault }], say("unlock"))
+    .then((given) => {
+      adminKey = (given && given.key.trim()) || "";
+      showLock();
+      return Boolean(adminKey);
+    }).finally(() => { asking = null; });
+  return asking;
+}
+async function withKey(method, path, body) {
+  for (;;) {
+    const used = adminKey;
+    try { return await call(method, path, body, used); } catch (error) {
+      if (error.status !== 401) throw error;
+      if (adminKey !== used && adminKey) continue;        // another call was given it meanwhile
+      if (!await askAdminKey(used && say("key_refused"))) throw error;
+    }
+  }
+}
+const read = (path) => withKey("GET", path);
+async function write(method, path, body) {
+  if (shared.state && !shared.state.admin_key) throw new Error(say("no_admin_key"));
+  if (!adminKey && !await askAdminKey()) throw new Error(say("not_changed"));
+  return withKey(method, path, body);
+}
+
+// Dialogs: what to enter, or whether to go on; null is "no".
+function ask(title, note, fields, yes, danger) {
+  const inputs = fields.map((field) => make("input", { type: field.type || "text",
+    name: field.name, value: field.value ?? "", autocomplete: "off", spellcheck: "false",
+    checked: field.checked || false, step: field.step, min: field.min,
+    class: field.type === "checkbox" ? "switch" : null, placeholder: field.hint }));
+  const form = make("form.stack", { method: "dialog" }, make("h2", null, title),
+    note && make("p.note", null, note),
+    fields.map((field, at) => make("label.field", null, make("span", null, field.label), inputs[at],
+      field.fault && make("span.fault", { role: "alert" }, field.fault))),
+    make("div.row", null, make(danger ? "button.danger" : "button.first", null, yes),
+      make("button", { type: "button", click: () => dialog.close() }, say("cancel"))));
+  const dialog = make("dialog", { "aria-label": title }, form);
+  return new Promise((resolve) => {
+    let given = null;
+    form.addEventListener("submit", () => {
+      given = Object.fromEntries(inputs.map((input) => [input.name,
+        input.type === "checkbox" ? input.checked : input.value]));
+    });
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(given); });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+let toastTimer = 0;
+function toast(text) {
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => { $("toast").hidden = true; }, 6000);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {      // plain HTTP from elsewhere
+    const area = make("textarea.away", { value: text });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  toast(say("copied"));
+}
+
+// Events: one stream, taken up again when it breaks, let go of while nobody looks.
+let stopEvents = () => {}, heard = 0;
+const TAKERS = {
+  state: (data) => {
+    const { minute, ...state } = data;
+    shared.state = { ...shared.state, ...state };
+    shared.at = performance.now();
+    if (minute) {
+      shared.minutes = shared.minutes.filter((one) => one.at !== minute.at).concat(minute)
+        .slice(-61);
+    }
+    refresh();
+  },
+  request: (record) => {
+    shared.recent.unshift(record);
+    shared.recent.length = Math.min(shared.recent.length, MOST_RECORDS);
+    refresh();
+  },
+  lost: () => stopEvents() };
+function takeEvent(text) {
+  const lines = text.split("\n"), name = lines.find((line) => line.startsWith("event: "));
+  const data = lines.filter((line) => line.startsWith("data: ")).map((line) => line.slice(6));
+  const taker = name && TAKERS[name.slice(7)];
+  if (taker && data.length) taker(JSON.parse(data.join("\n")));
+}
+async function listen() {
+  const control = new AbortController();
+  stopEvents = () => control.abort();
+  const watch = setInterval(() => {
+    if (performance.now() - heard > SILENT_MS) control.abort();
+  }, 5000);
+  try {
+    const answer = await fetch("/admin/events", { cache: "no-store", signal: control.signal,
+      credentials: "omit", headers: adminKey ? { authorization: "Bearer " + adminKey } : {} });
+    if (!answer.ok) throw new Error("HTTP " + answer.status);
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    setLink("live");
+    for (;;) {
+      heard = performance.now();
+      const { value, done } = await reader.read();
+      if (done) return;
+      const events = (rest + value).split("\n\n");
+      rest = events.pop();
+      events.forEach(takeEvent);
+    }
+  } finally { clearInterval(watch); }
+}
+let wakeUp = () => {};
+function nap(milliseconds) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, milliseconds);
+    wakeUp = () => { clearTimeout(timer); resolve(); };
+  });
+}
+async function follow() {
+  for (let wait = 500; ; wait = Math.min(wait * 2, LONGEST_WAIT_MS)) {
+    try {
+      const { recent, minutes, ...state } = await read("/admin/state");
+      const again = shared.link === "lost" || !shared.state;
+      Object.assign(shared, { state, recent, minutes, at: performance.now() });
+      if (again) reload();
+      refresh();
+      heard = performance.now();
+      await listen();
+      wait = 500;
+    } catch (error) {
+      if (shared.link === "live") wait = 500;
+      shared.fault = error.status ? error.message : "";
+    }
+    setLink(document.hidden && shared.link === "asleep" ? "asleep" : "lost");
+    await nap(shared.link === "asleep" ? 2 ** 30 : wait);
+  }
+}
+let hiding = 0;
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(hiding);
+  if (document.hidden) hiding = setTimeout(() => { setLink("asleep"); stopEvents(); }, AWAY_MS);
+  else wakeUp();
+});
+function setLink(link) {
+  if (link === shared.link && link !== "lost") return;
+  shared.link = link;
+  refresh();
+}
+"""
+
+
+# === PAGE FRAME (pure) ======================================================
+# What is around the dashboard's pages: the way about, language and theme, the
+# state of the connection, and the forms that tables share.
+
+PAGE_FRAME = r"""
+// Drawing: at most once a frame, and only the page that is looked at.
+let due = false;
+function refresh() {
+  if (due) return;
+  due = true;
+  setTimeout(() => { due = false; redraw(); }, 60);
+}
+function redraw() {
+  showLink();
+  showLock();
+  showBanners();
+  if (shared.state && views[shared.page].show) views[shared.page].show();
+}
+function showLink() {
+  const { state, link } = shared, words = link === "live" && state ? state.status : link;
+  $("link").dataset.link = state && link === "live" && state.status !== "ok" ? "waiting" : link;
+  $("dot").classList.toggle("busy", Boolean(state && state.in_flight));
+  put("link-text", say("link_" + words));
+}
+// A live region is told of a change only when there is one.
+function put(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text;
+}
+function showLock() {
+  const label = say(adminKey ? "lock" : "unlock_changes");
+  $("lock").setAttribute("aria-label", label);
+  $("lock").title = label;
+  $("lock").setAttribute("aria-pressed", String(Boolean(adminKey)));
+  $("shackle").setAttribute("d", "M7 9V6.5a3 3 0 0 1 " + (adminKey ? "5.8-1" : "6 0V9"));
+}
+let bannersShown = "";
+function showBanners() {
+  const { state, link, fault } = shared, rows = [];
+  if (link === "lost") rows.push(["bad", fault || say("lost_note")]);
+  if (state && state.status === "draining") rows.push(["warn", say("draining_note")]);
+  for (const alert of (state && state.alerts) || []) {
+    rows.push(["warn", say("alert_" + alert.kind, { name: alert.name || alert.key,
+      value: money(alert.value), limit: money(alert.limit), when: day(alert.since) })]);
+  }
+  const now = JSON.stringify(rows);
+  if (now === bannersShown) return;
+  bannersShown = now;
+  fill("banners", rows.map(([kind, text]) => make("p.banner", { class: "banner " + kind }, text)));
+}
+
+// Tables whose rows become cards on a narrow page: {label, of, class}, `of` gives text or a node.
+function rowOf(columns, one, given) {
+  return make("tr", { role: "row", ...given }, columns.map((column) => make("td", { role: "cell",
+    class: column.class, "data-label": column.short ? column.label : null }, column.of(one))));
+}
+function tableOf(columns, rows, caption) {
+  return make("table.cards", { role: "table", "aria-label": caption },
+    make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, columns.map((column) =>
+      make("th", { role: "columnheader", scope: "col", class: column.class }, column.label)))),
+    make("tbody", { role: "rowgroup" }, rows));
+}
+function pairs(rows) {
+  return make("dl.pair", null, rows.filter(Boolean).map(([name, value]) =>
+    [make("dt", null, name), make("dd", null, value ?? "–")]));
+}
+function meter(share, kind, label) {
+  const width = Math.max(0, Math.min(1, share || 0)) * 100;
+  return draw("svg", { class: "meter", viewBox: "0 0 100 10", preserveAspectRatio: "none",
+    role: "img", "aria-label": label }, draw("rect", { width, height: 10, class: kind }));
+}
+function warn(error) {
+  return make("p.banner.bad", { role: "alert" }, error.message);
+}
+
+// The ways about the page.
+function go() {
+  const wanted = location.hash.slice(1);
+  shared.page = views[wanted] ? wanted : "overview";
+  for (const name of Object.keys(views)) $("page-" + name).hidden = name !== shared.page;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === "#" + shared.page) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  reload();
+  refresh();
+}
+function reload() {
+  if (views[shared.page].load) views[shared.page].load();
+}
+function translate() {
+  document.documentElement.lang = LANGUAGES[language];
+  $("language").value = language;
+  for (const node of document.querySelectorAll("[data-word]")) {
+    node.textContent = say(node.dataset.word);
+  }
+  for (const node of document.querySelectorAll("[data-hint]")) {
+    node.placeholder = say(node.dataset.hint);
+  }
+  for (const node of document.querySelectorAll("[data-label-word]")) {
+    node.setAttribute("aria-label", say(node.dataset.labelWord));
+  }
+  showTheme();
+  bannersShown = "";
+  Object.values(views).forEach((view) => view.renew && view.renew());
+  reload();
+  refresh();
+}
+const THEMES = ["auto", "light", "dark"];
+function showTheme() {
+  const theme = THEMES.includes(remembered("theme")) ? remembered("theme") : "auto";
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  $("theme").setAttribute("aria-label", say("theme") + ": " + say("theme_" + theme));
+  $("theme").title = say("theme") + ": " + say("theme_" + theme);
+  return theme;
+}
+function startFrame() {
+  const known = Object.keys(LANGUAGES), wished = [remembered("language"), ...navigator.languages];
+  const short = wished.map((one) => String(one).slice(0, 2));
+  language = short.find((one) => known.includes(one)) || "en";
+  $("language").addEventListener("change", () => {
+    language = $("language").value;
+    remember("language", language);
+    translate();
+  });
+  $("theme").addEventListener("click", () => {
+    remember("theme", THEMES[(THEMES.indexOf(showTheme()) + 1) % THEMES.length]);
+    toast(say("theme") + ": " + say("theme_" + showTheme()));
+  });
+  $("lock").addEventListener("click", () => {
+    if (!adminKey) { askAdminKey(); return; }
+    adminKey = "";
+    showLock();
+    toast(say("locked"));
+  });
+  $("skip").addEventListener("click", (event) => { event.preventDefault(); $("main").focus(); });
+  window.addEventListener("hashchange", () => { go(); window.scrollTo(0, 0); });
+  translate();
+  go();
+  follow();
+}
+"""
+
+
+# === PAGE CHARTS (pure) =====================================================
+# The last 60 minutes as inline SVG, with a read-out for pointer and arrow
+# keys, and the same figures as words and as a table.
+
+PAGE_CHARTS = r"""
+// Charts of the last 60 minutes: a row of CHARTS is one, its series are functions of a minute.
+const share = (minute) => (minute && minute.input ? (minute.cached || 0) / minute.input : null);
+const of = (name, empty) => (minute) => (minute ? minute[name] ?? empty : empty);
+const CHARTS = [
+  { name: "requests", show: figure, kind: "bars", series: [
+    ["requests", "first", of("requests", 0)], ["errors", "bad", of("errors", 0)]] },
+  { name: "tokens", show: compact, kind: "lines", series: [
+    ["tokens_in", "first", of("input", 0)], ["tokens_out", "second", of("output", 0)]] },
+  { name: "first_event", show: span, kind: "dots", series: [
+    ["p50", "first", of("first_p50", null)], ["p95", "second", of("first_p95", null)]] },
+  { name: "cache_share", show: percent, kind: "dots", most: 1, series: [
+    ["cached", "first", share]] }];
+const HEIGHT = 168, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 22, SPAN = 60;
+
+function slotsOf(minutes) {
+  const now = Math.floor(Date.now() / 60000) * 60, known = new Map();
+  minutes.forEach((minute) => known.set(Math.floor(minute.at / 60) * 60, minute));
+  const last = Math.max(now, ...known.keys());
+  return Array.from({ length: SPAN }, (_, at) => {
+    const start = last - (SPAN - 1 - at) * 60;
+    return { at: start, minute: known.get(start) };
+  });
+}
+// The least of 1, 2, 5, 10 ... (whole, for counts) that two steps of reach this.
+function niceTop(most, whole) {
+  const half = Math.max(most, whole ? 2 : 1e-3) / 2, size = 10 ** Math.floor(Math.log10(half));
+  const step = [1, 2, 2.5, 5, 10].find((one) => one * size >= half * 0.9999) * size;
+  return 2 * (whole ? Math.ceil(step) : step);
+}
+function pathOf(points) {
+  let open = false;
+  return points.map(([x, y]) => {
+    const step = y === null ? "" : (open ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1);
+    open = y !== null;
+    return step;
+  }).join("");
+}
+function makeChart(chart) {
+  const plot = draw("svg", { class: "plot", tabindex: "0", role: "img" });
+  const legend = make("div.legend"), readout = make("p.readout", { "aria-live": "off" });
+  const table = make("div.tall");
+  const details = make("details", null, make("summary", null, say("as_table")), table);
+  const node = make("figure.card.chart.stack", { id: "chart-" + chart.name },
+    make("figcaption", null, make("h3", null, say(chart.name)), legend), plot, readout, details);
+  const drawn = { chart, plot, legend, readout, table, details, node, at: null, slots: [] };
+  plot.addEventListener("pointermove", (event) => point(drawn, atPointer(drawn, event)));
+  plot.addEventListener("pointerdown", (event) => point(drawn, atPointer(drawn, event)));
+  plot.addEventListener("pointerleave", () => point(drawn, null));
+  plot.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (event.key === "Escape") point(drawn, null);
+    if (!step) return;
+    event.preventDefault();
+    readout.setAttribute("aria-live", "polite");
+    point(drawn, Math.max(0, Math.min(SPAN - 1, (drawn.at ?? SPAN) + step)));
+  });
+  details.addEventListener("toggle", () => tabulate(drawn));
+  return drawn;
+}
+function atPointer(drawn, event) {
+  const box = drawn.plot.getBoundingClientRect();
+  const at = Math.floor((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT) * SPAN);
+  return Math.max(0, Math.min(SPAN - 1, at));
+}
+function point(drawn, at) {
+  drawn.at = at;
+  paint(drawn);
+}
+function reading(drawn, slot) {
+  return drawn.chart.series.map(([name, , value]) =>
+    say(name) + " " + drawn.chart.show(value(slot.minute))).join(" · ");
+}
+const clock = (seconds) => moment(seconds, { hour: "2-digit", minute: "2-digit",
+  hourCycle: "h23" });
+
+function axes(drawn, top, width, x) {
+  const { chart, slots } = drawn, parts = [];
+  for (const level of [0, 0.5, 1]) {
+    const y = HEIGHT - BOTTOM - level * (HEIGHT - TOP - BOTTOM);
+    parts.push(draw("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }),
+      draw("text", { x: LEFT - 8, y: y + 4, "text-anchor": "end" },
+        level ? chart.show(level * top, 2) : "0"));
+  }
+  for (const at of [0, 15, 30, 45, SPAN - 1]) {
+    parts.push(draw("text", { x: x(at + 0.5), y: HEIGHT - 6, "text-anchor": at ? (
+      at === SPAN - 1 ? "end" : "middle") : "start" }, clock(slots[at].at)));
+  }
+  return parts;
+}
+function bars(drawn, x, y) {
+  const base = HEIGHT - BOTTOM, width = Math.max(1, (x(1) - x(0)) * 0.72);
+  return drawn.chart.series.flatMap(([, kind, value]) => drawn.slots.map((slot, at) => {
+    const top = y(value(slot.minute));
+    return base - top > 0.1 && draw("rect", { class: kind, x: x(at) + (x(1) - x(0)) * 0.14, y: top,
+      width, height: base - top, rx: 1 });
+  }));
+}
+function lines(drawn, x, y) {
+  return drawn.chart.series.flatMap(([, kind, value], number) => {
+    const points = drawn.slots.map((slot, at) => [x(at + 0.5), y(value(slot.minute))]);
+    const path = pathOf(points), base = HEIGHT - BOTTOM;
+    const ends = points.length && !number && drawn.chart.kind === "lines";
+    const alone = points.filter(([, level], at) => drawn.chart.kind === "dots" && level !== null &&
+      (!points[at - 1] || points[at - 1][1] === null || !points[at + 1] ||
+        points[at + 1][1] === null));
+    return [ends && draw("path", { class: "area", d: path + "L" + points[SPAN - 1][0] + " " + base +
+      "L" + points[0][0] + " " + base + "Z" }), draw("path", { class: kind, d: path }),
+    alone.map(([cx, cy]) => draw("circle", { class: kind, cx, cy, r: 2.5 }))];
+  });
+}
+function paint(drawn) {
+  const { chart, plot, slots, at } = drawn, width = Math.max(240, plot.clientWidth || 480);
+  const values = chart.series.flatMap(([, , value]) =>
+    slots.map((slot) => value(slot.minute) || 0));
+  const top = chart.most || niceTop(Math.max(...values), chart.show === figure);
+  const x = (place) => LEFT + place / SPAN * (width - LEFT - RIGHT);
+  const y = (value) => (value === null ? null :
+    HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM));
+  const marks = (chart.kind === "bars" ? bars : lines)(drawn, x, y);
+  const cross = at !== null && draw("line", { class: "cross", x1: x(at + 0.5), x2: x(at + 0.5),
+    y1: TOP, y2: HEIGHT - BOTTOM });
+  plot.setAttribute("viewBox", "0 0 " + width + " " + HEIGHT);
+  plot.replaceChildren(...[axes(drawn, top, width, x), marks, cross].flat(3).filter(Boolean));
+  const slot = slots[at ?? SPAN - 1];
+  drawn.readout.textContent = clock(slot.at) + " · " + reading(drawn, slot);
+}
+// What the chart says as words and, opened, as a table.
+function tabulate(drawn) {
+  const { chart, slots } = drawn;
+  if (!drawn.details.open) { drawn.table.replaceChildren(); return; }
+  const columns = [{ label: say("time"), of: (slot) => clock(slot.at) },
+    ...chart.series.map(([name, , value]) => ({ label: say(name), class: "figure",
+      of: (slot) => chart.show(value(slot.minute)) }))];
+  const table = tableOf(columns, slots.filter((slot) => slot.minute).reverse()
+    .map((slot) => rowOf(columns, slot)), say(chart.name));
+  table.className = "";
+  drawn.table.replaceChildren(table);
+}
+let charts = [];
+function showCharts() {
+  if (!charts.length) {
+    charts = CHARTS.map(makeChart);
+    fill("charts", charts.map((drawn) => drawn.node));
+    new ResizeObserver(() => charts.forEach(paint)).observe($("charts"));
+  }
+  const slots = slotsOf(shared.minutes);
+  for (const drawn of charts) {
+    drawn.slots = slots;
+    const busy = slots.filter((slot) => slot.minute), last = busy[busy.length - 1];
+    drawn.legend.replaceChildren(...drawn.chart.series.map(([name, kind]) =>
+      make("span", null, make("i", { class: kind }), say(name))));
+    drawn.plot.setAttribute("aria-label", say(drawn.chart.name) + ", " + say("last_hour") + ". " +
+      (last ? clock(last.at) + ": " + reading(drawn, last) : say("nothing_yet")) +
+      " " + say("read_out"));
+    paint(drawn);
+    tabulate(drawn);
+  }
+}
+"""
+
+
+# === PAGE REQUESTS (pure) ===================================================
+# Overview and requests: what runs, what is over, and all that is known of one.
+# Pure data.
+
+PAGE_REQUESTS = r"""
+// Overview: state, figures of the last hour, what runs now.
+const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
+function median(values) {
+  const sorted = values.filter((one) => one !== null).sort((one, other) => one - other);
+  return sorted.length ? sorted[Math.floor((sorted.length - 1) / 2)] : null;
+}
+function showFacts() {
+  const state = shared.state, passed = (performance.now() - shared.at) / 1000;
+  const kind = state.upstream.kind, worker = state.workers > 1 && [say("worker"),
+    state.worker + " / " + state.workers];
+  fill("facts", [[say("state"), make("span.chip", { class: "chip " + (state.status === "ok" ?
+    "good" : "warn") }, say("link_" + state.status))], [say("version"), state.version],
+  [say("upstream"), kind + " · " + state.upstream.address],
+  [say("uptime"), span(Math.floor((state.uptime_seconds || 0) + passed))],
+  [say("open_streams"), figure(state.open_streams)], [say("connections"), figure(state.clients)],
+  [say("operator_keys"), figure(state.operator_keys)], worker].filter(Boolean)
+    .map(([name, value]) => make("div", null, make("dt", null, name), make("dd", null, value))));
+}
+function showTiles() {
+  const hour = shared.minutes.filter((one) => one.at > Date.now() / 1000 - 3600);
+  const requests = sum(hour, "requests"), input = sum(hour, "input");
+  const recent = shared.recent.filter((one) => one.at > Date.now() / 1000 - 3600);
+  const cost = recent.some((one) => one.cost !== null) && sum(recent, "cost");
+  fill("tiles", [[say("requests"), figure(requests), say("last_hour")],
+    [say("errors"), figure(sum(hour, "errors")), requests ? percent(sum(hour, "errors") /
+      requests) : ""], [say("tokens_in"), compact(input), say("last_hour")],
+    [say("tokens_out"), compact(sum(hour, "output")), cost === false ? "" : money(cost)],
+    [say("first_event"), span(median(recent.map((one) => one.first))), say("median")],
+    [say("cache_share"), percent(input ? sum(hour, "cached") / input : null), say("of_input")]]
+    .map(([name, value, small]) => make("div.card.tile", null, make("dt", null, name),
+      make("dd", null, value, make("small", null, small)))));
+}
+const LIVE_COLUMNS = [
+  { key: "model", class: "wide model", of: (one) => one.model || one.asked || "–" },
+  { key: "phase", of: (one) => make("span.chip.info", null, say("phase_" + one.phase)) },
+  { key: "client", of: (one) => one.client + " · " + one.api },
+  { key: "key", class: "mono", of: (one) => one.key },
+  { key: "characters", class: "figure", short: true, of: (one) => figure(one.output_chars) },
+  { key: "time", class: "figure end", of: (one) => unit(Math.floor(one.seconds +
+    (performance.now() - shared.at) / 1000), "second") }];
+const named = (columns) => columns.map((one) => ({ ...one, label: say(one.key) }));
+function showLive() {
+  const live = shared.link === "live" ? shared.state.live || [] : [];
+  put("live-count", figure(live.length));
+  if (!live.length) { fill("live", make("p.empty", null, say("nothing_runs"))); return; }
+  const columns = named(LIVE_COLUMNS), shown = live.slice(0, 50);
+  fill("live", make("div.scroll", null, tableOf(columns, shown.map((one) =>
+    rowOf(columns, one)), say("live"))), live.length > shown.length &&
+    make("p.note", null, say("and_more", { count: figure(live.length - shown.length) })));
+}
+setInterval(() => {
+  if (!document.hidden && shared.state && shared.page === "overview") { showFacts(); showLive(); }
+}, 1000);
+views.overview = {
+  show: () => { showFacts(); showTiles(); showLive(); showCharts(); showRows("latest",
+    shared.recent.slice(0, 6)); },
+  renew: () => { charts = []; $("charts").replaceChildren(); } };
+
+// Requests that are over.
+const STATUS_WORDS = { 499: "client_left" };
+function statusChip(one) {
+  const kind = one.status === 499 ? "warn" : one.status >= 400 ? "bad" : "good";
+  return make("span.chip", { class: "chip " + kind, title: one.error || null }, one.status === 499 ?
+    say(STATUS_WORDS[499]) : String(one.status));
+}
+const RECENT_COLUMNS = [
+  { key: "time", of: (one) => moment(one.at) },
+  { key: "model", class: "wide", of: (one) => make("button.text", { type: "button",
+    "aria-haspopup": "dialog", click: (event) => { event.stopPropagation(); showRecord(one); } },
+  one.model || one.asked || "–") },
+  { key: "status", of: statusChip },
+  { key: "client", of: (one) => one.client + " · " + one.api },
+  { key: "key", class: "mono", of: (one) => one.key },
+  { key: "tokens", class: "figure", of: (one) => (one.output === null ? "" :
+    compact(one.input) + " → " + compact(one.output)) },
+  { key: "first_event", class: "figure", short: true, of: (one) => span(one.first) },
+  { key: "total", class: "figure end", of: (one) => span(one.total) }];
+const tables = {};
+function showRows(id, records, empty) {
+  if (!records.length) {
+    delete tables[id];
+    fill(id, make("p.empty", null, say(empty || "nothing_yet")));
+    return;
+  }
+  const columns = named(RECENT_COLUMNS);
+  if (!tables[id]) {
+    tables[id] = { known: new WeakMap(), table: tableOf(columns, [], say("requests")) };
+    fill(id, make("div.scroll", null, tables[id].table));
+  }
+  const known = tables[id].known;
+  settle(tables[id].table.tBodies[0], records.map((one) => {
+    if (!known.has(one)) {
+      known.set(one, rowOf(columns, one, { class: "open", click: () => showRecord(one) }));
+    }
+    return known.get(one);
+  }));
+}
+const WORDED = { at: day, first: span, total: span, cost: money, input: figure, output: figure,
+  cached: figure, reasoning: figure, stream: (value) => say(value ? "yes" : "no") };
+function showRecord(one) {
+  const shownAs = (name, value) => {
+    if (value === null || value === "") return "–";
+    if (name === "notes") {
+      return make("ul", null, value.split("; ").map((part) => make("li", null, part)));
+    }
+    return WORDED[name] ? WORDED[name](value) : String(value);
+  };
+  const dialog = make("dialog.stack", { "aria-label": say("request"), id: "record" },
+    make("div.heading", null, make("h2", null, say("request"), " ", statusChip(one)),
+      make("button", { type: "button", click: () => dialog.close() }, say("close"))),
+    one.error && make("p.banner.bad", null, one.error),
+    pairs(Object.entries(one).map(([name, value]) => [WORDS.en["field_" + name] ?
+      say("field_" + name) : name, shownAs(name, value)])),
+    one.trace && make("div.row", null, make("button", { type: "button",
+      click: () => copy(one.trace) }, say("copy_trace"))));
+  dialog.addEventListener("close", () => dialog.remove());
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+// The filter: text, and choices made of what there is.
+const STATUS_TESTS = { ok: (status) => status < 400, failed: (status) => status >= 400 &&
+  status !== 499, left: (status) => status === 499 };
+const CHOICES = { model: (one) => one.model || one.asked, client: (one) => one.client,
+  api: (one) => one.api };
+let mostShown = 100;
+function offer(id, rows) {
+  const select = $(id), chosen = select.value;
+  const now = JSON.stringify(rows);
+  if (select.dataset.rows === now) return;
+  select.dataset.rows = now;
+  select.replaceChildren(...rows.map(([value, text]) => make("option", { value }, text)));
+  select.value = rows.some(([value]) => value === chosen) ? chosen : rows[0] ? rows[0][0] : "";
+}
+function offerChoices() {
+  offer("filter-status", [["", say("all")], ...Object.keys(STATUS_TESTS).map((name) =>
+    [name, say("status_" + name)])]);
+  for (const [name, value] of Object.entries(CHOICES)) {
+    const known = [...new Set(shared.recent.map(value))].filter(Boolean).sort();
+    offer("filter-" + name, [["", say("all")], ...known.map((one) => [one, one])]);
+  }
+}
+function wanted() {
+  const words = $("filter-text").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const status = STATUS_TESTS[$("filter-status").value];
+  return shared.recent.filter((one) => (!status || status(one.status)) &&
+    Object.entries(CHOICES).every(([name, value]) => ["", value(one)].includes(
+      $("filter-" + name).value)) && words.every((word) => Object.values(one).join("\n")
+      .toLowerCase().includes(word)));
+}
+views.requests = {
+  show: () => {
+    offerChoices();
+    const found = wanted();
+    put("shown", say("shown", { count: figure(found.length), of: figure(shared.recent.length) }));
+    showRows("recent", found.slice(0, mostShown), shared.recent.length && "nothing_fits");
+    if (found.length > mostShown) {
+      const more = $("more") || make("button", { id: "more", type: "button",
+        click: () => { mostShown += 100; refresh(); } }, say("more"));
+      $("recent").append(more);
+    } else if ($("more")) $("more").remove();
+  },
+  renew: () => { delete tables.recent; delete tables.latest; } };
+$("filters").addEventListener("input", refresh);
+$("filters").addEventListener("submit", (event) => event.preventDefault());
+"""
+
+
+# === PAGE SETTINGS (pure) ===================================================
+# Models with their switches, and the configuration: every option with its
+# value and source, edited as a whole.  What the server refuses is said at its
+# field.
+
+PAGE_SETTINGS = r"""
+// Reading what a page shows; what stands in the way is said where it would be.
+async function load(id, path, then) {
+  try { then(await read(path)); } catch (error) { fill(id, warn(error)); }
+}
+// Doing what a button asks for; a refusal is said and nothing else happens.
+async function attempt(work) {
+  try { return await work(); } catch (error) { toast(error.message); return null; }
+}
+const canWrite = () => Boolean(shared.state && shared.state.admin_key);
+function writeNotes() {
+  return shared.state && !canWrite() ? [make("p.banner.info", null, say("no_admin_key"))] : [];
+}
+
+// Models: what they can, and a switch.
+const MODEL_COLUMNS = [
+  { key: "on", of: (one) => make("input.switch", { type: "checkbox", role: "switch",
+    checked: one.enabled, disabled: !canWrite(), "aria-label": one.id,
+    change: (event) => switchModel(one, event.target) }) },
+  { key: "model", class: "wide", of: (one) => [make("span.model", null, one.name || one.id),
+    one.name && one.name !== one.id && make("div.dim.small", null, one.id)] },
+  { key: "context", class: "figure", short: true, of: (one) => compact(one.context) },
+  { key: "max_output", class: "figure", short: true, of: (one) => compact(one.max_output) },
+  { key: "vision", short: true, of: (one) => say(one.vision ? "yes" : "no") },
+  { key: "efforts", short: true, of: (one) => (one.efforts && one.efforts.length ?
+    one.efforts.join(", ") : "–") },
+  { key: "plan", short: true, of: (one) => one.plan || "–" },
+  { key: "requests", class: "figure", short: true, of: (one) => figure(one.requests) }];
+function showModels() {
+  const words = $("model-search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = shared.models.filter((one) => words.every((word) =>
+    (one.id + " " + one.name).toLowerCase().includes(word)));
+  const columns = named(MODEL_COLUMNS);
+  fill("model-list", writeNotes(), found.length ? make("div.scroll", null, tableOf(columns,
+    found.map((one) => rowOf(columns, one, { class: one.enabled ? null : "off" })),
+    say("models"))) : make("p.empty", null, say("nothing_fits")));
+}
+async function switchModel(model, input) {
+  const wanted = input.checked;
+  await attempt(async () => {
+    const { options } = await read("/admin/config");
+    const now = options.find((one) => one.name === "models").value || [];
+    const rest = now.filter((one) => one.id.toLowerCase() !== model.id.toLowerCase());
+    const report = await write("PUT", "/admin/config", { models: wanted ? rest :
+      [...rest, { id: model.id, enabled: false }] });
+    const winner = report.overridden.models;
+    toast(winner ? say("overridden", { name: "models", source: winner }) :
+      say(wanted ? "switched_on" : "switched_off", { model: model.id }));
+  });
+  views.models.load();
+}
+views.models = { load: () => load("model-list", "/admin/models", (data) => {
+  shared.models = data.models;
+  showModels();
+}) };
+$("model-search").addEventListener("input", showModels);
+
+// Configuration: each option a row, what was edited is kept until it is saved or discarded.
+const edits = new Map(), faults = new Map();
+const toJson = (value) => JSON.stringify(value, null, 1);
+const fromJson = (text) => { try { return JSON.parse(text); } catch { return text; } };
+const fromNumber = (text) => (/^-?[0-9.]+$/.test(text.trim()) ? Number(text) : text);
+const KINDS = {          // how a value is shown in a field, and what a field's text means
+  list: [(value) => value.join(", "), (text) => text.split(",").map((one) => one.trim())
+    .filter(Boolean)],
+  map: [toJson, fromJson], models: [toJson, fromJson],
+  int: [String, fromNumber], seconds: [String, fromNumber], number: [String, fromNumber] };
+const textOf = (option, value) => (value === null || value === undefined ? "" :
+  (KINDS[option.kind] || [String])[0](value));
+function controlOf(option) {
+  const id = "option-" + option.name, value = edits.has(option.name) ?
+    edits.get(option.name) ?? option.default : option.value;
+  const given = { id, disabled: !editable(), "aria-describedby": "help-" + option.name,
+    class: faults.has(option.name) ? "wrong" : null };
+  if (option.kind === "bool") {
+    return make("input.switch", { ...given, class: "switch", type: "checkbox", role: "switch",
+      checked: Boolean(value), change: (event) => edit(option, event.target.checked) });
+  }
+  if (option.kind === "choice") {
+    return make("select", { ...given, change: (event) => edit(option, event.target.value) },
+      option.choices.map((one) => make("option", { value: one, selected: one === value }, one)));
+  }
+  const parse = (KINDS[option.kind] || [])[1] || ((text) => text);
+  return make(["map", "models"].includes(option.kind) ? "textarea" : "input", { ...given,
+    value: option.secret ? edits.get(option.name) ?? "" : textOf(option, value),
+    type: option.secret ? "password" : null, autocomplete: option.secret ? "new-password" : "off",
+    spellcheck: "false", placeholder: option.secret ? say(option.set ? "is_set" : "is_unset") :
+      null,
+    inputmode: KINDS[option.kind] && parse === fromNumber ? "decimal" : null,
+    input: (event) => edit(option, parse(event.target.value)) });
+}
+function editable() {
+  return canWrite() && shared.config.writable;
+}
+function edit(option, value) {
+  const same = option.secret ? value === "" : toJson(value) === toJson(option.value);
+  if (same) edits.delete(option.name); else edits.set(option.name, value);
+  faults.delete(option.name);
+  showChanges();
+}
+const inFile = (option) => !/^(default$|--|environment )/.test(option.source);
+function optionRow(option) {
+  const { name } = option, fault = faults.get(name), own = inFile(option);
+  const fixed = !own && option.source !== "default";
+  return make("div.option", { id: "row-" + name }, make("div.stack.small", null,
+    make("div.row", null, make("label", { for: "option-" + name }, make("code", null, name)),
+      option.at_start && make("span.chip", null, say("at_start")),
+      own && make("span.chip.info", null, say("from_file")),
+      fixed && make("span.chip.warn", null, say("set_by", { source: option.source }))),
+    make("p.dim", { id: "help-" + name }, option.help)),
+  make("div.stack.small", null, controlOf(option), fault && make("p.fault", { role: "alert" },
+    fault), make("div.row.dim", null, !option.secret && make("span", null, say("default_is"), " ",
+    make("code", null, textOf(option, option.default) || "–")), own && editable() &&
+      make("button.quiet", { type: "button", click: () => {
+        edits.set(name, null);
+        faults.delete(name);
+        showOptions();
+      } }, say("reset")))));
+}
+function showOptions() {
+  if (!shared.config) return;
+  const { file, options, restart } = shared.config;
+  const words = $("option-search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  put("config-file", file ? say(shared.config.writable ? "config_in" : "config_fixed", { file }) :
+    say("no_config_file"));
+  fill("options", options.filter((one) => words.every((word) =>
+    (one.name + " " + one.help).toLowerCase().includes(word))).map(optionRow));
+  $("restart").disabled = !canWrite() || !restart;
+  showChanges();
+}
+function showChanges() {
+  $("savebar").hidden = !edits.size;
+  put("changes", edits.size ? say("changes", { count: edits.size, names: [...edits.keys()]
+    .join(", ") }) : "");
+}
+function showReport(report) {
+  const rows = [report.applied.length && ["good", say("applied", { names: report.applied
+    .join(", ") })], report.restart_needed.length && ["", say("restart_needed", {
+    names: report.restart_needed.join(", ") })], ...Object.entries(report.overridden)
+    .map(([name, source]) => ["", say("overridden", { name, source })])];
+  fill("config-notes", rows.filter(Boolean).map(([kind, text]) =>
+    make("p", { class: "banner " + kind }, text)));
+}
+async function saveOptions(event) {
+  event.preventDefault();
+  faults.clear();
+  try {
+    const report = await write("PUT", "/admin/config", Object.fromEntries(edits));
+    edits.clear();
+    showReport(report);
+    shared.config = await read("/admin/config");
+    showOptions();
+  } catch (error) {
+    const known = shared.config.options.some((one) => one.name === error.param);
+    if (known) faults.set(error.param, error.message);
+    fill("config-notes", warn(error));
+    showOptions();
+    if (known && $("option-" + error.param)) $("option-" + error.param).focus();
+  }
+}
+async function restart() {
+  if (!await ask(say("restart"), say("restart_note"), [], say("restart"), true)) return;
+  if (await attempt(() => write("POST", "/admin/restart"))) toast(say("restarting"));
+}
+views.settings = {
+  load: () => load("options", "/admin/config", (data) => {
+    shared.config = data;
+    fill("config-notes", writeNotes(), (data.restart_needed || []).length > 0 && make("p.banner",
+      null, say("restart_needed", { names: data.restart_needed.join(", ") })));
+    showOptions();
+  }) };
+$("config-form").addEventListener("submit", saveOptions);
+$("option-search").addEventListener("input", showOptions);
+$("restart").addEventListener("click", restart);
+$("discard").addEventListener("click", () => { edits.clear(); faults.clear(); showOptions(); });
+"""
+
+
+# === PAGE KEYS (pure) =======================================================
+# Where a caller stands, by a key that is pasted and never stored; and the
+# operator's keys, of which only names come here.
+
+PAGE_KEYS = r"""
+// An account: what is left, its windows, what it must spend.  Used for a caller's own key and for
+// the operator's.
+const WINDOWS = [["five_hour", "five_hours"], ["weekly", "week"]];
+const CREDITS = [["monthly", "credit_monthly"], ["free", "credit_free"],
+  ["purchased", "credit_purchased"]];
+function windowPart(name, window) {
+  if (!window) return null;
+  const used = window.cap_usd ? (window.used_usd || 0) / window.cap_usd : null;
+  const kind = window.exceeded || used >= 1 ? "bad" : used > 0.8 ? "warn" : null;
+  return make("div.stack.small", null, make("div.between", null, make("span", null, say(name)),
+    make("span", null, money(window.used_usd), " / ", money(window.cap_usd), " · ",
+      percent(used))),
+  meter(used, kind, say(name) + " " + percent(used)), window.resets_at &&
+    make("p.dim", null, say("resets"), " ", until(window.resets_at)));
+}
+function accountPart(account) {
+  if (!account) return [make("p.dim", null, say("no_figures"))];
+  const credits = account.credits_usd, windows = account.windows || {};
+  return [make("div", null, make("p.dim.small", null, say("balance")),
+    make("p.big", null, money(credits.balance))),
+  ...WINDOWS.map(([name, word]) => windowPart(word, windows[name])),
+  pairs([...CREDITS.map(([name, word]) => credits[name] !== null && [say(word),
+    money(credits[name])]), [say("burn"), account.burn_usd_per_day === null ? "–" :
+    say("a_day", { amount: money(account.burn_usd_per_day) })],
+  account.period_end && [say("period_end"), until(account.period_end)],
+  [say("figures_age"), span(account.age_seconds)]])];
+}
+function keyCard(entry, buttons) {
+  const { through_proxy: through, account } = entry, name = entry.id || entry.name;
+  const fit = entry.enabled === false ? ["", say("key_off")] :
+    entry.fit ? ["good", say("fit")] : ["bad", say("unfit")];
+  return make("article.card.stack", { "aria-label": name || entry.key },
+    make("div.between", null, make("div", null, make("h3", null, name || entry.key), name &&
+      make("p.mono.dim", null, entry.key)), make("div.row", null, account && account.plan &&
+      make("span.chip.info", null, account.plan), make("span", { class: "chip " + fit[0] },
+      fit[1]))),
+    entry.reason && make("p.banner.bad", null, entry.reason, entry.fit_at && [" · ",
+      until(entry.fit_at)]),
+    accountPart(account),
+    pairs([[say("through"), say("through_proxy", { requests: figure(through.requests),
+      failures: figure(through.failures), input: compact(through.input_tokens),
+      output: compact(through.output_tokens), cost: money(through.cost_usd) })],
+    [say("weight"), figure(entry.weight, 2)], entry.in_flight > 0 && [say("in_flight"),
+      figure(entry.in_flight)], entry.max_in_flight && [say("max_in_flight"),
+      figure(entry.max_in_flight)], (entry.allowed_models || []).length > 0 &&
+      [say("allowed_models"), entry.allowed_models.join(", ")]]), buttons);
+}
+
+// Where a caller stands: the key is in this variable until it is forgotten or the page closes.
+let ownKey = "", ownUsage = null;
+function showUsage() {
+  $("forget").hidden = !ownKey;
+  if (!ownUsage) { fill("usage"); return; }
+  fill("usage", ownUsage.keys_of === "operator" && make("p.banner.info", null,
+    say("operators_own")), make("div.grid", null, ownUsage.keys.map((entry) => keyCard(entry))));
+}
+async function lookUp(event) {
+  event.preventDefault();
+  const given = $("own-key").value.trim();
+  $("own-key").value = "";
+  ownKey = given || ownKey;
+  if (!ownKey) { $("own-key").focus(); return; }
+  const used = ownKey;
+  fill("usage", make("p.empty", null, say("asking")));
+  try {
+    const usage = await call("GET", "/v1/usage", undefined, used);
+    if (used === ownKey) ownUsage = usage;
+  } catch (error) {
+    ownKey = ownUsage = null;
+    showUsage();
+    fill("usage", warn(error));
+    return;
+  }
+  showUsage();
+}
+function forget() {
+  ownKey = "";
+  ownUsage = null;
+  $("own-key").value = "";
+  showUsage();
+  $("own-key").focus();
+}
+$("usage-form").addEventListener("submit", lookUp);
+$("forget").addEventListener("click", forget);
+
+// The operator's keys: shown by their names, changed with the adminKey.
+let operator = null;
+function keyFields(entry) {
+  return [{ name: "id", label: say("key_id"), value: entry ? entry.id : "" },
+    !entry && { name: "apiKey", label: say("key_secret"), type: "password", hint: "user_…" },
+    { name: "weight", label: say("weight"), value: entry ? entry.weight : 1 },
+    { name: "maxInFlight", label: say("max_in_flight"),
+      value: (entry && entry.max_in_flight) || 0 },
+    { name: "allowedModels", label: say("allowed_models"), hint: say("models_hint"),
+      value: ((entry && entry.allowed_models) || []).join(", ") }].filter(Boolean);
+}
+// Only what a person changed is sent.
+function keyChanges(entry, given) {
+  const wanted = { ...given, weight: fromNumber(given.weight),
+    maxInFlight: fromNumber(given.maxInFlight), allowedModels: KINDS.list[1](given.allowedModels) };
+  const before = entry && { id: entry.id, weight: entry.weight,
+    maxInFlight: entry.max_in_flight || 0, allowedModels: entry.allowed_models || [] };
+  return Object.fromEntries(Object.entries(wanted).filter(([name, value]) => !before ||
+    toJson(value) !== toJson(before[name])));
+}
+const keyPath = (entry) => "/admin/keys/" + encodeURIComponent(entry.id);
+async function changeKey(method, path, body, told) {
+  const done = await attempt(() => write(method, path, body));
+  if (done) toast(told);
+  views.keys.load();
+}
+async function addKey() {
+  const given = await ask(say("add_key"), say("add_key_note"), keyFields(null), say("add_key"));
+  if (given) await changeKey("POST", "/admin/keys", keyChanges(null, given), say("key_added"));
+}
+async function editKey(entry) {
+  const given = await ask(say("edit"), entry.key, keyFields(entry), say("save"));
+  const changes = given && keyChanges(entry, given);
+  if (changes && Object.keys(changes).length) {
+    await changeKey("PATCH", keyPath(entry), changes, say("key_changed"));
+  }
+}
+async function deleteKey(entry) {
+  if (!await ask(say("delete"), say("delete_note", { name: entry.id }), [], say("delete"), true)) {
+    return;
+  }
+  await changeKey("DELETE", keyPath(entry), undefined, say("key_deleted"));
+}
+function keyButtons(entry) {
+  const disabled = !canWrite() || !operator.file;
+  return make("div.row", null, make("label.row", null, make("input.switch", { type: "checkbox",
+    role: "switch", checked: entry.enabled, disabled, change: (event) => changeKey("PATCH",
+      keyPath(entry), { enabled: event.target.checked }, say("key_changed")) }),
+  make("span.small", null, say("in_use"))), make("button", { type: "button", disabled,
+    click: () => editKey(entry) }, say("edit")), make("button.danger", { type: "button", disabled,
+    click: () => deleteKey(entry) }, say("delete")));
+}
+function showOperator() {
+  if (!operator) return;
+  $("add-key").disabled = !canWrite() || !operator.file;
+  fill("operator", writeNotes(), !operator.file && make("p.banner.info", null, say("no_key_file")),
+    operator.file && make("p.note", null, say("keys_in", { file: operator.file,
+      policy: operator.policy })),
+    operator.keys.length ? make("div.grid", null, operator.keys.map((entry) =>
+      keyCard(entry, keyButtons(entry)))) : make("p.empty", null, say("no_keys")));
+}
+views.keys = { load: () => {
+  showUsage();
+  return load("operator", "/admin/keys", (data) => { operator = data; showOperator(); });
+} };
+$("add-key").addEventListener("click", addKey);
+"""
+
+
+# === PAGE CLIENTS (pure) ====================================================
+# Snippets that connect a client, with the address and a chosen model in them:
+# what the README's Clients section says.
+
+PAGE_CLIENTS = r"""
+// Connect a client: what the README says, with this address and the chosen model in it.
+const KEY = "COMMANDCODE_KEY";
+const plain = (text) => /^[\w@%+=:,./-]+$/.test(text);
+const quote = JSON.stringify;
+const SHELLS = {
+  sh: { set: (name, value) => "export " + name + "=" + value, key: '"$' + KEY + '"',
+    word: (text) => (plain(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'") },
+  ps: { set: (name, value) => "$env:" + name + " = " + value, key: "$env:" + KEY,
+    word: (text) => "'" + text.replaceAll("'", "''") + "'" } };
+function claudeNames(model) {
+  const names = /^claude/i.test(model) ? [] : ["OPUS", "SONNET", "HAIKU"];
+  return ["ANTHROPIC_MODEL", ...names.map((name) => "ANTHROPIC_DEFAULT_" + name + "_MODEL")];
+}
+// Each: its name, its run command's name, what to know, and the text.
+const SNIPPETS = [
+  ["Claude Code", "claude", "to_shell", ({ base, model, shell }) => [
+    shell.set("ANTHROPIC_BASE_URL", shell.word(base)),
+    shell.set("ANTHROPIC_AUTH_TOKEN", shell.key),
+    ...claudeNames(model).map((name) => shell.set(name, shell.word(model))), "claude"]],
+  ["Codex", "codex", "to_codex", ({ base, model }) => [
+    "model = " + quote(model), 'model_provider = "ccproxy"', "", "[model_providers.ccproxy]",
+    'name = "ccproxy"', "base_url = " + quote(base + "/v1"), 'env_key = "' + KEY + '"',
+    'wire_api = "responses"']],
+  ["opencode", "opencode", "to_opencode", ({ base, model }) => [JSON.stringify({ provider: {
+    ccproxy: { npm: "@ai-sdk/openai-compatible", options: { baseURL: base + "/v1",
+      apiKey: "{env:" + KEY + "}" }, models: { [model]: {} } } },
+  model: "ccproxy/" + model }, null, 2)]],
+  ["Cursor", "", "to_cursor", ({ base, model }) => [
+    "Override OpenAI Base URL   " + base + "/v1", "OpenAI API Key             user_...",
+    "Model                      " + model]],
+  ["aider", "aider", "to_shell", ({ base, model, shell }) => [
+    shell.set("OPENAI_API_BASE", shell.word(base + "/v1")),
+    shell.set("OPENAI_API_KEY", shell.key), "aider --model " + shell.word("openai/" + model)]],
+  ["llm", "llm", "to_llm", ({ base, model, shell }) => [
+    "# extra-openai-models.yaml", "- model_id: " + quote(model), "  model_name: " + quote(model),
+    "  api_base: " + quote(base + "/v1"), "  api_key_name: ccproxy", "",
+    "# " + say("then"), "llm keys set ccproxy --value " + shell.key,
+    "llm -m " + shell.word(model) + ' "Hi"']],
+  ["OpenAI SDK (Python)", "", "to_openai", ({ base, model }) => [
+    "import os", "from openai import OpenAI", "client = OpenAI(base_url=" + quote(base + "/v1") +
+    ",", '                api_key=os.environ["' + KEY + '"])',
+    "answer = client.chat.completions.create(", "    model=" + quote(model) + ",",
+    '    messages=[{"role": "user", "content": "Hi"}])',
+    "print(answer.choices[0].message.content)"]],
+  ["Anthropic SDK (Python)", "", "to_anthropic", ({ base, model }) => [
+    "import os", "from anthropic import Anthropic", "client = Anthropic(base_url=" + quote(base) +
+    ",", '                   api_key=os.environ["' + KEY + '"])',
+    "answer = client.messages.create(", "    model=" + quote(model) + ", max_tokens=1000,",
+    '    messages=[{"role": "user", "content": "Hi"}])', "print(answer.content[-1].text)"]],
+  ["OpenAI SDK (JavaScript)", "", "to_openai_js", ({ base, model }) => [
+    'import OpenAI from "openai";', "const client = new OpenAI({ baseURL: " + quote(base + "/v1") +
+    ",", "  apiKey: process.env." + KEY + " });",
+    "const answer = await client.chat.completions.create({", "  model: " + quote(model) + ",",
+    '  messages: [{ role: "user", content: "Hi" }] });',
+    "console.log(answer.choices[0].message.content);"]],
+  ["Anthropic SDK (JavaScript)", "", "to_anthropic_js", ({ base, model }) => [
+    'import Anthropic from "@anthropic-ai/sdk";', "const client = new Anthropic({ baseURL: " +
+    quote(base) + ",", "  apiKey: process.env." + KEY + " });",
+    "const answer = await client.messages.create({", "  model: " + quote(model) +
+    ", max_tokens: 1000,", '  messages: [{ role: "user", content: "Hi" }] });',
+    "console.log(answer.content.at(-1).text);"]],
+  ["curl", "", "to_shell", ({ base, model, shell }) => [
+    (shell === SHELLS.ps ? "curl.exe " : "curl ") + shell.word(base + "/v1/chat/completions") +
+    (shell === SHELLS.ps ? " `" : " \\"),
+    '  -H "Authorization: Bearer $' + (shell === SHELLS.ps ? "env:" : "") + KEY +
+    '" -H "Content-Type: application/json"' + (shell === SHELLS.ps ? " `" : " \\"),
+    "  -d '" + JSON.stringify({ model, messages: [{ role: "user", content: "Hi" }] })
+      .replaceAll("'", shell === SHELLS.ps ? "''" : "'\\''") + "'"]]];
+function snippetCard([name, runs, note, text], wanted) {
+  const code = text(wanted).join("\n");
+  const local = /^https?:\/\/(127\.|localhost|\[::1\])/.test(wanted.base);
+  return make("article.card.stack", { "aria-label": name }, make("div.heading", null,
+    make("h3", null, name), make("button", { type: "button", click: () => copy(code),
+      "aria-label": say("copy") + ": " + name }, say("copy"))), make("p.note", null, say(note)),
+  make("pre", { tabindex: "0" }, make("code", null, code)), runs && local && make("p.note", null,
+    say("or_run"), " ", make("code", null, "python3 ccproxy.py run " + runs + " --model " +
+      wanted.shell.word(wanted.model))));
+}
+function showSnippets() {
+  const base = ($("address").value.trim() || location.origin).replace(/\/+$/, "");
+  const wanted = { base, model: $("pick-model").value || "default",
+    shell: SHELLS[$("shell").value] };
+  fill("snippets", SNIPPETS.map((snippet) => snippetCard(snippet, wanted)));
+}
+views.connect = { load: () => {
+  if (!$("address").value) $("address").value = location.origin;
+  showSnippets();
+  return load("snippets", "/admin/models", (data) => {
+    shared.models = data.models;
+    offer("pick-model", data.models.filter((one) => one.enabled).map((one) => [one.id, one.id]));
+    showSnippets();
+  });
+} };
+if (/Windows/.test(navigator.userAgent)) $("shell").value = "ps";
+$("connect-form").addEventListener("input", showSnippets);
+$("connect-form").addEventListener("submit", (event) => event.preventDefault());
+"""
+
+
+# === PAGE (pure) ============================================================
+# The dashboard's parts joined into one page, and the policy under which a browser
+# may show it: this one style, this one script, this address, nothing else.
+
+PAGE_LANGUAGES = ("en", "ko", "zh")
+PAGE_PARTS = (PAGE_SCRIPT, PAGE_FRAME, PAGE_CHARTS, PAGE_REQUESTS, PAGE_SETTINGS, PAGE_KEYS,
+              PAGE_CLIENTS)
+
+
+class Page(NamedTuple):
+    """The dashboard as it is served, and the fields that go with it."""
+
+    body: bytes
+    fields: List[Tuple[str, str]]
+
+
+def page_words(text: str) -> Dict[str, Dict[str, str]]:
+    """The words of each language by their keys.  Raises ValueError for an odd row."""
+    rows = re.sub(r"\n +", " ", text.strip()).split("\n")
+    words: Dict[str, Dict[str, str]] = {language: {} for language in PAGE_LANGUAGES}
+    for row in rows:
+        key, _, given = row.partition(":")
+        texts = [one.strip() for one in given.split(" | ")]
+        if len(texts) != len(PAGE_LANGUAGES) or not all(texts) or key in words["en"]:
+            raise ValueError("PAGE WORDS: " + row)
+        for language, one in zip(PAGE_LANGUAGES, texts):
+            words[language][key] = one
+    return words
+
+
+def source_hash(text: str) -> str:
+    """How a policy names an inline style or script."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "'sha256-%s'" % digest
+
+
+def page_policy(style: str, script: str) -> str:
+    """The Content-Security-Policy of a page that has this one style and this one script."""
+    rules = {"default-src": "'none'", "script-src": source_hash(script),
+             "style-src": source_hash(style), "connect-src": "'self'", "img-src": "data:",
+             "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+             "require-trusted-types-for": "'script'", "trusted-types": "'none'"}
+    return "; ".join("%s %s" % rule for rule in rules.items())
+
+
+def page_script() -> str:
+    """All of the script, in a scope of its own."""
+    words = json.dumps(page_words(PAGE_WORDS), ensure_ascii=False, separators=(",", ":"))
+    parts = ['"use strict";\n(() => {\nconst WORDS = %s;' % words.replace("<", "\\u003c"),
+             *PAGE_PARTS, "startFrame();\n})();\n"]
+    return "".join(parts)
+
+
+def build_page() -> Page:
+    """The whole dashboard; it is made when it is first asked for."""
+    script = page_script()
+    body = PAGE_MARKUP.lstrip().replace("@STYLE@", PAGE_STYLE).replace("@SCRIPT@", script)
+    return Page(body.encode(), [
+        ("content-type", "text/html; charset=utf-8"),
+        ("content-security-policy", page_policy(PAGE_STYLE, script)),
+        ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
+        ("cache-control", "no-store")])
+
+
 # === THE SHELL ==============================================================
 # From here on the program talks to the world: it awaits, times, counts, logs
 # and closes.  `App` is everything that changes while it runs; it is made once,
@@ -8239,6 +10178,7 @@ class App:
     changing: Any = None                        # asyncio.Lock: one change of a file at a time
     version_task: Optional["asyncio.Task[Any]"] = None      # asks npm for cliVersion
     alerts: List[Json] = field(default_factory=list)    # that stand now, oldest first
+    page: Optional[Page] = None                 # the dashboard, once it was asked for
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
@@ -11268,6 +13208,17 @@ async def serve_metrics(app: App, exchange: Exchange) -> None:
                   [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
 
+# === DASHBOARD ==============================================================
+# The page at /dashboard and /admin.  It is a shell without data, so anybody may
+# have it; what it then asks for is guarded by ADMIN ACCESS.
+
+
+async def serve_dashboard(app: App, exchange: Exchange) -> None:
+    if app.page is None:
+        app.page = build_page()
+    await respond(app, exchange, 200, app.page.body, app.page.fields)
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -11460,6 +13411,8 @@ ROUTES = {
     "/models": Route({"GET": serve_models}),
     "/usage": Route({"GET": serve_usage}),
     "/metrics": Route({"GET": serve_metrics}, quiet=True),
+    "/dashboard": Route({"GET": serve_dashboard}, quiet=True),
+    "/admin": Route({"GET": serve_dashboard}, quiet=True),
     "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
     "/admin/state": Route({"GET": serve_state}, quiet=True),
     "/admin/events": Route({"GET": serve_events}, quiet=True),
