@@ -162,7 +162,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict, deque, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, log
 from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
@@ -191,6 +191,7 @@ CHUNK_OVERHEAD_BYTES = 16 * KIB
 MAX_INTERIM_HEADS = 8               # 1xx answers skipped before the real one
 MAX_LINE_BYTES = 32 * MIB           # one upstream event; start-step lines (skipped) echo requests
 MAX_CALLS = 1000                    # tool calls of one answer; more is an upstream gone wild
+MAX_SIGNATURE_BYTES = MIB           # of one thinking block, whose withheld text may be in it
 MAX_KEPT_BYTES = 64 * MIB           # of one answer, where it is kept whole until its end
 MAX_GZIP_MEMBERS = 64               # each copies what is behind it: many would be quadratic
 MAX_JSON_DEPTH = 500                # deeper than any schema; the same on every Python
@@ -5164,6 +5165,10 @@ def read_signature(reading: Reading, signature: Any) -> Iterator[Event]:
     block = reading.waiting[-1] if reading.waiting else reading.live
     if block is not None:
         block.signature += signature
+        if len(block.signature) > MAX_SIGNATURE_BYTES:
+            yield from fail_answer(reading, ProxyError(
+                "upstream_final", "The upstream's signature of its thinking is longer than %d "
+                "bytes." % MAX_SIGNATURE_BYTES))
 
 
 def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -5588,31 +5593,38 @@ MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, mess
 CARRIED = "ccproxy1."       # begins the encrypted_content of reasoning that carries its own text
 
 
-def carry_thinking(text: str) -> str:
-    """Thinking as an encrypted_content: not secret, but it survives the next turn (no store)."""
-    return CARRIED + base64.b64encode(text.encode("utf-8", "replace")).decode()
+def carry_thinking(text: str, signature: str = "") -> str:
+    """Thinking as an encrypted_content: not secret, but it survives the next turn (no store).  The
+    signature follows behind a dot, for Claude wants its thinking back as it was signed."""
+    told = [text, signature] if signature else [text]
+    return CARRIED + ".".join(base64.b64encode(one.encode("utf-8", "replace")).decode()
+                              for one in told)
 
 
-def carried_thinking(given: Any) -> str:
-    """The thinking that `carry_thinking` put into an encrypted_content; "" for another's."""
+def carried_thinking(given: Any) -> Thinking:
+    """What `carry_thinking` put into an encrypted_content; an empty one for another's."""
     if not isinstance(given, str) or not given.startswith(CARRIED):
-        return ""
+        return Thinking("")
+    text, _, signature = given[len(CARRIED):].partition(".")
     try:
-        return base64.b64decode(given[len(CARRIED):], validate=True).decode()
-    except ValueError:
-        return ""
+        found = Thinking(*[base64.b64decode(one, validate=True).decode()
+                           for one in (text, signature)])
+    except ValueError:      # another dot is no base64 either
+        return Thinking("")
+    return found if len(found.signature) <= MAX_SIGNATURE_BYTES else Thinking("")
 
 
 def read_reasoning_item(item: Json, path: str, prompt: Prompt) -> None:
     """Thinking of an earlier turn: carried in full, else what its content or summary tells."""
-    texts = [carried_thinking(item.get("encrypted_content"))]
+    thinking, texts = carried_thinking(item.get("encrypted_content")), [""]
     for name in ("content", "summary"):
         for part in get(item, name, "a list", path) or []:
             if not any(texts) and isinstance(part, dict) and isinstance(part.get("text"), str):
                 texts.append(part["text"])
-    text = "\n".join(filter(None, texts))
-    if text:
-        prompt.turns.append(Turn("assistant", [Thinking(text)]))
+    if not any(thinking):
+        thinking = Thinking("\n".join(filter(None, texts)))
+    if any(thinking):
+        prompt.turns.append(Turn("assistant", [thinking]))
     else:
         add_note(prompt.notes, "dropped", "reasoning at %s" % path)
 
@@ -5760,7 +5772,8 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
         summary = [{"type": "summary_text", "text": block.text}] if done else []
         item = {"id": item["id"], "type": "reasoning", "summary": summary}
         if reply.carry_thinking:
-            item["encrypted_content"] = carry_thinking(block.text) if done else ""
+            item["encrypted_content"] = (
+                carry_thinking(block.text, block.signature) if done else "")
         return item
     item.update(type="custom_tool_call" if block.raw else "function_call",
                 call_id=block.call_id, name=block.name)
@@ -12167,7 +12180,8 @@ def remember_items(app: App, key: str, reply: Reply) -> None:
     """Keep the items of a finished answer; the oldest make room."""
     if not reply.remember or not reply.reason:
         return
-    for item in responses_body(reply)["output"]:
+    whole = replace(reply, carry_thinking=True)     # a signature stands nowhere else
+    for item in responses_body(whole)["output"]:
         data = to_json(item)
         if item["type"] in ("message", "reasoning") and len(data) <= MAX_ITEM_BYTES:
             app.items[item_place(key, item["id"])] = data

@@ -388,6 +388,21 @@ def test_references_are_resolved_from_memory(proxy, upstream):
         {"type": "text", "text": "The answer is **4**."}]}
 
 
+def test_referred_thinking_keeps_its_signature(proxy, upstream):
+    """The item that was sent may be without it: it was kept here all the same."""
+    signed = {"providerMetadata": {"anthropic": {"signature": "sig"}}}
+    upstream.scripts = [stream(ndjson(
+        {"type": "reasoning-delta", "id": "r", "text": "Hm."},
+        {"type": "reasoning-end", "id": "r", **signed}, {"type": "text-delta", "text": "Yes."},
+        {"type": "finish", "finishReason": "stop", "totalUsage": {"inputTokens": 1,
+                                                                  "outputTokens": 1}}))]
+    answer = proxy.request("POST", "/v1/responses", {"input": "hi"}).json
+    proxy.wait_quiet()
+    kept = json.loads(next(iter(proxy.app.items.values())))
+    assert "encrypted_content" not in answer["output"][0] and kept["type"] == "reasoning"
+    assert ccproxy.carried_thinking(kept["encrypted_content"]) == ccproxy.Thinking("Hm.", "sig")
+
+
 def test_references_of_others_and_of_what_was_not_to_be_kept(proxy, upstream):
     assert converse(proxy, refer, key="user_somebodyelse").status == 400
     assert converse(proxy, refer, store=False).status == 400

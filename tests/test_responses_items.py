@@ -87,6 +87,12 @@ ITEMS = [
     (reasoning(encrypted_content=CARRIED), [assistant(Thinking("I think \u00e9\U0001f680\n"))]),
     (reasoning(encrypted_content=CARRIED, summary=[part("short", "summary_text")]),
      [assistant(Thinking("I think \u00e9\U0001f680\n"))]),
+    (reasoning(encrypted_content=ccproxy.carry_thinking("hm", "c2ln+/=="), summary=[
+        part("short", "summary_text")]), [assistant(Thinking("hm", "c2ln+/=="))]),
+    (reasoning(encrypted_content=ccproxy.carry_thinking("", "sig"), summary=[
+        part("of nobody", "summary_text")]), [assistant(Thinking("", "sig"))]),
+    (reasoning(encrypted_content=ccproxy.carry_thinking("hm") + ".%", summary=[
+        part("short", "summary_text")]), [assistant(Thinking("short"))]),
     (reasoning(summary=[part("short", "summary_text")]), [assistant(Thinking("short"))]),
     (reasoning(content=[part("long", "reasoning_text")]), [assistant(Thinking("long"))]),
     (reasoning(content=None, encrypted_content=None, summary=[part("s", "summary_text")]),
@@ -208,14 +214,27 @@ def test_a_missing_input_is_refused():
 
 @pytest.mark.parametrize("text", ["", "a", "two\nlines", "\u00e9\u4e16\U0001f680", "\"\\\x00",
                                   "x" * 100_000])
-def test_carried_thinking_comes_back(text):
-    assert ccproxy.carried_thinking(ccproxy.carry_thinking(text)) == text
+@pytest.mark.parametrize("signature", ["", "c2ln+/==", "s" * 10_000])
+def test_carried_thinking_comes_back(text, signature):
+    carried = ccproxy.carry_thinking(text, signature)
+    assert ccproxy.carried_thinking(carried) == Thinking(text, signature)
 
 
-@pytest.mark.parametrize("given", [None, 5, [], {}, "", "gAAAA", "ccproxy1", "ccproxy1.%",
-                                   "ccproxy1.\u00e9", "xccproxy1.YQ==", "ccproxy1.YQ"])
+def test_unsigned_thinking_is_carried_as_ever():
+    """Clients keep histories for long: what was sent out before signatures reads the same."""
+    assert ccproxy.carry_thinking("a") == "ccproxy1.YQ=="
+    assert ccproxy.carry_thinking("a", "b") == "ccproxy1.YQ==.Yg=="
+
+
+LONG = "x" * (ccproxy.MAX_SIGNATURE_BYTES + 1)
+
+
+@pytest.mark.parametrize("given", [
+    None, 5, [], {}, "", "gAAAA", "ccproxy1", "ccproxy1.%", "ccproxy1.\u00e9", "xccproxy1.YQ==",
+    "ccproxy1.YQ", "ccproxy1.YQ==.%", "ccproxy1.YQ==.Yg", "ccproxy1.YQ==.Yg==.Yw==",
+    "ccproxy1.YQ==./w==", "ccproxy1.YQ==.Y\u00e9==", ccproxy.carry_thinking("a", LONG)])
 def test_what_is_not_ours_carries_nothing(given):
-    assert ccproxy.carried_thinking(given) == ""
+    assert ccproxy.carried_thinking(given) == Thinking("")
 
 
 # Whole conversations, as they reach the upstream.

@@ -332,6 +332,35 @@ def test_withheld_thinking_keeps_its_signature():
     assert run_stream(ANTHROPIC, "chat", data)[1]["message"] == {"content": "a"}
 
 
+@pytest.mark.parametrize("run_it", [run_stream, run_plain])
+def test_responses_turns_keep_their_signatures(run_it):
+    """Codex: with the results of tools the API wants the thinking before the calls, as signed."""
+    data = sse(START, begin(0, "thinking", thinking=""), thinking(0, "h\u00e9"), signature(0, "s1"),
+               stop(0), begin(1, "text", text=""), text(1, "I look."), stop(1),
+               begin(2, "thinking", thinking=""), signature(2, "s2"), stop(2),
+               start_call(3, "toolu_1"), piece(3, "{}"), stop(3), start_call(4, "toolu_2"),
+               piece(4, "{}"), stop(4), end("tool_use"))
+    shown = run_it(ANTHROPIC, "responses", data, carry_thinking=True)[1]
+    items = shown.get("response", shown)["output"]
+    results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "done"}
+               for item in items if item["type"] == "function_call"]
+    body, notes = body_of("responses", model="claude-opus-4-7", include=[
+        "reasoning.encrypted_content"], input=[{"role": "user", "content": "q"}, *items, *results])
+    assert [list(block.values())[:3] for block in body["messages"][1]["content"]] == [
+        ["thinking", "h\u00e9", "s1"], ["text", "I look."], ["thinking", "", "s2"],
+        ["tool_use", "toolu_1", "f"], ["tool_use", "toolu_2", "f"]]
+    assert not has_note(notes, "dropped")
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_an_endless_signature_is_no_answer(face):
+    data = sse(START, begin(0, "thinking", thinking=""), *[signature(0, "x" * 100_000)] * 11,
+               stop(0), begin(1, "text", text=""), text(1, "a"), stop(1), end())
+    for run_it in (run_stream, run_plain):
+        answer = run_it(ANTHROPIC, face, data)[0]
+        assert "signature" in answer.error.message and not answer.error.retryable
+
+
 def test_a_repeated_calls_signature_is_not_put_under_other_thinking():
     answer = new_answer(ANTHROPIC, "messages")
     frames = answer.feed(sse(START, begin(0, "thinking", thinking=""), thinking(0, "first"),
