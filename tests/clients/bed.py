@@ -10,8 +10,8 @@ from typing import Any, Dict, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from fake_upstream import (CHUNKED_HEAD, FakeUpstream, Request, chunked, ndjson,  # noqa: E402
-                           stall, status, stream, text_answer)
+from fake_upstream import (CHUNKED_HEAD, DIALECT, FakeUpstream, Request, chunked,  # noqa: E402
+                           ndjson, stall, status, stream, text_answer)
 from harness import KEY, Proxy, clean_environment, wait_until  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -27,6 +27,7 @@ NO_CREDIT = status(402, {"success": False, "error": {
     "code": "INSUFFICIENT_CREDITS", "message": "No credit is left"}})
 TOO_FAST = status(429, {"success": False, "error": {
     "code": "RATE_LIMITED", "message": "slow down"}}, "retry-after: 1\r\n")
+SIGNED = {"providerMetadata": {"anthropic": {"signature": "c2lnbmVk"}}}  # where the API has a place
 FINAL_TEXT = "The final answer."
 FINAL = stream(text_answer("The final", " answer."))
 
@@ -78,7 +79,7 @@ def calling(*calls: Tuple[str, str, Any], thinking: str = "", text: str = "") ->
     if thinking:
         events += [{"type": "reasoning-start", "id": "r"},
                    {"type": "reasoning-delta", "id": "r", "text": thinking},
-                   {"type": "reasoning-end", "id": "r"}]
+                   {"type": "reasoning-end", "id": "r", **SIGNED}]
     if text:
         events.append({"type": "text-delta", "id": "t", "text": text})
     for name, tool, given in calls:
@@ -95,9 +96,15 @@ def thinking_answer(thinking: str, text: str) -> bytes:
     """An answer of thinking and then text."""
     return ndjson({"type": "start"}, {"type": "reasoning-start", "id": "r"},
                   {"type": "reasoning-delta", "id": "r", "text": thinking},
-                  {"type": "reasoning-end", "id": "r"},
+                  {"type": "reasoning-end", "id": "r", **SIGNED},
                   {"type": "text-delta", "id": "t", "text": text},
                   {"type": "finish", "finishReason": "stop", "totalUsage": USAGE})
+
+
+def thought_before(chat: bool) -> List[str]:
+    """The kinds of an earlier answer's parts that go up again.  Messages takes thinking back only
+    as it was signed, and Chat Completions has no place for a signature."""
+    return ["text"] if chat and DIALECT == "anthropic" else ["reasoning", "text"]
 
 
 def tool_results(params: Dict[str, Any]) -> Dict[str, str]:
