@@ -5040,14 +5040,18 @@ def is_signed(turn: Turn) -> bool:
 
 
 def anthropic_blocks(turn: Turn, notes: List[str]) -> List[Json]:
-    """A turn's content.  With signed thinking it keeps its own order, for what was signed must come
-    back as it was; what nobody signed cannot."""
+    """A turn's content.  With signed thinking it keeps its own order, for that must come back as it
+    was; what nobody signed cannot, nor what led to nothing: the API refuses thinking at the end."""
     unsigned = any(isinstance(part, Thinking) and not part.signature for part in turn.parts)
     if unsigned:
         add_note(notes, "dropped", "earlier thinking without its provider's signature")
     ordered = turn.role == "assistant" and not is_signed(turn)
     parts = order_parts(turn.parts) if ordered else turn.parts
-    return [block for block in map(anthropic_block, parts) if block]
+    blocks = [block for block in map(anthropic_block, parts) if block]
+    while blocks and blocks[-1]["type"] == "thinking":
+        add_note(notes, "dropped", "earlier thinking that nothing came of")
+        blocks.pop()
+    return blocks
 
 
 def anthropic_messages(prompt: Prompt) -> List[Json]:
@@ -5117,19 +5121,17 @@ def build_anthropic(prompt: Prompt, session: str) -> bytes:
     if (sampling["temperature"] or 0) > 1:
         add_note(prompt.notes, "clamped", "temperature %g -> 1" % sampling["temperature"])
         sampling["temperature"] = 1
-    choice = prompt.choice
     return body_bytes({
         "model": prompt.model, "max_tokens": prompt.max_tokens,
         "system": [block for block in map(anthropic_block, prompt.system) if block],
         "messages": anthropic_messages(prompt),
         "tools": [anthropic_tool(tool) for tool in prompt.tools],
-        "tool_choice": alpha_choice(choice) if choice else None, **thinking,
+        "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None, **thinking,
         **sampling, "stream": True})
 
 
 def greater(one: Optional[int], other: Optional[int]) -> Optional[int]:
-    known = [count for count in (one, other) if count is not None]
-    return max(known) if known else None
+    return max((count for count in (one, other) if count is not None), default=None)
 
 
 def anthropic_usage(given: Any, before: Optional[Usage]) -> Optional[Usage]:
@@ -5167,8 +5169,7 @@ def read_signature(reading: Reading, signature: Any) -> Iterator[Event]:
         block.signature += signature
         if len(block.signature) > MAX_SIGNATURE_BYTES:
             yield from fail_answer(reading, ProxyError(
-                "upstream_final", "The upstream's signature of its thinking is longer than %d "
-                "bytes." % MAX_SIGNATURE_BYTES))
+                "upstream_final", "A signature is longer than %d bytes." % MAX_SIGNATURE_BYTES))
 
 
 def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:

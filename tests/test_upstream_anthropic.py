@@ -176,6 +176,18 @@ def test_only_signed_thinking_goes_back(signed, kept):
     assert has_note(notes, "dropped=earlier thinking") != kept
 
 
+@pytest.mark.parametrize("before", [[], [{"type": "text", "text": "a"}]])
+@pytest.mark.parametrize("times", [1, 2])
+def test_thinking_that_led_to_nothing_does_not_go_back(before, times):
+    """Of an interrupted answer: the API refuses a message whose final block is thinking."""
+    signed = [{"type": "thinking", "thinking": "t", "signature": "s"}] * times
+    body, notes = body_of("messages", messages=[
+        USER, {"role": "assistant", "content": before + signed}, USER])
+    kinds = [[one["type"] for one in message["content"]] for message in body["messages"]]
+    assert kinds == ([["text"], ["text"], ["text"]] if before else [["text", "text"]])
+    assert has_note(notes, "dropped=earlier thinking")
+
+
 VERSIONS = [("claude-opus-4-7", (4, 7)), ("claude-haiku-4-5-20251001", (4, 5)),
             ("claude-sonnet-5", (5, 0)), ("claude-fable-5-1", (5, 1)), ("claude-opus-4.8", (4, 8)),
             ("claude-3-7-sonnet-20250219", (3, 7)), ("claude-sonnet-4-20250514", (4, 0)),
