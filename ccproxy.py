@@ -12498,7 +12498,6 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         record_notes(exchange, job)
         if not relay.opened:
             raise
-        exchange.keep = False
         record["error"] = "%s: %s" % (error.kind, error.message)
         relay.send(job.answer.failure(error), last=True)
     finally:

@@ -263,6 +263,23 @@ def test_recorded_streams_that_fail(proxy, upstream):
     assert len(upstream.requests) == 6
 
 
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, "/v1/responses"])
+@pytest.mark.parametrize("script", [stream("07"), stream("12"), stream("07", end=False)],
+                         ids=["told", "cut", "hung up"])
+def test_the_connection_goes_on_behind_a_broken_stream(proxy, upstream, path, script):
+    """Closed without a word, it would meet the next request of a client that keeps connections."""
+    upstream.scripts = [script]
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    body = {"input": "hi"} if path == "/v1/responses" else body
+    with proxy.connect() as sock:
+        sock.sendall(post_bytes(path, {**body, "stream": True}))
+        broken, = parse_answers(read_until(sock, b"\r\n0\r\n\r\n"))
+        sock.sendall(post_bytes(path, body))
+        assert broken.status == 200 and "error" in json.dumps(broken.frames[-1])
+        assert "connection" not in broken.fields
+        assert b"Hello there" in read_until(sock, b"Hello there")
+
+
 # Silence.
 
 
