@@ -2785,6 +2785,20 @@ def fail_answer(reading: Reading, error: ProxyError) -> Iterator[Event]:
     yield Fail(error)
 
 
+def sign_thinking(reading: Reading, signature: Any) -> Iterator[Event]:
+    """The signature of the open thinking, whose text may be withheld.  Where a repeated call's
+    thinking is left out, so is its signature: it is not of what was shown."""
+    if not isinstance(signature, str) or not signature or reading.mute_thinking:
+        return
+    yield from extend(reading, THINKING, "")
+    block = reading.waiting[-1] if reading.waiting else reading.live
+    if block is not None:
+        block.signature += signature
+        if len(block.signature) > MAX_SIGNATURE_BYTES:
+            yield from fail_answer(reading, ProxyError(
+                "upstream_final", "A signature is longer than %d bytes." % MAX_SIGNATURE_BYTES))
+
+
 # === CONTENT PARTS (pure) ===================================================
 # One table of every content part that any API may bring: clients mix them, so
 # every face uses it.  A wrong type in a field that is used is a 400 that names
@@ -5055,7 +5069,8 @@ def anthropic_blocks(turn: Turn, notes: List[str]) -> List[Json]:
 
 
 def anthropic_messages(prompt: Prompt) -> List[Json]:
-    """All messages, neighbours of one role made one, as the API itself would."""
+    """All messages, neighbours of one role made one, as the API itself would; the first must be the
+    user's.  Raises ProxyError `invalid` when all of them are blank."""
     messages: List[Json] = []
     for turn in prompt.turns:
         role = "assistant" if turn.role == "assistant" else "user"
@@ -5064,6 +5079,11 @@ def anthropic_messages(prompt: Prompt) -> List[Json]:
             messages[-1]["content"] += blocks
         elif blocks:
             messages.append({"role": role, "content": blocks})
+    if not messages:
+        raise wrong(prompt.source, "must hold at least one message that is not blank")
+    if messages[0]["role"] != "user":
+        add_note(prompt.notes, "repaired", "a conversation that the assistant begins")
+        messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "(begin)"}]})
     return messages
 
 
@@ -5158,20 +5178,6 @@ def block_mark(raw: Json) -> str:
     return str(index) if isinstance(index, int) else "0"
 
 
-def read_signature(reading: Reading, signature: Any) -> Iterator[Event]:
-    """The signature of the open thinking, whose text may be withheld.  Where a repeated call's
-    thinking is left out, so is its signature: it is not of what was shown."""
-    if not isinstance(signature, str) or not signature or reading.mute_thinking:
-        return
-    yield from extend(reading, THINKING, "")
-    block = reading.waiting[-1] if reading.waiting else reading.live
-    if block is not None:
-        block.signature += signature
-        if len(block.signature) > MAX_SIGNATURE_BYTES:
-            yield from fail_answer(reading, ProxyError(
-                "upstream_final", "A signature is longer than %d bytes." % MAX_SIGNATURE_BYTES))
-
-
 def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
     """A block begins: a call tells id and name, the others may hold their first text.  What the
     service runs itself is not the client's."""
@@ -5185,7 +5191,7 @@ def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
             reading.calls[mark].pieces = [call_arguments({"input": given})]
     elif kind in ("text", "thinking"):
         yield from read_words(reading, kind, block.get(kind))
-        yield from read_signature(reading, block.get("signature"))
+        yield from sign_thinking(reading, block.get("signature"))
     else:
         add_note(reading.notes, "ignored", "a block of type %s in the answer" % kind)
 
@@ -5199,7 +5205,7 @@ def read_block_delta(reading: Reading, raw: Json) -> Iterator[Event]:
     elif kind == "thinking_delta":
         yield from read_words(reading, THINKING, delta.get("thinking"))
     elif kind == "signature_delta":
-        yield from read_signature(reading, delta.get("signature"))
+        yield from sign_thinking(reading, delta.get("signature"))
     elif isinstance(piece, str) and piece and mark in reading.calls:
         if not reading.calls[mark].begun:
             reading.calls[mark].pieces = []

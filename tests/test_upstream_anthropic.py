@@ -176,6 +176,21 @@ def test_only_signed_thinking_goes_back(signed, kept):
     assert has_note(notes, "dropped=earlier thinking") != kept
 
 
+@pytest.mark.parametrize("opening", [[], [{"role": "user", "content": " \n"}]])
+def test_a_conversation_that_the_assistant_begins(opening):
+    """The API takes it only behind a message of the user's, and no blank one."""
+    hello = {"role": "assistant", "content": "Ahoy!"}
+    body, notes = body_of("chat", messages=[*opening, hello, {"role": "user", "content": "hi"}])
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][0]["content"][0]["text"].strip() and has_note(notes, "repaired=")
+
+
+def test_nothing_but_blank_text_is_refused():
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        body_of("chat", messages=[{"role": "user", "content": " \n"}])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
 @pytest.mark.parametrize("before", [[], [{"type": "text", "text": "a"}]])
 @pytest.mark.parametrize("times", [1, 2])
 def test_thinking_that_led_to_nothing_does_not_go_back(before, times):
