@@ -1,5 +1,5 @@
 """A seeded mutation fuzzer of everything that reads what others send: request and response heads,
-the chunked coding, the upstream's lines in all three APIs, and the three request translators.
+the chunked coding, the upstreams' lines in all three APIs, and the three request translators.
 
     python3 tests/fuzz.py --minutes 10 --seed 1         # round and round all targets
     python3 tests/fuzz.py --case chunks:1:4711          # one case again, as a finding names it
@@ -24,10 +24,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from fake_provider import say_in  # noqa: E402
 from fake_upstream import recorded, text_answer  # noqa: E402
 from harness import ccproxy  # noqa: E402
 from pure import (ALL_FACES, CONFIG, MODELS, NAMES, PNG, check_frames, check_params,  # noqa: E402
-                  cut_bytes, new_answer, random_cuts, refusal)
+                  cut_bytes, random_cuts, refusal)
+from pure_formats import UPSTREAMS, make_answer, new_answer  # noqa: E402
 
 SLOW = 50               # times the median per byte: worth a look
 SHORT_BYTES = 2000      # a shorter case counts as this long: its time is mostly setting up
@@ -70,6 +72,20 @@ LINE_WORDS = [b"\n", b"\r\n", b"\\ud83d", b"\\ude80", b"\\u0000", b"\\", b'"', b
     b'{"type":"tool-input-start","id":"c","toolName":"f"}\n',
     b'{"type":"tool-input-delta","id":"c","delta":"{"}\n',
     b'{"type":"tool-call","toolCallId":"c","toolName":"f","input":{}}\n']
+SSE_WORDS = LINE_WORDS + [
+    b"data:", b"event: error\n", b'"index":1,', b'"index":null,', b'"choices":[],',
+    b'"finish_reason":"length",', b'"content":[5],', b'"tool_calls":{},', b'"arguments":{},',
+    b'"signature":5,', b'"partial_json":"}",', b'"stop_reason":"tool_use",',
+    b'data: {"error":"x"}\n', b'data: {"type":"message_stop"}\n',
+    b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n',
+    b'data: {"choices":[{"index":0,"delta":{"reasoning_content":"x","content":"y"}}]}\n',
+    b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"d","function":{'
+    b'"name":"f","arguments":"{}"}}]},"finish_reason":"tool_calls"}]}\n',
+    b'data: {"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"d",'
+    b'"name":"f","input":{"a":1}}}\n',
+    b'data: {"type":"content_block_delta","index":0,"delta":{"type":"signature_delta",'
+    b'"signature":"s"}}\n', b'data: {"type":"content_block_stop","index":0}\n',
+    b'data: {"type":"message_delta","delta":{"stop_reason":"max_tokens"},"usage":null}\n']
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": ["string", "null"]}, "n": {
     "$ref": "#/$defs/n"}}, "required": ["city"], "$defs": {"n": {"anyOf": [
@@ -267,19 +283,30 @@ def make_wire(rng: random.Random, seeds: List[Any]) -> bytes:
     return mutate_bytes(rng, rng.choice(seeds), WIRE_WORDS)
 
 
-def make_lines(rng: random.Random, seeds: List[Any]) -> bytes:
+def mutate_line(rng: random.Random, line: bytes) -> bytes:
+    """An event of an answer changed as JSON, whether it is a line or the data of a frame."""
+    field = b"data: " if line.startswith(b"data: ") else b""
+    try:
+        event = mutate_json(rng, json.loads(line[len(field):]))
+        return field + json.dumps(event).encode() + b"\n"
+    except (ValueError, RecursionError):
+        return field + b"{}\n"
+
+
+def make_lines(rng: random.Random, seeds: List[Any], words: List[bytes] = LINE_WORDS) -> bytes:
     """A recorded answer with some events changed as JSON, some as bytes, some put elsewhere."""
     lines = list(rng.choice(seeds))
     for _ in range(rng.choice([0, 1, 1, 3])):
         at = rng.randrange(len(lines))
-        try:
-            lines[at] = json.dumps(mutate_json(rng, json.loads(lines[at]))).encode() + b"\n"
-        except (ValueError, RecursionError):
-            lines[at] = b"{}\n"
+        lines[at] = mutate_line(rng, lines[at])
     if rng.random() < 0.3:
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(lines) * rng.choice([1, 1, 2, 300]))
     data = b"".join(lines)
-    return mutate_bytes(rng, data, LINE_WORDS) if rng.random() < 0.6 else data[:MOST_BYTES]
+    return mutate_bytes(rng, data, words) if rng.random() < 0.6 else data[:MOST_BYTES]
+
+
+def make_frames(rng: random.Random, seeds: List[Any]) -> bytes:
+    return make_lines(rng, seeds, SSE_WORDS)
 
 
 def make_request(rng: random.Random, seeds: List[Any]) -> bytes:
@@ -383,21 +410,28 @@ def feed_all(answer: Any, data: bytes, cuts: Any) -> bytes:
     return frames + answer.eof()
 
 
-def run_answer(face: str, rng: random.Random, data: bytes) -> None:
+def run_answer(face: str, rng: random.Random, data: bytes,
+               upstream: Any = ccproxy.ALPHA) -> None:
     """A stream keeps its grammar, a plain answer can be written; a failure too."""
     members = rng.choice([{}, {"stops": ["x", "Hello"]}, {"show_thinking": False},
                           {"include_usage": True}, {"carry_thinking": True}])
-    answer = new_answer(face, True, rng.random() < 0.8, **members)
+    lanes = rng.random() < 0.8
+    answer = new_answer(upstream, face, True, lanes, **members)
     try:
         frames = feed_all(answer, data, random_cuts(rng, data))
     except ccproxy.ProxyError as error:
         frames = answer.stop(error)
-    # Deltas of a call that its last line contradicts cannot be taken back; Responses tells both.
-    if len(frames) < CHECKED_BYTES and not (face == "responses" and b"tool-" in data):
+    if not lanes:       # else broken UTF-8 in the same piece decides how strings are escaped
+        whole = feed_all(new_answer(upstream, face, True, lanes, **members), data, None)
+        assert whole == frames, "an answer cut in pieces means something else"
+    # Deltas of a call that its last line contradicts, or that were no object and so were healed,
+    # cannot be taken back; Responses tells both.
+    healed = any(block.text.startswith('{"input":') for block in answer.reply.of_kind("tool"))
+    if len(frames) < CHECKED_BYTES and not (face == "responses" and (b"tool-" in data or healed)):
         check_frames(face, answer, frames)
     if answer.error is not None:
         answer.failure(answer.error)
-    plain = new_answer(face, False, **members)
+    plain = new_answer(upstream, face, False, **members)
     try:
         feed_all(plain, data, None)
     except ccproxy.ProxyError as error:
@@ -422,6 +456,7 @@ def run_request(face: str, rng: random.Random, data: bytes) -> None:
         ccproxy.derive_session("user_k", ccproxy.session_value({}, prompt.user_id),
                                ccproxy.first_user_text(prompt))
         payload = ccproxy.build_alpha(prompt, "session")
+        documented = {api: upstream.build(prompt, "session") for api, upstream in UPSTREAMS.items()}
         assert ccproxy.estimate_input(prompt) >= 1
     except ccproxy.ProxyError as error:
         assert error.status in (400, 404, 501) and error.message, error.status
@@ -431,12 +466,54 @@ def run_request(face: str, rng: random.Random, data: bytes) -> None:
         return
     ccproxy.format_notes(notes).encode("latin-1")
     check_params(json.loads(payload, parse_constant=refuse)["params"])
+    check_openai(json.loads(documented["openai"], parse_constant=refuse))
+    check_anthropic(json.loads(documented["anthropic"], parse_constant=refuse))
     reply = ccproxy.Reply("id", prompt.asked, 0, echo=prompt.echo,
                           include_usage=prompt.include_usage, carry_thinking=prompt.carry_thinking)
     answer = ccproxy.Answer(ALL_FACES[face], ccproxy.ALPHA, reply, prompt, False)
     feed_all(answer, ANSWERED, None)
     if answer.over and answer.error is None:
         ccproxy.to_json(answer.body())
+
+
+def check_openai(body: Any) -> None:
+    """Every call is answered right behind its message, and no message is empty."""
+    assert body["stream"] is True and body["messages"] and body.get("tools") != []
+    pending: List[str] = []
+    for message in body["messages"]:
+        if message["role"] == "tool":
+            pending.remove(message["tool_call_id"])
+            assert isinstance(message["content"], str)
+            continue
+        assert not pending, "a call without its result"
+        calls = message.get("tool_calls", [])
+        assert message["content"] or calls or message.get("reasoning_content"), message
+        pending = [call["id"] for call in calls]
+        for call in calls:
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert not pending, "a call without its result"
+
+
+def check_anthropic(body: Any) -> None:
+    """Roles take turns, nothing is blank, results stand first behind their calls, thinking is
+    signed and not the last."""
+    assert body["stream"] is True and body["max_tokens"] >= 1 and body.get("tools") != []
+    assert body.get("thinking", {}).get("budget_tokens", 0) < body["max_tokens"]
+    pending: List[str] = []
+    roles = [message["role"] for message in body["messages"]]
+    assert roles[0] == "user" and all(one != other for one, other in zip(roles, roles[1:])), roles
+    for message in body["messages"]:
+        blocks = message["content"]
+        kinds = [block["type"] for block in blocks]
+        assert kinds and kinds[-1] != "thinking", kinds
+        results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+        assert sorted(results) == sorted(pending) and kinds[:len(results)].count(
+            "tool_result") == len(results), (results, pending)
+        assert all(block["text"].strip() for block in blocks if block["type"] == "text")
+        assert all(block["signature"] for block in blocks if block["type"] == "thinking")
+        pending = [block["id"] for block in blocks if block["type"] == "tool_use"]
+        assert len(set(pending)) == len(pending)
+    assert not pending, "a call without its result"
 
 
 def refuse(word: str) -> Any:
@@ -462,6 +539,18 @@ def stream_seeds() -> List[List[bytes]]:
     return seeds
 
 
+def frame_seeds(api: str) -> List[List[bytes]]:
+    """The same answers said in a documented API, and some with calls told at the same time."""
+    said = [say_in(api, b"".join(lines)).splitlines(True) for lines in stream_seeds()]
+    return said + [lines for lines in (make_answer(api, seed).data.splitlines(True)
+                                       for seed in range(20)) if lines]
+
+
+def answer_target(api: str, face: str) -> Target:
+    return Target("%s-%s" % (api, face), frame_seeds(api), make_frames,
+                  lambda rng, data: run_answer(face, rng, data, UPSTREAMS[api]))
+
+
 def face_target(kind: str, face: str, seeds: List[Any], make: Any, run: Any) -> Target:
     return Target("%s-%s" % (kind, face), seeds, make, lambda rng, data: run(face, rng, data))
 
@@ -473,6 +562,7 @@ def all_targets() -> List[Target]:
             Target("chunks", CHUNKS, make_wire, run_chunks),
             Target("lines", streams, make_lines, run_lines),
             *[face_target("answer", face, streams, make_lines, run_answer) for face in ALL_FACES],
+            *[answer_target(api, face) for api in UPSTREAMS for face in ALL_FACES],
             *[face_target("request", face, REQUESTS[face], make_request, run_request)
               for face in ALL_FACES]]
 
