@@ -334,6 +334,15 @@ def codex_continues(agent: Agent) -> None:
     expect(assistant_parts(agent.bed) == ["reasoning", "text"], assistant_parts(agent.bed))
 
 
+def codex_thinks_and_calls(agent: Agent) -> None:
+    """Thinking goes up again before the call that it led to, in the same turn."""
+    agent.bed.reset(stream(calling(("call_00_t", "exec_command", {"cmd": "echo t-$((1+1))"}),
+                                   thinking="I look.")))
+    final(codex(agent, "Look.", model=GPT))
+    expect(assistant_parts(agent.bed) == ["reasoning", "tool-call"], assistant_parts(agent.bed))
+    expect("t-2" in tool_results(agent.bed.params())["call_00_t"], told(agent.bed))
+
+
 def codex_thinks(agent: Agent) -> None:
     """The summary of the thinking is shown, for a model of any name."""
     agent.bed.reset(stream(thinking_answer("Let me see.", "Four.")))
@@ -383,7 +392,7 @@ CODEX = {
     "too long a prompt stops it at once": functools.partial(
         codex_stops, refusal(400, "X", "prompt is too long: 300000 tokens > 200000 maximum"),
         "context window"),
-    "thinking": codex_thinks,
+    "thinking": codex_thinks, "thinking before a call": codex_thinks_and_calls,
     "applies a patch (custom tool)": codex_patches, "namespaced tool": codex_namespaced,
     "continues with thinking": codex_continues, "image": codex_sees,
     "structured output": codex_structured}
