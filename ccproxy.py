@@ -83,6 +83,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     CONFIG CHANGES (pure)
     CLIENT SETTINGS (pure)
     DIAGNOSES (pure)
+    SERVICE UNITS (pure)
     DEMO ANSWERS (pure)
     PAGE STYLE (pure)
     PAGE MARKUP (pure)
@@ -132,6 +133,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DOCTOR
     TOP SCREEN
     TOP
+    SERVICE
     SELFTEST FEATURES
     SELFTEST
     A PROXY AT HAND
@@ -7991,6 +7993,183 @@ def codex_finding(text: str, environment: Mapping[str, str], config: Config) -> 
     return Finding(True, words + ", which points here")
 
 
+# === SERVICE UNITS (pure) ===================================================
+# What keeps the proxy running on each platform: the file that its service
+# manager reads, and the steps of each action.  Steps are data, so that --dry-run
+# shows exactly what would be done.  No secret is ever in them.
+
+SERVICE_NAME = "ccproxy"
+LAUNCHD_LABEL = "local.ccproxy"
+SERVICE_MARK = "Written by `ccproxy.py service install`, which writes it anew; not to be edited."
+SERVICE_ACTIONS = ("install", "uninstall", "status", "logs", "restart")
+NO_NAMESPACES = (217, 218, 226)     # systemd's exit statuses where the kernel refuses those
+TEMPORARY = ("/tmp", "/var/tmp")    # what PrivateTmp hides
+NAMESPACE_RULES = ("ProtectSystem=", "ProtectHome=", "ReadWritePaths=", "PrivateTmp=",
+                   "PrivateUsers=")
+
+
+class Service(NamedTuple):
+    """What is to be kept running, all paths absolute."""
+
+    command: Tuple[str, ...]            # interpreter, program, arguments
+    folder: str                         # where the service manager looks for its file
+    environment_file: str               # of the person's own, for what should not be in config.json
+    writes: Tuple[str, ...] = ()        # folders in which the configuration lets it write
+    stop_seconds: float = 30.0          # how long it may take to stop
+    log_file: str = ""                  # where launchd puts what it prints
+    user: int = 0                       # launchd's domain
+
+
+class Step(NamedTuple):
+    """One thing to do: `write` text to words[0], `remove` it, `run` a command, or `tell`."""
+
+    kind: str
+    words: Tuple[str, ...] = ()
+    text: str = ""
+    tolerant: bool = False              # whether to go on when the command fails
+
+
+def systemd_word(word: str, dollars_too: bool = True) -> str:
+    """A word of a unit file: specifiers and variables taken for what they are, quoted where it must
+    be (systemd.syntax(7), systemd.service(5)).  In the program's own path a $ means nothing."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    word = word.replace("$", "$$") if dollars_too else word
+    word = re.sub(r"[\x00-\x1f\x7f]", lambda found: "\\x%02x" % ord(found[0]), word)
+    return word if re.fullmatch(r"[^\s\"'\\;#]+", word) else '"%s"' % word
+
+
+def is_temporary(path: str) -> bool:
+    return any(path == one or path.startswith(one + "/") for one in TEMPORARY)
+
+
+def unit_text(service: Service, namespaces: bool = True) -> str:
+    """The systemd user unit.  Only what works there: a user's manager has no privileges, so mounts
+    need PrivateUsers, and where the kernel refuses that, `namespaces` False leaves them out."""
+    program, *arguments = service.command
+    # No MemoryDenyWriteExecute: ctypes makes a callback when it is imported (before 3.12), and
+    # that needs such memory; it is how libzstd is reached.
+    lines = [
+        "# " + SERVICE_MARK, "[Unit]", "Description=ccproxy, Command Code for any client", "",
+        "[Service]", "Type=exec",
+        "ExecStart=" + " ".join([systemd_word(program, False), *map(systemd_word, arguments)]),
+        "ExecReload=/bin/kill -HUP $MAINPID",
+        "EnvironmentFile=-" + service.environment_file.replace("%", "%%"),
+        "Restart=on-failure", "RestartSec=3",
+        "RestartPreventExitStatus=2",           # a wrong configuration does not mend itself
+        "KillSignal=SIGTERM", "KillMode=mixed",  # workers hear of it from their parent, once
+        "TimeoutStopSec=%d" % (service.stop_seconds + 15), "UMask=0077", "NoNewPrivileges=yes",
+        "LockPersonality=yes", "SystemCallArchitectures=native", "RestrictRealtime=yes",
+        "RestrictSUIDSGID=yes", "RestrictNamespaces=yes",
+        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",  # the last: getaddrinfo's
+        "PrivateUsers=yes", "ProtectSystem=strict", "ProtectHome=read-only",
+        *("ReadWritePaths=" + systemd_word("-" + path, False) for path in service.writes),
+        "PrivateTmp=yes", "", "[Install]", "WantedBy=default.target", ""]
+    used = [*service.command, *service.writes]
+    left_out = () if namespaces else NAMESPACE_RULES
+    if namespaces and any(map(is_temporary, used)):
+        left_out = ("PrivateTmp=",)
+    return "\n".join(line for line in lines if not line.startswith(left_out or "\0"))
+
+
+def plist_text(service: Service) -> str:
+    """The launchd agent's property list."""
+    import plistlib
+    entries = {"Label": LAUNCHD_LABEL, "ProgramArguments": list(service.command),
+               "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 5,
+               "ExitTimeOut": int(service.stop_seconds + 15), "Umask": 0o077,
+               "StandardOutPath": service.log_file, "StandardErrorPath": service.log_file}
+    text = plistlib.dumps(entries).decode("utf-8")
+    return text.replace("<plist ", "<!-- %s -->\n<plist " % SERVICE_MARK, 1)
+
+
+def windows_word(word: str) -> str:
+    """A word of a command line as programs of Windows take one apart: backslashes count double
+    before a quote alone."""
+    word = re.sub(r'(\\*)"', r'\1\1\\"', word)
+    if word and not re.search(r"\s", word):
+        return word
+    return '"%s"' % re.sub(r"(\\+)$", r"\1\1", word)
+
+
+def windows_line(words: Iterable[str]) -> str:
+    return " ".join(map(windows_word, words))
+
+
+def systemctl(*words: str, tolerant: bool = False) -> Step:
+    return Step("run", ("systemctl", "--user", *words), tolerant=tolerant)
+
+
+def systemd_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[Step]:
+    """What an action does where systemd runs."""
+    unit = SERVICE_NAME + ".service"
+    path = service.folder + "/" + unit
+    steps = {
+        "install": [Step("write", (path,), unit_text(service)), systemctl("daemon-reload"),
+                    systemctl("enable", unit), systemctl("restart", unit),
+                    Step("tell", text="It runs while you are logged in; to keep it running without "
+                                      "that: loginctl enable-linger")],
+        "uninstall": [systemctl("disable", "--now", unit, tolerant=True), Step("remove", (path,)),
+                      systemctl("daemon-reload")],
+        "status": [systemctl("status", "--no-pager", unit, *rest)],
+        "logs": [Step("run", ("journalctl", "--user", "--no-pager", "-u", unit,
+                              *(rest or ("-n", "100"))))],
+        "restart": [systemctl("restart", unit)]}
+    return steps[action]
+
+
+def launchd_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[Step]:
+    """What an action does on macOS."""
+    path = "%s/%s.plist" % (service.folder, LAUNCHD_LABEL)
+    domain = "gui/%d" % service.user
+    name = domain + "/" + LAUNCHD_LABEL
+    bootout = Step("run", ("launchctl", "bootout", name), tolerant=True)
+    steps = {
+        "install": [Step("write", (path,), plist_text(service)), bootout,
+                    Step("run", ("launchctl", "bootstrap", domain, path))],
+        "uninstall": [bootout, Step("remove", (path,))],
+        "status": [Step("run", ("launchctl", "print", name, *rest))],
+        "logs": [Step("run", ("tail", *(rest or ("-n", "100")), service.log_file))],
+        "restart": [Step("run", ("launchctl", "kickstart", "-k", name))]}
+    return steps[action]
+
+
+def windows_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[Step]:
+    """What is to be typed on Windows (in cmd.exe), where nothing is done unasked."""
+    program, *arguments = service.command
+    program = re.sub(r"(?i)python\.exe$", "pythonw.exe", program)       # no window
+    lines = {
+        "install": [("schtasks", "/Create", "/F", "/TN", SERVICE_NAME, "/SC", "ONLOGON", "/RL",
+                     "LIMITED", "/TR", windows_line([program, *arguments])),
+                    ("schtasks", "/Run", "/TN", SERVICE_NAME)],
+        "uninstall": [("schtasks", "/End", "/TN", SERVICE_NAME),
+                      ("schtasks", "/Delete", "/F", "/TN", SERVICE_NAME)],
+        "status": [("schtasks", "/Query", "/V", "/FO", "LIST", "/TN", SERVICE_NAME)],
+        "logs": [],
+        "restart": [("schtasks", "/End", "/TN", SERVICE_NAME),
+                    ("schtasks", "/Run", "/TN", SERVICE_NAME)]}
+    if action == "logs":
+        return [Step("tell", text="Set logFile: that file is the log.")]
+    return [Step("tell", text="In cmd.exe, type:\n" + "\n".join(map(windows_line, lines[action])))]
+
+
+SERVICE_MANAGERS: Dict[str, Callable[[Service, str, Tuple[str, ...]], List[Step]]] = {
+    "systemd": systemd_steps, "launchd": launchd_steps, "windows": windows_steps}
+
+
+def shell_line(words: Iterable[str]) -> str:
+    import shlex
+    return " ".join(map(shlex.quote, words))
+
+
+def step_text(step: Step) -> str:
+    """What --dry-run shows of a step."""
+    if step.kind == "write":
+        return "write %s:\n%s\n" % (step.words[0], step.text)
+    if step.kind == "tell":
+        return step.text + "\n"
+    return "%s %s\n" % (step.kind, shell_line(step.words))
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -15195,6 +15374,208 @@ def show_top(invocation: Invocation) -> int:
     return 0
 
 
+# === SERVICE ================================================================
+# `ccproxy.py service`: the steps of SERVICE UNITS carried out, or shown.  Flags
+# given to `install` become part of the service, settings of the environment do
+# not: they are named, for the service will not see them.
+
+OUTER_VARIABLES = CREDENTIAL_VARIABLES + (
+    "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+PATH_OPTIONS = ("logFile", "usageDb", "credentialsFile")
+
+
+def service_manager() -> str:
+    return {"win32": "windows", "darwin": "launchd"}.get(sys.platform, "systemd")
+
+
+def absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def service_flags(settings: Settings) -> List[str]:
+    """The flags that the service is to have.  Raises ProxyError for one that is a secret."""
+    words = []
+    for option in OPTIONS:
+        value = settings.flags.get(option.name)
+        if value is None:
+            continue
+        if option.kind == "secret" or KEY_LIKE.search(value):
+            raise ProxyError("config", "%s: a secret does not go into a service's file, which "
+                             "others may read: put it into config.json (mode 0600)"
+                             % flag_name(option))
+        if option.name in PATH_OPTIONS and value and value != "auto":
+            value = absolute_path(value)
+        words.append("%s=%s" % (flag_name(option), value))
+    return words
+
+
+def user_folder(variable: str, default: str, *names: str) -> str:
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(default), *names)
+
+
+def usage_file(config: Config) -> str:
+    """The database of requests, where there is to be one."""
+    state = user_folder("XDG_STATE_HOME", "~/.local/state", "ccproxy", "usage.db")
+    return state if config.usage_db == "auto" else config.usage_db
+
+
+def written_folders(settings: Settings) -> Tuple[str, ...]:
+    """Folders in which the configuration lets the proxy write."""
+    config = settings.config
+    paths = {"logFile": config.log_file, "usageDb": usage_file(config)}
+    if config.admin_key:        # then /admin changes these two, by a new file beside the old
+        paths.update(config=settings.path, credentialsFile=config.credentials_file)
+    folders = set()
+    for name, path in paths.items():
+        if path:        # relative ones of the file count from the service's folder: the home
+            base = os.getcwd() if name in settings.flags else os.path.expanduser("~")
+            folders.add(os.path.dirname(os.path.realpath(os.path.join(base, path))))
+    return tuple(sorted(folders))
+
+
+def describe_service(invocation: Invocation, manager: str) -> Service:
+    """What is to be installed, by the settings and the command line."""
+    given, settings = invocation.given, invocation.settings
+    command = [sys.executable, os.path.abspath(__file__)]
+    command += ["--config", absolute_path(given.config)] if given.config else []
+    command += ["--demo"] if given.demo else []
+    folders = {"systemd": user_folder("XDG_CONFIG_HOME", "~/.config", "systemd", "user"),
+               "launchd": os.path.expanduser("~/Library/LaunchAgents"), "windows": ""}
+    return Service(
+        (*command, *service_flags(settings)), folders[manager],
+        user_folder("XDG_CONFIG_HOME", "~/.config", "ccproxy", "environment"),
+        written_folders(settings), settings.config.drain_seconds
+        + settings.config.drain_delay_seconds,
+        os.path.expanduser("~/Library/Logs/ccproxy.log"), os.getuid() if os.name == "posix" else 0)
+
+
+def unseen_variables(settings: Settings) -> List[str]:
+    """Variables that count now and that the service will not have."""
+    names = {source.partition(" ")[2] for source in settings.sources.values()
+             if source.startswith("environment ")}
+    names.update(name for name in os.environ if name.upper() in OUTER_VARIABLES
+                 and os.environ[name])
+    return sorted(names)
+
+
+def is_own_file(path: str) -> Optional[bool]:
+    """Whether a service's file was written by us; None where there is none.  Raises ProxyError."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return SERVICE_MARK in file.read(MIB)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+
+
+def refuse_foreign(path: str) -> Optional[bool]:
+    """As is_own_file, and ProxyError for one that is another's."""
+    own = is_own_file(path)
+    if own is False:
+        raise ProxyError("config", "%s was not written by ccproxy: move it away first" % path)
+    return own
+
+
+def write_step(step: Step) -> int:
+    """Write a service's file, at once or not at all, and say what became of it."""
+    path, data = step.words[0], step.text.encode("utf-8")
+    before = refuse_foreign(path)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        old = b""
+        if before:
+            with open(path, "rb") as file:
+                old = file.read()
+        if old != data:
+            replace_file(path, data, None, 0o644)
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+    changed = "replaced" if old != data else "unchanged"
+    say("%s: %s\n" % (changed if before else "written", path))
+    return 0
+
+
+def remove_step(step: Step) -> int:
+    path = step.words[0]
+    if refuse_foreign(path) is None:
+        say("there is no %s\n" % path)
+        return 0
+    os.remove(path)
+    say("removed: %s\n" % path)
+    return 0
+
+
+def run_step(step: Step) -> int:
+    """Run a command of the service manager with our own terminal; its exit status."""
+    import subprocess
+    try:
+        return subprocess.call(list(step.words),
+                               stderr=subprocess.DEVNULL if step.tolerant else None)
+    except KeyboardInterrupt:       # out of `logs -- -f`
+        return 130
+    except OSError as error:
+        raise ProxyError("config", "%s: %s (--dry-run shows what it would be asked)" % (
+            step.words[0], error.strerror)) from None
+
+
+STEP_KINDS: Dict[str, Callable[[Step], int]] = {
+    "write": write_step, "remove": remove_step, "run": run_step,
+    "tell": lambda step: 0 if say(step.text + "\n") else 1}
+
+
+def run_steps(steps: List[Step]) -> int:
+    """Carry out steps until one fails; the exit status."""
+    for step in steps:
+        status = STEP_KINDS[step.kind](step)
+        if status and not step.tolerant:
+            return status
+    return 0
+
+
+def lacks_namespaces() -> bool:
+    """Whether the service did not start because the kernel refuses namespaces to users."""
+    import subprocess
+    shown = subprocess.run(
+        ["systemctl", "--user", "show", "--property=ExecMainStatus", "--value",
+         SERVICE_NAME + ".service"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    return shown.stdout.strip() in [b"%d" % status for status in NO_NAMESPACES]
+
+
+def install_service(service: Service, manager: str) -> int:
+    """Install and start; under systemd without namespaces where there are none to be had."""
+    for folder in service.writes:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    steps = SERVICE_MANAGERS[manager](service, "install", ())
+    status = run_steps(steps)
+    if status and manager == "systemd" and lacks_namespaces():
+        say("this system gives users no namespaces: installed without %s\n"
+            % " ".join(NAMESPACE_RULES))
+        plain = steps[0]._replace(text=unit_text(service, namespaces=False))
+        return run_steps([plain, *steps[1:]])
+    return status
+
+
+def run_service(invocation: Invocation) -> int:
+    """The command `service`."""
+    given, manager = invocation.given, service_manager()
+    service = describe_service(invocation, manager)
+    steps = SERVICE_MANAGERS[manager](service, given.action, tuple(invocation.rest))
+    unseen = unseen_variables(invocation.settings) if given.action == "install" else []
+    if given.dry_run:
+        status = 0 if say("".join(map(step_text, steps))) else 1
+    elif given.action == "install":
+        status = install_service(service, manager)
+    else:
+        status = run_steps(steps)
+    if unseen:
+        place = "as NAME=value lines into %s (mode 0600)" % service.environment_file \
+            if manager == "systemd" else "into config.json"
+        say("the service will not see these variables; put what it needs %s: %s\n" % (
+            place, ", ".join(unseen)))
+    return status
+
+
 # === SELFTEST FEATURES ======================================================
 # What `ccproxy.py selftest` tries, a function a feature, over real sockets and
 # with nothing but Python: the README's feature table made executable.
@@ -15928,6 +16309,11 @@ COMMANDS: Dict[str, Command] = {
                    (("--url", {"metavar": "URL", "help": "where it is (default: as host and port "
                                "say); wants its adminKey where it is another machine"}),
                     ("--once", {"action": "store_true", "help": "print it once and end"}))),
+    "service": Command(run_service, "keep the proxy running: as a user's service of systemd or "
+                       "launchd, or by a task of Windows", "service install --port 8080 --dry-run",
+                       (("action", {"choices": SERVICE_ACTIONS, "help": "what to do with it"}),
+                        ("--dry-run", {"action": "store_true", "help": "print what would be done, "
+                                       "and do nothing"})), True),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
