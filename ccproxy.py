@@ -114,13 +114,14 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     JOBS
     GENERATION
     ADMIN
-    LIVE EVENTS
     RELOADING
     ADMIN CHANGES
     ADMIN KEYS
     WORKER BOARD
     SCRAPES
     DASHBOARD
+    STATE
+    LIVE EVENTS
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -165,6 +166,7 @@ import time
 import zlib
 from collections import defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import ceil, log
 from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
@@ -7076,8 +7078,12 @@ class Record(NamedTuple):
 
 def client_family(agent: str) -> str:
     """The family of a client by its User-Agent, "other" for one that is not known."""
-    return next((name for pattern, name in CLIENT_FAMILIES if pattern.search(agent[:400])),
-                "other")
+    return read_family(agent[:400])
+
+
+@lru_cache(maxsize=256)         # a handful of clients send all requests
+def read_family(agent: str) -> str:
+    return next((name for pattern, name in CLIENT_FAMILIES if pattern.search(agent)), "other")
 
 
 def read_cost(cost: Optional[str]) -> Optional[float]:
@@ -7367,6 +7373,25 @@ def render_metrics(counts: Counts) -> str:
         lines += ["ccproxy_%s%s %r" % (metric.name, label_text(metric.labels, values), number)
                   for values, number in sorted(samples.items())]
     return "\n".join(lines) + "\n"
+
+
+def minute_rows(minutes: Minutes) -> List[Any]:
+    """All minutes as JSON that another worker can add to its own."""
+    return [[number, minute.requests, minute.errors, minute.input, minute.output, minute.cached,
+             sorted(minute.firsts.items())] for number, minute in minutes.items()]
+
+
+def add_minutes(minutes: Minutes, rows: Iterable[Any]) -> None:
+    """Add another worker's minutes."""
+    for number, requests, errors, given, made, cached, firsts in rows:
+        minute = minutes.setdefault(number, Minute())
+        minute.requests += requests
+        minute.errors += errors
+        minute.input += given
+        minute.output += made
+        minute.cached += cached
+        for step, count in firsts:
+            minute.firsts[step] = minute.firsts.get(step, 0) + count
 
 
 # === ADMIN ACCESS (pure) ====================================================
@@ -10369,7 +10394,9 @@ class App:
     minutes: Minutes = field(default_factory=dict)              # see HISTORY
     followers: Set[Any] = field(default_factory=set)            # see LIVE EVENTS
     watching: Any = None                        # the task that looks for changes, for them
+    telling: Any = None                         # the listener that tells them of records
     numbered: int = 0                           # requests that were shown while they ran
+    recorded: int = 0                           # and all that are over
     metrics: Metrics = field(default_factory=Metrics)
     board: Any = None                           # Board: memory that all workers share
     shared: Dict[str, Callable[[], Any]] = field(default_factory=dict)  # what each shows on it
@@ -12743,196 +12770,6 @@ def admit_writer(app: App, exchange: Exchange) -> None:
     check_writer(exchange.head.fields, app.config.admin_key)
 
 
-# === LIVE EVENTS ============================================================
-# What the proxy does right now and did lately: /admin/state tells it once,
-# /admin/events goes on telling.  A follower (a reader of these events) has a
-# bounded queue: who reads too slowly loses the oldest and is told how many.
-# Nothing is counted for them while a request runs; one task looks once a second
-# as long as there are followers.  Followers are not requests that run: no limit
-# counts them, and the proxy does not wait for them when it stops.
-
-MAX_LIVE = 200              # running requests that are shown: those that run longest
-MAX_UNREAD_EVENTS = 200     # of one follower
-
-
-@dataclass(eq=False, **SLOTS)
-class Follower:
-    """A reader of the events, and what waits until it can take it."""
-
-    wire: Wire
-    framed: bool                    # chunked; else (HTTP/1.0) the end is the connection's
-    frames: Deque[bytes] = field(default_factory=deque)
-    state: bytes = b""              # the newest state, in place of an older one
-    lost: int = 0                   # events, since it was last told so
-    ended: bool = False             # nothing more will be added
-
-
-def phase_of(relay: Optional[Relay]) -> str:
-    """How far a running request is."""
-    if relay is None:
-        return "reading"
-    answer = relay.answer
-    block = answer.reading.live or (answer.reply.blocks[-1] if answer.reply.blocks else None)
-    if block is None:
-        return "waiting"
-    return "thinking" if block.kind == THINKING else "answering"
-
-
-def live_entry(app: App, exchange: Exchange, seconds: float) -> Json:
-    """A running request as the page and `top` show it."""
-    if not exchange.number:
-        app.numbered += 1
-        exchange.number = app.numbered
-    record, relay = exchange.record, exchange.relay
-    return {"id": exchange.number, "at": round(time.time() - seconds, 1), "api": record["api"],
-            "client": client_family(exchange.head.fields.get("user-agent", "")),
-            "asked": printable(record.get("asked", ""), 200),
-            "model": printable(record.get("model", ""), 200), "key": record.get("key", ""),
-            "stream": record.get("stream", False), "seconds": round(seconds, 3),
-            "phase": phase_of(relay),
-            "output_chars": relay.answer.reply.output_estimate if relay else 0}
-
-
-def live_entries(app: App) -> List[Json]:
-    """The generating requests that run, the longest first."""
-    now = asyncio.get_running_loop().time()
-    running = [one for one in app.exchanges
-               if "api" in one.record and not one.record.get("quiet") and not one.dry_run]
-    running.sort(key=lambda one: one.started)
-    return [live_entry(app, one, now - one.started) for one in running[:MAX_LIVE]]
-
-
-def state_entry(app: App) -> Json:
-    """What the proxy is and does, without its past."""
-    return {
-        "version": __version__, "status": "draining" if app.draining else "ok",
-        "upstream": {"kind": "demo" if app.demo else app.config.upstream,
-                     "address": upstream_address(app)},
-        "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
-        "open_streams": len(app.relays), "in_flight": app.in_flight, "clients": app.clients,
-        "worker": app.worker or 1, "workers": app.config.workers,
-        "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
-        "live": live_entries(app), "alerts": app.alerts}
-
-
-async def serve_state(app: App, exchange: Exchange) -> None:
-    """All that the page shows at first."""
-    admit_reader(app, exchange)
-    await respond_json(app, exchange, 200, {
-        **state_entry(app), "recent": [record_entry(one) for one in reversed(app.recent)],
-        "minutes": minute_entries(app.minutes, time.time())}, [("cache-control", "no-store")])
-
-
-def changing_state(app: App) -> Json:
-    """What is told again and again: the state with the current minute."""
-    number = int(time.time() // 60)
-    return {**state_entry(app),
-            "minute": minute_entry(number, app.minutes.get(number, Minute()))}
-
-
-async def watch_state(app: App) -> None:
-    """Tell all followers of each change, at most once a second.  (A request that runs changes
-    its seconds.)"""
-    known: Json = {}
-    while True:
-        state = changing_state(app)
-        changed = {**state, "uptime_seconds": 0}
-        if changed != known:
-            known, frame = changed, event_frame("state", state)
-            for follower in app.followers:
-                follower.state = frame
-                follower.wire.wake()
-        await asyncio.sleep(app.limits.news)
-
-
-def tell_record(app: App, record: Record) -> None:
-    """Tell all followers of a request that is over."""
-    if not app.followers:
-        return
-    frame = event_frame("request", record_entry(record))
-    for follower in app.followers:
-        follower.frames.append(frame)
-        if len(follower.frames) > MAX_UNREAD_EVENTS:
-            follower.frames.popleft()
-            follower.lost += 1
-        follower.wire.wake()
-
-
-def take_frames(follower: Follower) -> bytes:
-    """All that waits for a follower."""
-    lost = event_frame("lost", {"count": follower.lost}) if follower.lost else b""
-    data = b"".join([lost, *follower.frames, follower.state])
-    follower.frames.clear()
-    follower.state, follower.lost = b"", 0
-    return data
-
-
-async def feed_follower(app: App, follower: Follower) -> None:
-    """Write whatever comes up until the follower leaves or the proxy stops."""
-    wire = follower.wire
-    while not wire.ended:
-        data = b"" if wire.blocked_since else take_frames(follower)
-        if data:
-            wire.write(chunk(data) if follower.framed else data)
-        elif follower.ended:
-            wire.write(LAST_CHUNK if follower.framed else b"")
-            return
-        elif wire.blocked_since:        # one who reads nothing is dropped by the sweep
-            await wire.wait(0.0)
-        else:
-            try:
-                await wire.wait(asyncio.get_running_loop().time() + app.limits.silence)
-            except asyncio.TimeoutError:
-                follower.frames.append(comment_frame("nothing new"))
-
-
-def add_follower(app: App, follower: Follower) -> None:
-    """Begin to tell somebody.  The first one starts the task that looks for changes."""
-    if not app.followers:
-        app.watching = spawn(app, watch_state(app))
-    follower.state = event_frame("state", changing_state(app))
-    app.followers.add(follower)
-
-
-def drop_follower(app: App, follower: Follower) -> None:
-    app.followers.discard(follower)
-    if not app.followers:
-        app.watching.cancel()
-
-
-def end_followers(app: App) -> None:
-    """The proxy stops: whoever follows is told and gets the end of the stream, or, not reading,
-    is left."""
-    frame = event_frame("state", changing_state(app)) if app.followers else b""
-    for follower in list(app.followers):
-        follower.state, follower.ended = frame, True
-        if follower.wire.blocked_since:
-            follower.wire.abort()
-        follower.wire.wake()
-
-
-async def serve_events(app: App, exchange: Exchange) -> None:
-    """The state and every request that is over, as they come."""
-    admit_reader(app, exchange)
-    if app.draining:
-        raise stopping_error()
-    if len(app.followers) >= app.limits.followers:
-        raise ProxyError("busy", "Too many read these events already.", retry_after=10)
-    wire, framed = exchange.wire, exchange.head.minor > 0
-    exchange.keep = exchange.keep and framed
-    fields = STREAM_FIELDS + ([("transfer-encoding", "chunked")] if framed else [])
-    wire.write(start_response(app, exchange, 200, fields))
-    if exchange.head.method == "HEAD":
-        return
-    follower = Follower(wire, framed)
-    add_follower(app, follower)
-    wire.flood_bytes = READ_AHEAD_BYTES
-    wire.release()
-    try:
-        await feed_follower(app, follower)
-    finally:
-        wire.flood_bytes = 0
-        drop_follower(app, follower)
 def normal_path(path: str) -> str:
     """A path without what may stand before it (/explain, /anthropic, /v1 once or twice) and
     without slashes behind it."""
@@ -13418,6 +13255,276 @@ async def serve_dashboard(app: App, exchange: Exchange) -> None:
     await respond(app, exchange, 200, app.page.body, app.page.fields)
 
 
+# === STATE ==================================================================
+# What the proxy does right now and did lately, once: /admin/state.  Nothing is
+# counted for it while a request runs: it is looked at.  Of several workers each
+# shows the others its own part on their board, so that any one tells of all.
+
+MAX_LIVE = 200              # running requests that are shown: those that run longest
+SHARED_LIVE = 50            # of them, and of the last records, what a worker shows the others
+SHARED_RECORDS = 100
+
+
+def phase_of(relay: Optional[Relay]) -> str:
+    """How far a running request is."""
+    if relay is None:
+        return "reading"
+    answer = relay.answer
+    block = answer.reading.live or (answer.reply.blocks[-1] if answer.reply.blocks else None)
+    if block is None:
+        return "waiting"
+    return "thinking" if block.kind == THINKING else "answering"
+
+
+def live_entry(app: App, exchange: Exchange, seconds: float) -> Json:
+    """A running request as the page and `top` show it."""
+    if not exchange.number:
+        app.numbered += 1
+        exchange.number = app.numbered * app.config.workers + app.worker   # no other worker's
+    record, relay = exchange.record, exchange.relay
+    return {"id": exchange.number, "at": round(time.time() - seconds, 1), "api": record["api"],
+            "client": client_family(exchange.head.fields.get("user-agent", "")),
+            "asked": printable(record.get("asked", ""), 200),
+            "model": printable(record.get("model", ""), 200), "key": record.get("key", ""),
+            "stream": record.get("stream", False), "seconds": round(seconds, 3),
+            "phase": phase_of(relay),
+            "output_chars": relay.answer.reply.output_estimate if relay else 0}
+
+
+def live_entries(app: App) -> List[Json]:
+    """The generating requests that run, the longest first."""
+    now = asyncio.get_running_loop().time()
+    running = [one for one in app.exchanges
+               if "api" in one.record and not one.record.get("quiet") and not one.dry_run]
+    running.sort(key=lambda one: one.started)
+    return [live_entry(app, one, now - one.started) for one in running[:MAX_LIVE]]
+
+
+def own_state(app: App) -> Json:
+    """What this worker shows the others."""
+    return {"worker": app.worker, "open_streams": len(app.relays), "in_flight": app.in_flight,
+            "clients": app.clients, "live": live_entries(app)[:SHARED_LIVE],
+            "minutes": minute_rows(app.minutes), "recorded": app.recorded,
+            "recent": list(app.recent)[-SHARED_RECORDS:]}
+
+
+def start_state(app: App) -> None:
+    """Remember every record from now on, behind what a worker before this one remembered."""
+    app.shared["state"] = lambda: own_state(app)
+    before = read_board(app, app.worker - 1).get("state") if app.board is not None else None
+    if before:
+        app.recorded = before["recorded"]
+        app.recent.extend(Record(*row) for row in before["recent"])
+        add_minutes(app.minutes, before["minutes"])
+
+    def remember(record: Record) -> None:
+        app.recorded += 1
+        count_record(app.minutes, record)
+
+    app.listeners.append(remember)
+
+
+Others = List[Tuple[Json, bool]]    # what each other worker shows, and whether it is fresh
+
+
+def all_minutes(app: App, others: Others) -> Minutes:
+    """The last hour of all workers, one that died among them."""
+    if not others:
+        return app.minutes
+    minutes: Minutes = {}
+    for rows in (minute_rows(app.minutes), *(shown["minutes"] for shown, _ in others)):
+        add_minutes(minutes, rows)
+    return minutes
+
+
+def all_recent(app: App, others: Others) -> List[Record]:
+    """The last records of all workers, newest first."""
+    records = list(app.recent)
+    if others:
+        records += [Record(*row) for shown, _ in others for row in shown["recent"]]
+        records.sort(key=lambda record: record.at + record.total)
+    return records[:-MAX_RECORDS - 1:-1]
+
+
+def state_entry(app: App, every: Others) -> Json:
+    """What the proxy is and does, without its past."""
+    others = [shown for shown, fresh in every if fresh]
+    live = sum((shown["live"] for shown in others), live_entries(app))
+    live.sort(key=lambda entry: -entry["seconds"])
+    return {
+        "version": __version__, "status": "draining" if app.draining else "ok",
+        "upstream": {"kind": "demo" if app.demo else app.config.upstream,
+                     "address": upstream_address(app)},
+        "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
+        "open_streams": sum((shown["open_streams"] for shown in others), len(app.relays)),
+        "in_flight": sum((shown["in_flight"] for shown in others), app.in_flight),
+        "clients": sum((shown["clients"] for shown in others), app.clients),
+        "worker": app.worker or 1, "workers": app.config.workers,
+        "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
+        "live": live[:MAX_LIVE], "alerts": app.alerts}
+
+
+async def serve_state(app: App, exchange: Exchange) -> None:
+    """All that the page shows at first."""
+    admit_reader(app, exchange)
+    others = read_others(app, "state")
+    await respond_json(app, exchange, 200, {
+        **state_entry(app, others),
+        "recent": [record_entry(one) for one in all_recent(app, others)],
+        "minutes": minute_entries(all_minutes(app, others), time.time())},
+        [("cache-control", "no-store")])
+
+
+# === LIVE EVENTS ============================================================
+# /admin/events goes on telling what /admin/state told once.  A follower (a
+# reader of these events) has a bounded queue: who reads too slowly loses the
+# oldest and is told how many.  One task looks once a second as long as there
+# are followers.  They are not requests that run: no limit counts them, and the
+# proxy does not wait for them when it stops.
+
+MAX_UNREAD_EVENTS = 200     # of one follower
+
+
+@dataclass(eq=False, **SLOTS)
+class Follower:
+    """A reader of the events, and what waits until it can take it."""
+
+    wire: Wire
+    framed: bool                    # chunked; else (HTTP/1.0) the end is the connection's
+    frames: Deque[bytes] = field(default_factory=deque)
+    state: bytes = b""              # the newest state, in place of an older one
+    lost: int = 0                   # events, since it was last told so
+    ended: bool = False             # nothing more will be added
+
+
+def changing_state(app: App, others: Others) -> Json:
+    """What is told again and again: the state with the current minute."""
+    number = int(time.time() // 60)
+    return {**state_entry(app, others),
+            "minute": minute_entry(number, all_minutes(app, others).get(number, Minute()))}
+
+
+def tell_others_records(app: App, others: Others, told: Dict[int, int]) -> None:
+    """Tell all followers what the other workers have recorded since, and what of it is lost."""
+    for shown, _ in others:
+        worker, count = shown["worker"], shown["recorded"]
+        new = max(count - told.get(worker, count), 0)
+        told[worker] = count
+        for row in shown["recent"][-new:] if new else ():
+            tell_record(app, Record(*row))
+        for follower in app.followers:
+            follower.lost += max(new - SHARED_RECORDS, 0)
+
+
+async def watch_state(app: App) -> None:
+    """Tell all followers of each change, at most once a second.  (A request that runs changes
+    its seconds.)"""
+    known: Json = {}
+    told: Dict[int, int] = {}
+    while True:
+        others = read_others(app, "state")
+        tell_others_records(app, others, told)
+        state = changing_state(app, others)
+        changed = {**state, "uptime_seconds": 0}
+        if changed != known:
+            known, frame = changed, event_frame("state", state)
+            for follower in app.followers:
+                follower.state = frame
+                follower.wire.wake()
+        await asyncio.sleep(app.limits.news)
+
+
+def tell_record(app: App, record: Record) -> None:
+    """Tell all followers of a request that is over."""
+    frame = event_frame("request", record_entry(record))
+    for follower in app.followers:
+        follower.frames.append(frame)
+        if len(follower.frames) > MAX_UNREAD_EVENTS:
+            follower.frames.popleft()
+            follower.lost += 1
+        follower.wire.wake()
+
+
+def take_frames(follower: Follower) -> bytes:
+    """All that waits for a follower."""
+    lost = event_frame("lost", {"count": follower.lost}) if follower.lost else b""
+    data = b"".join([lost, *follower.frames, follower.state])
+    follower.frames.clear()
+    follower.state, follower.lost = b"", 0
+    return data
+
+
+async def feed_follower(app: App, follower: Follower) -> None:
+    """Write whatever comes up until the follower leaves or the proxy stops."""
+    wire = follower.wire
+    while not wire.ended:
+        data = b"" if wire.blocked_since else take_frames(follower)
+        if data:
+            wire.write(chunk(data) if follower.framed else data)
+        elif follower.ended:
+            wire.write(LAST_CHUNK if follower.framed else b"")
+            return
+        elif wire.blocked_since:        # one who reads nothing is dropped by the sweep
+            await wire.wait(0.0)
+        else:
+            try:
+                await wire.wait(asyncio.get_running_loop().time() + app.limits.silence)
+            except asyncio.TimeoutError:
+                follower.frames.append(comment_frame("nothing new"))
+
+
+def add_follower(app: App, follower: Follower) -> None:
+    """Begin to tell somebody.  The first one starts the task that looks for changes."""
+    if not app.followers:
+        app.watching = spawn(app, watch_state(app))
+        app.telling = lambda record: tell_record(app, record)
+        app.listeners.append(app.telling)
+    follower.state = event_frame("state", changing_state(app, read_others(app, "state")))
+    app.followers.add(follower)
+
+
+def drop_follower(app: App, follower: Follower) -> None:
+    app.followers.discard(follower)
+    if not app.followers:
+        app.watching.cancel()
+        app.listeners.remove(app.telling)
+
+
+def end_followers(app: App) -> None:
+    """The proxy stops: whoever follows is told and gets the end of the stream, or, not reading,
+    is left."""
+    if not app.followers:
+        return
+    frame = event_frame("state", changing_state(app, read_others(app, "state")))
+    for follower in list(app.followers):
+        follower.state, follower.ended = frame, True
+        if follower.wire.blocked_since:
+            follower.wire.abort()
+        follower.wire.wake()
+
+
+async def serve_events(app: App, exchange: Exchange) -> None:
+    """The state and every request that is over, as they come."""
+    admit_reader(app, exchange)
+    if app.draining:
+        raise stopping_error()
+    if len(app.followers) >= app.limits.followers:
+        raise ProxyError("busy", "Too many read these events already.", retry_after=10)
+    wire, framed = exchange.wire, exchange.head.minor > 0
+    exchange.keep = exchange.keep and framed
+    fields = STREAM_FIELDS + ([("transfer-encoding", "chunked")] if framed else [])
+    wire.write(start_response(app, exchange, 200, fields))
+    if exchange.head.method == "HEAD":
+        return
+    follower = Follower(wire, framed)
+    add_follower(app, follower)
+    wire.flood_bytes = READ_AHEAD_BYTES
+    wire.release()
+    try:
+        await feed_follower(app, follower)
+    finally:
+        wire.flood_bytes = 0
+        drop_follower(app, follower)
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -13915,13 +14022,12 @@ async def listen(app: App) -> Any:
     """Open the listening socket.  Raises OSError."""
     loop = asyncio.get_running_loop()
     app.started, app.ending = loop.time(), loop.create_future()
-    app.listeners += [lambda record: count_record(app.minutes, record),
-                      lambda record: tell_record(app, record)]
     server = await open_listener(app, app.config.host, app.config.port,
                                  lambda: Wire(app, lambda wire: accept(app, wire)))
     spawn(app, sweep(app))
     spawn(app, watch_alerts(app))
     start_metrics(app)
+    start_state(app)
     if app.config.cli_version == "auto":
         app.version_task = spawn(app, keep_version_fresh(app))
     return server
@@ -15089,8 +15195,7 @@ def proxy_words(view: TopView) -> List[str]:
              "up " + short_span(number_in(state, "uptime_seconds")), view.address,
              "upstream " + upstream]
     if number_in(state, "workers") > 1:
-        words.append("worker %d of %d alone" % (number_in(state, "worker"),
-                                                number_in(state, "workers")))
+        words.append("%d workers" % number_in(state, "workers"))
     return [word for word in words if word]
 
 

@@ -48,8 +48,8 @@ def test_figures_go_on_in_a_second_line_where_the_first_is_full():
         "400 in  40 out  25% cached  first event 0.50s, p95 3.00s"]
 
 
-def test_one_worker_of_several_says_that_it_speaks_for_itself():
-    assert "worker 2 of 4 alone" in lines_of(view_of(worker=2, workers=4))[0]
+def test_several_workers_are_told():
+    assert "4 workers" in lines_of(view_of(worker=2, workers=4))[0]
 
 
 def test_trouble_and_alerts_stand_above():
