@@ -84,6 +84,9 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     CLIENT SETTINGS (pure)
     DIAGNOSES (pure)
     SERVICE UNITS (pure)
+    JSON FILES (pure)
+    TOML FILES (pure)
+    CLIENTS SET UP (pure)
     DEMO ANSWERS (pure)
     PAGE STYLE (pure)
     PAGE MARKUP (pure)
@@ -139,6 +142,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SELFTEST
     A PROXY AT HAND
     LAUNCHERS
+    SETUP
     COMMAND LINE
 """
 from __future__ import annotations
@@ -8195,6 +8199,364 @@ def step_text(step: Step) -> str:
     return "%s %s\n" % (step.kind, shell_line(step.words))
 
 
+# === JSON FILES (pure) ======================================================
+# Other programs' JSON settings, changed as text: entries set and taken out, every
+# other byte left as it is.  What does not parse is refused, comments among it:
+# they would not survive.
+
+ENTRY_GONE = object()   # in place of a value: the entry is to be taken out
+Path = Tuple[str, ...]
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+
+class Member(NamedTuple):
+    """One member of a JSON object, as places in its text."""
+
+    name: str
+    start: int
+    value: int
+    end: int
+
+
+def load_object(text: str, path: str) -> Json:
+    """The object in a JSON file's text; nothing counts as an empty one.  Raises ProxyError."""
+    return decode_entries(text, path) if text.strip() else {}
+
+
+def skip_space(text: str, at: int) -> int:
+    found = JSON_SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def read_members(text: str, at: int) -> Tuple[List[Member], int]:
+    """The members of the object that begins at this brace, and the place of its other one."""
+    decode = json.JSONDecoder().raw_decode
+    members = []
+    at = skip_space(text, at + 1)
+    while text[at] != "}":
+        name, end = decode(text, at)
+        value = skip_space(text, skip_space(text, end) + 1)
+        end = decode(text, value)[1]
+        members.append(Member(name, at, value, end))
+        at = skip_space(text, end)
+        at = skip_space(text, at + 1) if text[at] == "," else at
+    return members, at
+
+
+def indentation(text: str, at: int) -> str:
+    """The white space with which the line of this place begins."""
+    start = text.rfind("\n", 0, at) + 1
+    found = re.match(r"[ \t]*", text[start:at])
+    return found[0] if found else ""
+
+
+def indent_unit(text: str) -> str:
+    """How far a JSON text indents its first member; "" for all on one line."""
+    found = re.match(r"\s*\{[ \t\r]*\n([ \t]+)", text)
+    return found[1] if found else "" if re.search(r"\{[ \t]*\S", text.replace("{}", "")) else "  "
+
+
+def render_json(value: Any, unit: str, margin: str) -> str:
+    """A value as it is written behind its name, its lines at the margin of that."""
+    if not unit:
+        return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, indent=unit).replace("\n", "\n" + margin)
+
+
+def set_member(text: str, at: int, path: Path, value: Any) -> str:
+    """Set an entry of the object that begins here; objects on the way are made."""
+    members, close = read_members(text, at)
+    unit = indent_unit(text)
+    margin = indentation(text, at) + unit
+    found = next((one for one in reversed(members) if one.name == path[0]), None)
+    if found and len(path) > 1 and text[found.value] == "{":
+        return set_member(text, found.value, path[1:], value)
+    for name in reversed(path[1:]):
+        value = {name: value}
+    written = render_json(value, unit, margin)
+    if found:
+        return text[:found.value] + written + text[found.end:]
+    row = "%s: %s" % (json.dumps(path[0], ensure_ascii=False), written)
+    if members:
+        last = members[-1]
+        space = text[len(text[:last.start].rstrip(" \t\r\n")):last.start]
+        return text[:last.end] + "," + space + row + text[last.end:]
+    ends = ("\n" + margin, "\n" + margin[:len(margin) - len(unit)]) if unit else ("", "")
+    return text[:at + 1] + ends[0] + row + ends[1] + text[close:]
+
+
+def remove_member(text: str, at: int, path: Path) -> str:
+    """Take an entry out of the object that begins here, if it is there."""
+    members, close = read_members(text, at)
+    place = next((number for number in range(len(members)) if members[number].name == path[0]), -1)
+    if place < 0:
+        return text
+    found = members[place]
+    if len(path) > 1:
+        return remove_member(text, found.value, path[1:]) if text[found.value] == "{" else text
+    if members[place + 1:]:
+        return text[:found.start] + text[members[place + 1].start:]
+    if place:
+        return text[:members[place - 1].end] + text[found.end:]
+    return text[:at + 1] + text[close:]
+
+
+def edit_json(text: str, entries: Mapping[Path, Any], path: str) -> str:
+    """A JSON text with these entries; ENTRY_GONE takes one out.  In the line ends that it has.
+    Raises ProxyError `config`."""
+    settings = load_object(text, path)
+    for place in entries:
+        if place[1:] and not isinstance(settings.get(place[0], {}), dict):
+            raise ProxyError("config", "%s: %s is not an object" % (path, place[0]))
+    crlf = "\r\n" in text
+    text = text.replace("\r\n", "\n") if text.strip() else "{}\n"
+    for place, value in entries.items():
+        at = text.index("{")
+        text = remove_member(text, at, place) if value is ENTRY_GONE else \
+            set_member(text, at, place, value)
+    return text.replace("\n", "\r\n") if crlf else text
+
+
+def entry_at(value: Any, path: Path) -> Any:
+    for name in path:
+        value = value.get(name, ENTRY_GONE) if isinstance(value, dict) else ENTRY_GONE
+    return value
+
+
+def restore_json(text: str, before: str, paths: Iterable[Path], path: str) -> str:
+    """A text with these entries as they were before; objects that they alone had made go too.
+    Byte for byte as before where nothing else has changed."""
+    had = load_object(before, path)
+    text = edit_json(text, {one: entry_at(had, one) for one in paths}, path)
+    now = load_object(text, path)
+    empty = [one[:1] for one in paths if entry_at(now, one[:1]) == {} and one[0] not in had]
+    text = edit_json(text, {one: ENTRY_GONE for one in empty}, path)
+    return before if load_object(text, path) == had else text
+
+
+# === TOML FILES (pure) ======================================================
+# The same for TOML, which Python before 3.11 cannot read: by its statements, our
+# own between marks, and those of others that stand in the way as comments.
+
+TOML_BEGIN, TOML_END, TOML_ASIDE = "# ccproxy begin", "# ccproxy end", "# ccproxy set aside: "
+TOML_TOKEN = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'
+                        r"'[^'\n]*'|#[^\n]*|[^\"'#\[\]{}\n]+|.", re.S)
+TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
+TOML_NAME = r"[ \t]*(%s(?:[ \t]*\.[ \t]*%s)*)[ \t]*" % (TOML_KEY, TOML_KEY)
+TOML_TABLE = re.compile(r"[ \t]*\[%s\][ \t]*(#.*)?|[ \t]*\[\[%s\]\][ \t]*(#.*)?"
+                        % (TOML_NAME, TOML_NAME))
+TOML_ENTRY = re.compile(TOML_NAME + r"=[ \t]*(\S)")
+
+
+class Statement(NamedTuple):
+    """One statement of a TOML text: a table's head, an entry (its name with its table's), or
+    neither, and its whole lines."""
+
+    kind: str
+    name: Path
+    text: str
+
+
+def toml_fault(path: str, text: str, at: int) -> ProxyError:
+    return ProxyError("config", "%s: is not TOML: line %d" % (path, text.count("\n", 0, at) + 1))
+
+
+def toml_lines(text: str, path: str) -> List[str]:
+    """A TOML text cut where its statements end.  Raises ProxyError `config`."""
+    depth = start = 0
+    cut = []
+    for token in TOML_TOKEN.finditer(text):
+        depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+        if depth < 0 or token[0] in ('"', "'"):
+            raise toml_fault(path, text, token.start())
+        if token[0] == "\n" and not depth:
+            cut.append(text[start:token.end()])
+            start = token.end()
+    if depth:
+        raise toml_fault(path, text, start)
+    return cut + [text[start:]] if text[start:] else cut
+
+
+def toml_name(written: str) -> Path:
+    """A dotted name's parts, without their quotes."""
+    return tuple(part.strip("\"'") for part in re.findall(TOML_KEY, written))
+
+
+def toml_statements(text: str, path: str) -> List[Statement]:
+    """All statements of a TOML text, which is checked as far as that goes.  Raises ProxyError
+    `config`."""
+    table: Path = ()
+    found = []
+    at = 0
+    for line in toml_lines(text, path):
+        bare = line.rstrip("\r\n")
+        head, entry = TOML_TABLE.fullmatch(bare), TOML_ENTRY.match(bare)
+        if head:
+            table = toml_name(head[1] or head[3])
+            found.append(Statement("table", table, line))
+        elif entry:
+            found.append(Statement("entry", table + toml_name(entry[1]), line))
+        elif not bare.strip() or bare.lstrip().startswith("#"):
+            found.append(Statement("", (), line))
+        else:
+            raise toml_fault(path, text, at)
+        at += len(line)
+    return found
+
+
+def check_toml(text: str, path: str) -> Json:
+    """Read a TOML text; {} where this Python cannot.  Raises ProxyError `config`."""
+    toml_statements(text, path)
+    try:
+        import tomllib
+    except ImportError:         # before 3.11
+        return {}
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProxyError("config", "%s: is not TOML: %s" % (path, error)) from None
+
+
+def is_within(name: Path, table: Path) -> bool:
+    return name[:len(table)] == table
+
+
+def strip_toml(text: str, table: Path, names: Iterable[str], path: str) -> str:
+    """A text without our entries and with those of others again.  Another program may have put
+    its own between our marks: those stay."""
+    kept, inside, own = [], False, {(name,) for name in names}
+    for statement in toml_statements(text, path):
+        line = statement.text
+        marked = line.startswith((TOML_BEGIN, TOML_END))
+        inside = line.startswith(TOML_BEGIN) if marked else inside
+        ours = inside and (is_within(statement.name, table) or statement.name in own)
+        if not marked and not ours:
+            kept.append(line[len(TOML_ASIDE):] if line.startswith(TOML_ASIDE) else line)
+    return "".join(kept)
+
+
+def restore_toml(text: str, before: str, table: Path, names: Iterable[str], path: str) -> str:
+    """The same, byte for byte as before where nothing else has changed."""
+    text = strip_toml(text, table, names, path)
+    return before if text.rstrip() == before.rstrip() else text
+
+
+def set_aside(text: str, table: Path, names: Iterable[str], path: str) -> str:
+    """A TOML text with these entries above its tables, and this table, as comments.  Raises
+    ProxyError `config` where the table could not stand behind them."""
+    own = {(name,) for name in names}
+    kept = []
+    for statement in toml_statements(text, path):
+        if statement.kind == "entry" and statement.name == table[:-1]:
+            raise ProxyError("config", "%s: %s is written on one line; write it as tables first"
+                             % (path, ".".join(table[:-1])))
+        ours = statement.name in own or is_within(statement.name, table)
+        kept.append("".join(TOML_ASIDE + line for line in statement.text.splitlines(True))
+                    if ours else statement.text)
+    return "".join(kept)
+
+
+def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
+    """A TOML text with these entries: plain ones above its tables, the one table behind them, each
+    between marks.  What stood in their place becomes a comment.  Raises ProxyError `config`."""
+    check_toml(text, path)
+    plain = {one[0]: value for one, value in entries.items() if len(one) == 1}
+    (table, rows), = [(one, value) for one, value in entries.items() if len(one) > 1]
+    crlf = "\r\n" in text
+    body = strip_toml(text.replace("\r\n", "\n"), table, plain, path)
+    body = set_aside(body, table, plain, path)
+    body += "\n" if body and not body.endswith("\n") else ""
+    top = ["%s = %s" % (name, json.dumps(value)) for name, value in plain.items()
+           if value is not ENTRY_GONE]
+    end = ["[%s]" % ".".join(table)] + ["%s = %s" % (name, json.dumps(value))
+                                        for name, value in rows.items()]
+    first, second = ("\n".join([TOML_BEGIN, *lines, TOML_END, ""]) for lines in (top, end))
+    check_toml(first + body + second, path)
+    return (first + body + second).replace("\n", "\r\n" if crlf else "\n")
+
+
+# === CLIENTS SET UP (pure) ==================================================
+# Which entries of a client's own settings lead it here, and how they are made
+# and taken out again.  None holds a key: each names the variable that does.
+
+CLAUDE_NAMES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL",
+                "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+                "ANTHROPIC_DEFAULT_FABLE_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS")
+CODEX_NAMES = ("model", "model_provider", "model_context_window")
+CODEX_TABLE = ("model_providers", "ccproxy")
+OPENCODE_PATHS: Tuple[Path, ...] = (("model",), ("small_model",), ("provider", "ccproxy"))
+
+
+def key_helper(windows: bool) -> str:
+    """The command by which Claude Code gets the key; it runs in the system's own shell."""
+    return "echo %%%s%%" % KEY_VARIABLE if windows else 'echo "${%s:-%s}"' % (KEY_VARIABLE, NO_KEY)
+
+
+def claude_foreign(settings: Json) -> List[Path]:
+    """Entries of its settings that would win over ours."""
+    return [("env", name) for name in foreign_names(CLIENTS["claude"], settings.get("env") or {})]
+
+
+def claude_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
+    """Claude Code asks a helper for the key, which no login overrules."""
+    entries: Dict[Path, Any] = dict.fromkeys(claude_foreign(settings), ENTRY_GONE)
+    entries.update({("env", name): value for name, value in claude_models(target).items()})
+    return {**entries, ("apiKeyHelper",): key_helper(windows)}
+
+
+def restore_claude(text: str, before: str, path: str) -> str:
+    paths = [("env", name) for name in CLAUDE_NAMES] + claude_foreign(load_object(before, path))
+    return restore_json(text, before, [*dict.fromkeys(paths), ("apiKeyHelper",)], path)
+
+
+def opencode_paths(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
+    entries = opencode_entries(target)
+    return {path: entry_at(entries, path) for path in OPENCODE_PATHS}
+
+
+def restore_opencode(text: str, before: str, path: str) -> str:
+    return restore_json(text, before, OPENCODE_PATHS, path)
+
+
+def codex_paths(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
+    entries = codex_entries(target)
+    plain: Dict[Path, Any] = {(name,): entries.get(name, ENTRY_GONE) for name in CODEX_NAMES}
+    return {**plain, CODEX_TABLE: codex_provider(target)}
+
+
+def restore_codex(text: str, before: str, path: str) -> str:
+    return restore_toml(text, before, CODEX_TABLE, CODEX_NAMES, path)
+
+
+class SetUp(NamedTuple):
+    """How one client's settings are edited and restored.  `places` are variables that name its
+    folder, and what follows; the one without a variable holds when none is set."""
+
+    load: Callable[[str, str], Json]
+    entries: Callable[[Json, Target, bool], Dict[Path, Any]]
+    edit: Callable[[str, Mapping[Path, Any], str], str]
+    restore: Callable[[str, str, str], str]
+    places: Tuple[Tuple[str, str], ...]
+    files: Tuple[str, ...]          # the last that there is wins
+
+
+SET_UPS: Dict[str, SetUp] = {
+    "claude": SetUp(load_object, claude_entries, edit_json, restore_claude,
+                    (("CLAUDE_CONFIG_DIR", ""), ("", "~/.claude")), ("settings.json",)),
+    "codex": SetUp(check_toml, codex_paths, edit_toml, restore_codex,
+                   (("CODEX_HOME", ""), ("", "~/.codex")), ("config.toml",)),
+    "opencode": SetUp(load_object, opencode_paths, edit_json, restore_opencode,
+                      (("XDG_CONFIG_HOME", "opencode"), ("", "~/.config/opencode")),
+                      ("opencode.json", "opencode.jsonc"))}
+
+
+def change_lines(entries: Mapping[Path, Any]) -> List[str]:
+    """What is set and what is taken away, of the latter only the name."""
+    return ["- " + ".".join(path) if value is ENTRY_GONE else "+ %s = %s" % (
+        ".".join(path), json.dumps(value)) for path, value in entries.items()]
+
+
 # === DEMO ANSWERS (pure) ====================================================
 # What the upstream inside the program (--demo) says, in Command Code's own
 # format: a person can connect any client without a key, and a client's author
@@ -15925,7 +16287,9 @@ OWN_PROXY = {"host": "127.0.0.1", "port": "0", "workers": "1", "drainSeconds": "
 
 
 def local_base(config: Config) -> str:
-    """The address at which clients of this machine reach the proxy."""
+    """The address at which clients of this machine reach the proxy.  Raises ProxyError."""
+    if not config.port:
+        raise ProxyError("config", "port 0 is a different one at every start: give --port")
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     return "http://%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host,
                              config.port)
@@ -15977,8 +16341,10 @@ def read_health(base: str) -> Json:
 def find_proxy(settings: Settings, demo: bool) -> str:
     """The address of a running proxy that would do just what one of these settings does, or ""."""
     config = settings.config
+    if not config.port:
+        return ""
     base = local_base(config)
-    health = read_health(base) if config.port else {}
+    health = read_health(base)
     wanted = {"status": "ok", "version": __version__,
               "upstream": "demo" if demo else configured_upstream(config),
               "operator_keys": len(settings.operator.keys)}
@@ -16189,6 +16555,125 @@ def run_client(invocation: Invocation) -> int:
         return run_to_end([str(program), *client.arguments(target), *invocation.rest],
                           client_environment(client, target))
     return 130
+
+
+# === SETUP ==================================================================
+# `setup` writes into a client's own settings what leads it here, and takes it
+# out again.  The file as it was is kept beside it until then.
+
+BACKUP_ENDING = ".ccproxy-backup"
+NO_FILE = b"ccproxy setup: there was no file\n"     # in place of a backup
+
+
+def settings_file(name: str) -> str:
+    """Where a client keeps its settings; what a link stands for, so that it stays one."""
+    set_up = SET_UPS[name]
+    if name == "opencode" and os.environ.get("OPENCODE_CONFIG"):
+        return os.path.realpath(os.environ["OPENCODE_CONFIG"])
+    folder = next(os.path.join(os.environ.get(variable, ""), rest) if variable else rest
+                  for variable, rest in set_up.places if not variable or os.environ.get(variable))
+    paths = [os.path.join(os.path.expanduser(folder), one) for one in set_up.files]
+    return os.path.realpath(next(filter(os.path.exists, reversed(paths)), paths[0]))
+
+
+def read_settings_file(path: str) -> Optional[bytes]:
+    """A file's bytes; None for none.  Raises ProxyError `config`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+
+
+def write_settings_file(path: str, data: bytes, like: str) -> None:
+    """Put a file in its place, with the mode and owner of another where there is that.  Raises
+    ProxyError `config`."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        known = os.stat(like) if os.path.exists(like) else None
+        replace_file(path, data, known, known.st_mode & 0o777 if known else 0o600)
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+
+
+def decode_settings(data: Optional[bytes], path: str) -> Tuple[str, str]:
+    """(byte order mark, text).  Raises ProxyError `config`."""
+    try:
+        text = (data or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProxyError("config", "%s: is not UTF-8" % path) from None
+    return ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
+
+
+def write_settings(path: str, old: Optional[bytes], new: bytes) -> None:
+    """Keep the file as it was, unless that was done, and write it anew."""
+    if not os.path.exists(path + BACKUP_ENDING):
+        write_settings_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
+    write_settings_file(path, new, path)
+
+
+def show_next_steps(name: str, path: str, target: Target) -> None:
+    """What is left to do, and what would undo it."""
+    show_feature(True, "%s: %s is led to %s, model %s" % (path, name, target.base,
+                                                          target.model.id))
+    say("  The key: export %s=user_... where %s runs (it is in no file).\n"
+        "  The proxy: python3 ccproxy.py\n"
+        "  Back: python3 ccproxy.py setup %s --undo\n" % (KEY_VARIABLE, name, name))
+    wins = [one for one in foreign_names(CLIENTS[name], os.environ) if one not in CLAUDE_NAMES]
+    if wins and name == "claude":
+        say("  Unset what wins over it here: %s\n" % " ".join(wins))
+
+
+def undo_setup(name: str, path: str, dry: bool) -> int:
+    """Bring a client's settings back to what they were, but for what others changed since."""
+    now, kept = read_settings_file(path), read_settings_file(path + BACKUP_ENDING)
+    if kept is None:
+        complain("%s: nothing was set up here (there is no %s)." % (
+            path, os.path.basename(path) + BACKUP_ENDING), 1)
+    before = b"" if kept == NO_FILE else kept or b""
+    mark, text = decode_settings(now, path)
+    restored = before if now is None else (mark + SET_UPS[name].restore(
+        text, decode_settings(before, path)[1], path)).encode()
+    if dry:
+        say("%s: would be as before\n" % path)
+        return 0
+    if restored == b"" and kept == NO_FILE:
+        if now is not None:
+            os.unlink(path)
+    elif restored != now:
+        write_settings_file(path, restored, path + BACKUP_ENDING)
+    os.unlink(path + BACKUP_ENDING)
+    show_feature(True, "%s: as it was before" % path)
+    return 0
+
+
+def set_up_client(invocation: Invocation) -> int:
+    """The command `setup`."""
+    name, dry = invocation.given.client, invocation.given.dry_run
+    path, set_up, windows = settings_file(name), SET_UPS[name], sys.platform == "win32"
+    if invocation.given.undo:
+        return undo_setup(name, path, dry)
+    target = target_of(invocation, local_base(invocation.settings.config), KEY_MARK)._replace(
+        models=())
+    old = read_settings_file(path)
+    mark, text = decode_settings(old, path)
+    try:
+        entries = set_up.entries(set_up.load(text, path), target, windows)
+        new = (mark + set_up.edit(text, entries, path)).encode()
+    except ProxyError as error:
+        sys.stderr.write("ccproxy: %s\nNothing was written.  What it needs:\n" % printable(
+            error.message, 1000))
+        say(set_up.edit("", set_up.entries({}, target, windows), path))
+        return 1
+    if dry:
+        say("%s:\n%s" % (path, "".join("  %s\n" % line for line in change_lines(entries))))
+        return 0
+    if new != old:
+        write_settings(path, old, new)
+    show_next_steps(name, path, target)
+    return 0
 
 
 # === COMMAND LINE ===========================================================
@@ -16419,6 +16904,11 @@ COMMANDS: Dict[str, Command] = {
                        (("action", {"choices": SERVICE_ACTIONS, "help": "what to do with it"}),
                         ("--dry-run", {"action": "store_true", "help": "print what would be done, "
                                        "and do nothing"})), True),
+    "setup": Command(set_up_client, "write into a client's own settings what leads it here",
+                     "setup claude --dry-run", (client_argument(SET_UPS), MODEL_FLAG, (
+                         "--undo", {"action": "store_true", "help": "bring them back"}), (
+                         "--dry-run", {"action": "store_true", "help": "only say what would be "
+                                       "done"}))),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "

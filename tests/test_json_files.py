@@ -1,0 +1,100 @@
+"""JSON FILES: entries set and taken out of a text, everything else left byte for byte."""
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from harness import ccproxy
+
+GONE = ccproxy.ENTRY_GONE
+
+
+def edit(text, entries):
+    return ccproxy.edit_json(text, entries, "f")
+
+
+@pytest.mark.parametrize("text, entries, expected", [
+    ("", {("a",): 1}, '{\n  "a": 1\n}\n'),
+    ("{}", {("a",): 1}, '{\n  "a": 1\n}'),
+    ("{}\n", {("a", "b"): "x"}, '{\n  "a": {\n    "b": "x"\n  }\n}\n'),
+    ('{"b": 1}', {("a",): [1, 2]}, '{"b": 1,"a": [1, 2]}'),
+    ('{"b":1, "c":2}', {("a",): 3}, '{"b":1, "c":2, "a": 3}'),
+    ('{\n    "b": 1\n}\n', {("a",): {"x": {}}},
+     '{\n    "b": 1,\n    "a": {\n        "x": {}\n    }\n}\n'),
+    ('{\n\t"b": 1\n}', {("a",): [1]}, '{\n\t"b": 1,\n\t"a": [\n\t\t1\n\t]\n}'),
+    ('{\r\n  "b": 1\r\n}\r\n', {("a",): 2}, '{\r\n  "b": 1,\r\n  "a": 2\r\n}\r\n'),
+    ('{"a" : 1 , "b":2}', {("a",): "\u00e9"}, '{"a" : "\u00e9" , "b":2}'),
+    ('{"a":1,"a":2}', {("a",): 3}, '{"a":1,"a":3}'),
+    ('{"e": {"x": 1}, "b": 2}', {("e", "y"): 2, ("e", "x"): GONE}, '{"e": {"y": 2}, "b": 2}'),
+    ('{\n  "a": {},\n  "b": 1\n}', {("a", "x"): 1},
+     '{\n  "a": {\n    "x": 1\n  },\n  "b": 1\n}'),
+    ('{"a": 1, "b": 2}', {("a",): GONE}, '{"b": 2}'),
+    ('{"a": 1, "b": 2}', {("b",): GONE}, '{"a": 1}'),
+    ('{ "a": 1 }', {("a",): GONE}, "{}"),
+    ('{"a": 1}', {("b",): GONE, ("c", "d"): GONE}, '{"a": 1}'),
+    ('{"a": "}{,\\"", "b": [{"a": 1}]}', {("b",): 1}, '{"a": "}{,\\"", "b": 1}')])
+def test_entries_are_edited_in_place(text, entries, expected):
+    assert edit(text, entries) == expected
+
+
+@pytest.mark.parametrize("text, told", [
+    ("{", "not JSON"), ("[]", "one JSON object"), ('{"a": 1,}', "not JSON"),
+    ('// comment\n{"a": 1}', "not JSON"), ('{"a": 1 /* c */}', "not JSON"), ("nul", "not JSON"),
+    ("[" * 100_000, "not usable"), ('{"a": "x"}', "a is not an object")])
+def test_what_does_not_parse_is_refused(text, told):
+    with pytest.raises(ccproxy.ProxyError) as raised:
+        edit(text, {("a", "b"): 1})
+    assert told in raised.value.message and raised.value.message.startswith("f: ")
+
+
+def random_value(chance, depth=3):
+    if not depth or chance.random() < 0.5:
+        return chance.choice([None, True, 1.5, -3, "", "a\"b\\", "\u4e16{}[],:\n"])
+    if chance.random() < 0.5:
+        return [random_value(chance, depth - 1) for _ in range(chance.randrange(3))]
+    return random_object(chance, depth - 1)
+
+
+def random_object(chance, depth=3):
+    return {chance.choice("abcde\u00e9\"{,"): random_value(chance, depth)
+            for _ in range(chance.randrange(1, 5))}
+
+
+def random_text(chance):
+    value = random_object(chance)
+    return value, json.dumps(value, indent=chance.choice([None, 1, 2, 4, "\t"]),
+                             ensure_ascii=chance.random() < 0.5,
+                             separators=chance.choice([(",", ":"), (" , ", " : ")]))
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_an_edited_text_means_what_an_edited_object_does(seed):
+    chance = random.Random(seed)
+    value, text = random_text(chance)
+    path = tuple(chance.sample("abcx", chance.randrange(1, 3)))
+    if path[1:] and not isinstance(value.get(path[0], {}), dict):
+        path = path[:1]
+    new = random_value(chance)
+    changed = edit(text, {path: new})
+    held = value.setdefault(path[0], {}) if path[1:] else value
+    existed = path[-1] in held
+    held[path[-1]] = new
+    assert json.loads(changed) == value
+    if not existed:     # what was added and taken out leaves no trace
+        before = json.loads(text)
+        again = ccproxy.restore_json(changed, text, [path], "f")
+        assert json.loads(again) == before and again == text
+    del held[path[-1]]
+    assert json.loads(edit(changed, {path: GONE})) == value
+
+
+def test_what_others_changed_since_is_kept():
+    before = '{"env": {"MINE": "1", "OURS": "was"}, "top": 1}'
+    paths = [("env", "OURS"), ("env", "NEW"), ("provider", "ours")]
+    after = edit(before, {("env", "OURS"): "is", ("env", "NEW"): 2, ("provider", "ours"): {}})
+    changed = edit(after, {("theme",): "dark", ("env", "MINE"): "2"})
+    assert json.loads(ccproxy.restore_json(changed, before, paths, "f")) == {
+        "env": {"MINE": "2", "OURS": "was"}, "top": 1, "theme": "dark"}
+    assert ccproxy.restore_json(after, before, paths, "f") == before
+    assert ccproxy.restore_json(edit("", {("env", "NEW"): 2}), "", paths, "f") == ""
