@@ -104,6 +104,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SAFE FILES
     SOCKETS
     LISTENING AND CONNECTING
+    SOCKETS HANDED ON
     WIRE
     UPSTREAM CALLS
     ACCOUNTS
@@ -118,6 +119,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     GENERATION
     ADMIN
     RELOADING
+    RESTART
     ADMIN CHANGES
     ADMIN KEYS
     WORKER BOARD
@@ -258,6 +260,8 @@ class Limits(NamedTuple):
     pool_idle: float = 60.0         # an idle upstream connection is closed after this
     pool_size: int = 64             # idle upstream connections kept
     sweep: float = 0.5              # how often deadlines are looked at
+    watch: float = 0.5              # how often --watch looks at its files
+    first_grace: float = 0.5        # for a new connection's first request, when we stop
     backoff: Tuple[float, ...] = (0.5, 1.5)     # before the 2nd and 3rd attempt
     short_retry_after: float = 2.0  # a longer wait is the client's decision, not ours
     side_call: float = 10.0         # the model list
@@ -10731,7 +10735,15 @@ class App:
     refusals: int = 0                           # connections that were too many, closing
     max_clients: int = 0
     bodies: int = 0                             # bytes of request bodies in memory
-    draining: bool = False
+    leaving: bool = False                       # told to stop; answers say `connection: close`
+    draining: bool = False                      # no new requests are served
+    restarting: bool = False                    # the program starts again when it has drained
+    stop: Any = None                            # asyncio.Event: the proxy is to stop
+    hurry: Any = None                           # asyncio.Event: and not to wait for anything
+    server: Any = None                          # what listens
+    sockets: List[socket.socket] = field(default_factory=list)  # given to listen on; []: bind
+    restartable: bool = False                   # this process is a program of ours alone
+    watched: Optional[Dict[str, Any]] = None    # see RESTART; None: nothing is watched
     ending: Any = None                          # future: what still runs is to end now
     started: float = 0.0                        # loop time
     models_due: float = 0.0                     # loop time at which the list is asked for again
@@ -11280,6 +11292,7 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock: socket.socket) -> None:
+        """Accept from now on, but not after the end."""
         if not self.closed:
             self.loop.add_reader(sock.fileno(), self.accept, sock)
 
@@ -11298,10 +11311,19 @@ class Listener:
             set_options(sock)
             Channel(sock, self.protocol())
 
-    def close(self) -> None:
+    def pause(self) -> None:
+        """Accept no more; connections that come wait in the system, for whoever goes on."""
         self.closed = True
         for sock in self.sockets:
             self.loop.remove_reader(sock.fileno())
+
+    def close(self) -> None:
+        """Take the connections that wait already, then listen no more."""
+        for sock in self.sockets:
+            for _ in range(0 if self.closed else BACKLOG // ACCEPTS_PER_TURN):
+                self.accept(sock)
+        self.pause()
+        for sock in self.sockets:
             sock.close()
 
 
@@ -11313,20 +11335,52 @@ def set_options(sock: socket.socket) -> None:
         pass
 
 
-async def open_listener(app: App, host: str, port: int,
-                        protocol: Callable[[], asyncio.BufferedProtocol]) -> Any:
-    """Listen on all addresses of a host: an object with `sockets` and `close()`.
+def bind_sockets(host: str, port: int, share: bool = False) -> List[socket.socket]:
+    """Sockets bound to a port on all addresses of a host; with `share` others may be bound to the
+    same, and the system spreads connections among those that listen.  Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: List[socket.socket] = []
+    failure: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:        # no IPv6 here, say
+            failure = error
+            continue
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            chosen = sockets[0].getsockname()[1] if sockets else port
+            sock.bind((address[0], chosen, *address[2:]))
+            sockets.append(sock)
+        except OSError as error:
+            sock.close()
+            failure = error
+            if error.errno != errno.EADDRNOTAVAIL:
+                close_sockets(sockets)
+                raise
+    if not sockets:
+        raise failure
+    return sockets
 
-    Raises OSError.
-    """
-    loop = asyncio.get_running_loop()
+
+def close_sockets(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+async def open_listener(app: App, host: str, port: int,
+                        protocol: Callable[[], asyncio.BufferedProtocol],
+                        sockets: Iterable[socket.socket] = ()) -> Any:
+    """Listen on all addresses of a host, or on the sockets that were given: an object with
+    `sockets` and `close()`.  Raises OSError."""
     if not app.bare:
-        return await loop.create_server(protocol, host, port, backlog=BACKLOG)
-    server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False,
-                                      reuse_port=bool(app.worker))
-    sockets = [sock.dup() for sock in server.sockets]       # asyncio knows how to bind; we accept
-    server.close()
-    return Listener(app, sockets, protocol)
+        return await asyncio.get_running_loop().create_server(protocol, host, port,
+                                                              backlog=BACKLOG)
+    return Listener(app, list(sockets) or bind_sockets(host, port), protocol)
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -11386,6 +11440,83 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     raise failure or OSError("no address of %s" % host)
 
 
+# === SOCKETS HANDED ON ======================================================
+# A restart is the same process that runs its program anew, so its listening
+# sockets can stay open: connections that come meanwhile wait in them.  They are
+# named in an environment variable, which the new program takes out, and looked
+# at closely before they are believed.
+
+HANDED_ON = "CCPROXY_SOCKETS"
+Groups = List[List[socket.socket]]      # the sockets of each worker
+
+
+def hand_on(groups: Groups, config: Config) -> None:
+    """Leave sockets open for the program that this process runs next."""
+    numbers = {sock: sock.fileno() for group in groups for sock in group}
+    for number in numbers.values():
+        os.set_inheritable(number, True)
+    os.environ[HANDED_ON] = json.dumps({
+        "process": os.getpid(), "host": config.host, "port": config.port,
+        "sockets": [[numbers[sock] for sock in group] for group in groups]})
+
+
+def listening_socket(number: Any) -> Optional[socket.socket]:
+    """The listening TCP socket with this descriptor; None where it is none."""
+    if not isinstance(number, int) or number < 3:
+        return None
+    try:
+        sock = socket.socket(fileno=number)
+    except OSError:
+        return None
+    listens = sock.type == socket.SOCK_STREAM and sock.family in (
+        socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listens:
+        sock.detach()           # somebody else's
+        return None
+    sock.set_inheritable(False)
+    return sock
+
+
+def take_over(config: Config) -> Groups:
+    """The sockets that the program before left open, where it listened as we are to; else []."""
+    try:
+        told = json.loads(os.environ.pop(HANDED_ON, "{}"))
+        mine = told.get("process") == os.getpid()
+        numbers = [list(group) for group in told["sockets"]] if mine else []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    groups = [[sock for sock in map(listening_socket, group) if sock is not None]
+              for group in numbers]
+    if mine and (told.get("host"), told.get("port")) != (config.host, config.port):
+        close_sockets(sock for group in groups for sock in group)
+        return []
+    return [group for group in groups if group]
+
+
+def spread_sockets(config: Config, groups: Groups) -> Groups:
+    """Listening sockets for each worker: those that were taken over, and more.  The parent keeps
+    them all, so that what waits in them outlives a worker.  Raises OSError."""
+    if not groups and config.port:      # nobody else may have the port, not even by sharing it
+        close_sockets(bind_sockets(config.host, config.port))
+    for sock in [sock for group in groups for sock in group]:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    spread = groups[:config.workers]
+    for number, extra in enumerate(groups[config.workers:]):
+        spread[number % config.workers].extend(extra)
+    while len(spread) < config.workers:
+        port = spread[0][0].getsockname()[1] if spread else config.port
+        try:
+            spread.append(bind_sockets(config.host, port, share=True))
+        except OSError:
+            if not groups:
+                raise
+            spread.append(spread[0])        # a system that lets nobody join: they take turns
+        for sock in spread[-1]:
+            sock.listen(BACKLOG)
+    return spread
+
+
 # === WIRE ===================================================================
 # One connection, to a client or to an upstream.  Heads and bodies are read by
 # awaiting `fill` and calling `take`.  For the length of one answer the relay
@@ -11399,11 +11530,12 @@ class Wire(asyncio.BufferedProtocol):
 
     __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "waiter",
                  "deadline", "blocked_since", "closed_at", "flood_bytes", "held", "on_open",
-                 "idle_since", "is_client")
+                 "idle_since", "is_client", "fresh")
 
     def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
         self.app, self.on_open = app, on_open
         self.is_client = False                      # a caller's, not the demo upstream's own
+        self.fresh = True                           # no request has come on it yet
         self.transport: Any = None
         self.buffer = bytearray()                   # what came and was not taken
         self.ended = False                          # nothing more will come
@@ -12602,6 +12734,8 @@ def start_response(app: App, exchange: Exchange, status: int,
     exchange.opened = True
     exchange.record["status"] = status
     every = fields + cors_fields(app, exchange.head)
+    if app.leaving:
+        exchange.keep = False
     if not exchange.keep:
         every.append(("connection", "close"))
     elif not exchange.head.minor:
@@ -13181,10 +13315,10 @@ def follow_cli_version(app: App) -> None:
     if app.version_task is not None:
         app.version_task.cancel()
         app.version_task = None
-    if app.config.cli_version == "auto":
-        app.version_task = spawn(app, keep_version_fresh(app))
-    else:
+    if app.config.cli_version != "auto":
         app.cli_version = app.config.cli_version
+    elif app.ending is not None:        # else a workers' parent, which calls nobody
+        app.version_task = spawn(app, keep_version_fresh(app))
 
 
 def follow_model_list(app: App) -> None:
@@ -13209,13 +13343,37 @@ def apply_settings(app: App, settings: Settings) -> List[str]:
     for name in changed:
         if name in FOLLOWERS:
             FOLLOWERS[name](app)
+    watch_again(app)
     return changed
+
+
+def settings_files(settings: Settings) -> List[str]:
+    """The files whose content the settings are."""
+    return [path for path in (settings.path, settings.config.credentials_file) if path]
+
+
+def file_marks(paths: Iterable[str]) -> Dict[str, Any]:
+    """What tells whether files have changed."""
+    marks: Dict[str, Any] = {}
+    for path in paths:
+        try:
+            known = os.stat(path)
+            marks[path] = (known.st_mtime_ns, known.st_size)
+        except OSError:
+            marks[path] = None
+    return marks
+
+
+def watch_again(app: App) -> None:
+    """What was just read, or written by ourselves, is no change for --watch."""
+    if app.watched is not None:
+        app.watched.update(file_marks(settings_files(app.settings)))
 
 
 def log_change(app: App, origin: str, changed: List[str]) -> None:
     """One line about a new configuration: the names, never the values."""
     waiting = waiting_options(app.settings.config, app.config)
-    app.log.info("configuration (%s): %s; %d operator's keys%s", origin,
+    app.log.info("configuration %s: %s; %d operator's keys%s", origin,
                  "changed " + ", ".join(changed) if changed else "nothing changed",
                  len(app.operator.keys),
                  "; restart for " + ", ".join(waiting) if waiting else "")
@@ -13223,7 +13381,7 @@ def log_change(app: App, origin: str, changed: List[str]) -> None:
 
 def reload_settings(app: App) -> None:
     """Read the config file and the operator's keys again; where they are wrong, one line says so
-    and all stays as it is."""
+    and all stays as it is.  Of workers, the parent alone says it."""
     settings = app.settings
     if settings is None:
         return
@@ -13231,9 +13389,12 @@ def reload_settings(app: App) -> None:
         fresh = read_settings(settings.flags, settings.given)
         check_surroundings(fresh.config)
     except ProxyError as error:
-        app.log.error("the configuration stays as it is: %s", printable(error.message, 1000))
+        app.log.log(logging.DEBUG if app.worker else logging.ERROR,
+                    "the configuration stays as it is: %s", printable(error.message, 1000))
         return
-    log_change(app, "read again", apply_settings(app, fresh))
+    changed = apply_settings(app, fresh)
+    if not app.worker:
+        log_change(app, "read again", changed)
 
 
 def tell_workers(app: App) -> None:
@@ -13250,6 +13411,129 @@ async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
         return await in_thread(work)
 
 
+# === RESTART ================================================================
+# The program starts again in the same process and on the same listening sockets
+# (SOCKETS HANDED ON), once it has drained: no connection is refused, a running
+# answer is finished, and whoever supervises the process notices nothing.  Before
+# anything is stopped, the new program must prove that it would start.
+
+PARENT_SIGNALS = {number for number in (getattr(signal, name, None) for name in (
+    "SIGINT", "SIGTERM", "SIGCHLD", "SIGHUP", "SIGUSR2")) if number is not None}
+CHECK_SECONDS = 30.0        # for `--check`, which takes a fraction of one
+
+
+def can_restart(app: App) -> bool:
+    """Whether this platform, and the way in which the proxy runs, let it start again."""
+    return app.restartable and app.bare and hasattr(os, "fork") and bool(sys.executable)
+
+
+def own_arguments() -> List[str]:
+    """What stands behind the interpreter's name on our command line."""
+    known = getattr(sys, "orig_argv", None)         # from Python 3.10 on
+    if known:
+        return list(known[1:])
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            return [os.fsdecode(word) for word in file.read().split(b"\0")[1:-1]]
+    except OSError:
+        return list(sys.argv)
+
+
+def check_program() -> None:
+    """Whether the program, as it is on disk now, would start with our arguments.  Raises
+    ProxyError 409."""
+    import subprocess
+    refused = "The program would not start again, so nothing was done: "
+    try:
+        with open(os.path.abspath(__file__), "rb") as file:
+            compile(file.read(), "ccproxy.py", "exec", dont_inherit=True)
+        done = subprocess.run([sys.executable, *own_arguments(), "--check"], timeout=CHECK_SECONDS,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE)
+    except (OSError, SyntaxError, ValueError, subprocess.TimeoutExpired) as error:
+        raise ProxyError("invalid", refused + printable(str(error), 300), status=409) from None
+    if done.returncode:
+        words = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no reason"]
+        raise ProxyError("invalid", refused + printable(words[0], 300), status=409)
+
+
+def check_address(app: App) -> None:
+    """Whether another address, where the config names one now, can be had.  Raises ProxyError."""
+    settings = app.settings
+    fresh = read_settings(settings.flags, settings.given).config
+    if (fresh.host, fresh.port) == (app.config.host, app.config.port):
+        return
+    try:
+        close_sockets(bind_sockets(fresh.host, fresh.port))
+    except OSError as error:
+        raise ProxyError("invalid", "Host %s port %d cannot be had (%s), so nothing was done."
+                         % (fresh.host, fresh.port, error.strerror), status=409) from None
+
+
+def check_restart(app: App) -> None:
+    """Whether a restart would do.  Blocks.  Raises ProxyError 409, 501, 503."""
+    if not can_restart(app):
+        raise ProxyError("not_implemented", "This proxy cannot start itself again here (Windows, "
+                         "or run by another program): stop and start it.")
+    if app.leaving:
+        raise ProxyError("busy", "The proxy stops or starts again already.", retry_after=1)
+    try:
+        check_program()
+        check_address(app)
+    except ProxyError as error:
+        if error.kind != "config":
+            raise
+        raise ProxyError("invalid", redact(error.message), param=error.param, status=409) from None
+
+
+def begin_restart(app: App) -> None:
+    """Drain and start again; a worker leaves that to its parent."""
+    if app.worker:
+        os.kill(os.getppid(), signal.SIGUSR2)
+    elif not app.leaving:
+        app.restarting = True
+        app.stop.set()
+
+
+async def restart_if_sound(app: App, reason: str) -> None:
+    """Start again, or say in one line why not."""
+    try:
+        await in_thread(lambda: check_restart(app))
+    except ProxyError as error:
+        app.log.error("%s: %s", reason, printable(error.message, 1000))
+        return
+    app.log.info("%s: starting again", reason)
+    begin_restart(app)
+
+
+def start_again(groups: Groups, config: Config) -> None:
+    """Become the new program.  Raises OSError."""
+    hand_on(groups, config)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os.execv(sys.executable, [sys.executable, *own_arguments()])
+
+
+def watched_files(settings: Settings) -> List[str]:
+    return [os.path.abspath(__file__), *settings_files(settings)]
+
+
+async def watch_files(app: App) -> None:
+    """--watch: start again when the program, its config or the operator's keys change."""
+    while True:
+        await asyncio.sleep(app.limits.watch)
+        if app.watched is None or file_marks(watched_files(app.settings)) == app.watched:
+            continue
+        await asyncio.sleep(app.limits.watch / 2)       # let the writer end, or tell us
+        marks, known = file_marks(watched_files(app.settings)), app.watched
+        changed = [path for path, mark in marks.items() if mark != known.get(path)]
+        app.watched = marks
+        if changed:
+            await restart_if_sound(app, "%s has changed" % ", ".join(changed))
+
+
 # === ADMIN CHANGES ==========================================================
 # The endpoints below /admin that show and change the configuration.  Everything
 # is checked as at a start before anything is written.
@@ -13260,10 +13544,6 @@ def known_settings(app: App) -> Settings:
     if app.settings is not None:
         return app.settings
     return Settings(app.config, {option.name: "default" for option in OPTIONS}, {}, "", {})
-
-
-def can_restart(app: App) -> bool:
-    return False
 
 
 async def show_config(app: App, exchange: Exchange) -> None:
@@ -13309,10 +13589,20 @@ async def change_config(app: App, exchange: Exchange) -> None:
         fresh = await change_in_turn(app, lambda: write_config(settings, changes))
     except ProxyError as error:
         raise as_refusal(error) from None
-    log_change(app, "by /admin/config", apply_settings(app, fresh))
+    log_change(app, "written over HTTP", apply_settings(app, fresh))
     tell_workers(app)
     waiting = waiting_options(fresh.config, app.config)
     await respond_json(app, exchange, 200, change_report(changes, waiting, fresh.sources))
+
+
+async def serve_restart(app: App, exchange: Exchange) -> None:
+    """Start the program again, on the same sockets."""
+    admit_writer(app, exchange)
+    await in_thread(lambda: check_restart(app))
+    exchange.keep = False
+    app.log.info("asked over HTTP: starting again")
+    await respond_json(app, exchange, 202, {"status": "restarting"})
+    begin_restart(app)
 
 
 def admin_model_entry(model: Model, off: FrozenSet[str], requests: Mapping[str, int]) -> Json:
@@ -13418,6 +13708,7 @@ async def edit_keys(app: App, exchange: Exchange, status: int,
                          "(COMMANDCODE_CREDENTIALS_FILE).", status=409)
     try:
         name, app.operator = await change_in_turn(app, lambda: write_keys(config, edit))
+        watch_again(app)
         tell_workers(app)
         entries = [entry for entry in await key_entries(app, exchange) if entry["id"] == name]
     except ProxyError as error:
@@ -13714,7 +14005,7 @@ def state_entry(app: App, every: Others) -> Json:
     live = sum((shown["live"] for shown in others), live_entries(app))
     live.sort(key=lambda entry: -entry["seconds"])
     return {
-        "version": __version__, "status": "draining" if app.draining else "ok",
+        "version": __version__, "status": "draining" if app.leaving else "ok",
         "upstream": {"kind": "demo" if app.demo else app.config.upstream,
                      "address": upstream_address(app)},
         "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
@@ -13999,8 +14290,8 @@ async def serve_model(app: App, exchange: Exchange) -> None:
 
 async def serve_health(app: App, exchange: Exchange) -> None:
     now = asyncio.get_running_loop().time()
-    await respond_json(app, exchange, 200, {
-        "status": "draining" if app.draining else "ok", "version": __version__,
+    await respond_json(app, exchange, 503 if app.leaving else 200, {
+        "status": "draining" if app.leaving else "ok", "version": __version__,
         "upstream": upstream_address(app),
         "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
         "worker": app.worker or 1, "workers": app.config.workers,
@@ -14085,6 +14376,7 @@ ROUTES = {
     "/admin/state": Route({"GET": serve_state}, quiet=True),
     "/admin/events": Route({"GET": serve_events}, quiet=True),
     "/admin/config": Route({"GET": show_config, "PUT": change_config}),
+    "/admin/restart": Route({"POST": serve_restart}),
     "/admin/models": Route({"GET": show_admin_models}, quiet=True),
     "/admin/keys": Route({"GET": show_keys, "POST": add_key}),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
@@ -14171,7 +14463,7 @@ async def serve_connection(app: App, wire: Wire) -> None:
     """All requests of one connection, one after another."""
     first = True
     try:
-        while not app.draining:
+        while first or not app.draining:
             exchange = await serve_one(app, wire, first)
             if exchange is None:
                 break
@@ -14195,7 +14487,8 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         head = await read_request_head(app, wire, first)
         if head is None:
             return None
-        exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.draining)
+        wire.fresh = False
+        exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.leaving)
         app.exchanges.add(exchange)
         await serve_request(app, exchange)
     except ProxyError as error:
@@ -14349,12 +14642,9 @@ async def sweep(app: App) -> None:
 
 async def drain(app: App, hurry: asyncio.Event) -> None:
     """Let running answers finish until the deadline or a second signal, then end the rest."""
-    app.draining = True
+    app.leaving = app.draining = True
     end_followers(app)
-    busy = {exchange.wire for exchange in app.exchanges}
-    for wire in list(app.wires):
-        if wire.is_client and wire not in busy:
-            wire.abort()        # an idle client connection
+    await end_idle(app, hurry)
     await wait_for_exchanges(app, app.config.drain_seconds, hurry)
     app.ending.set_result(None)
     for relay in list(app.relays):
@@ -14372,6 +14662,28 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     app.pool.close()
 
 
+def idle_wires(app: App) -> List[Wire]:
+    """Client connections on which no request is served."""
+    busy = {exchange.wire for exchange in app.exchanges}
+    return [wire for wire in app.wires if wire.is_client and wire not in busy]
+
+
+async def end_idle(app: App, hurry: asyncio.Event) -> None:
+    """Let idle client connections go, but those whose request is on its way: what the system has
+    got already is read first, and a new connection has a moment to say what it came for."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + app.limits.first_grace
+    for _ in range(3):          # turns: ready sockets are read, and their tasks wake
+        await asyncio.sleep(0)
+    for wire in idle_wires(app):
+        if not wire.fresh and not wire.buffer:
+            wire.abort()
+    while idle_wires(app) and not hurry.is_set() and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+    for wire in idle_wires(app):
+        wire.abort()
+
+
 async def wait_for_exchanges(app: App, seconds: float, hurry: asyncio.Event) -> None:
     """Wait until no request runs, the time is over, or there is a hurry."""
     loop = asyncio.get_running_loop()
@@ -14385,7 +14697,7 @@ async def listen(app: App) -> Any:
     loop = asyncio.get_running_loop()
     app.started, app.ending = loop.time(), loop.create_future()
     server = await open_listener(app, app.config.host, app.config.port,
-                                 lambda: Wire(app, lambda wire: accept(app, wire)))
+                                 lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
     spawn(app, sweep(app))
     spawn(app, watch_alerts(app))
     start_metrics(app)
@@ -14459,51 +14771,109 @@ def ignore_result(result: Any) -> None:
 # === PROCESSES ==============================================================
 # One process, or (`workers`) several that listen on one port, each with a loop
 # of its own: the system spreads connections among them.  Their parent does no
-# work: it starts a worker anew that has died, and passes signals on.  Workers
-# share nothing; ids of conversations are derived, so any of them will do.
-
-PARENT_SIGNALS = {number for number in (getattr(signal, name, None) for name in (
-    "SIGINT", "SIGTERM", "SIGCHLD")) if number is not None}
+# work: it keeps their sockets, starts a worker anew that has died, and passes
+# signals on.  Workers share nothing; ids of conversations are derived, so any of
+# them will do.
 
 
-def watch_signals(app: App, stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    """SIGINT and SIGTERM: the first stops in order, the second at once.  A worker's parent that is
-    gone is a signal too."""
+def terminal_is_gone(terminals: List[int]) -> bool:
+    """Whether the terminal that we were started on was closed: then SIGHUP is its goodbye."""
+    return bool(terminals) and not any(map(os.isatty, terminals))
+
+
+def open_terminals() -> List[int]:
+    return [number for number in (0, 1, 2) if os.isatty(number)]
+
+
+def watch_signals(app: App) -> None:
+    """SIGINT and SIGTERM: the first stops in order, the second at once; in a restart, the first
+    makes it a stop.  SIGHUP reads the configuration again, SIGUSR2 starts again (a worker leaves:
+    its parent starts again).  A worker's parent that is gone is a signal too."""
     loop = asyncio.get_running_loop()
+    terminals = open_terminals()
 
     def received() -> None:
-        (hurry if stop.is_set() else stop).set()
+        if app.restarting and not app.worker:
+            app.restarting = False
+            app.server.close()
+        else:
+            (app.hurry if app.stop.is_set() else app.stop).set()
+
+    def reload() -> None:
+        if not app.worker and terminal_is_gone(terminals):
+            received()
+        else:
+            reload_settings(app)
+
+    def restart() -> None:
+        if app.worker:
+            app.restarting = True
+            app.stop.set()
+        else:
+            spawn(app, restart_if_sound(app, "SIGUSR2"))
 
     def orphaned() -> None:
         loop.remove_reader(app.parent)
         received()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    actions = {"SIGINT": received, "SIGTERM": received, "SIGHUP": reload, "SIGUSR2": restart}
+    for name, action in actions.items():
+        if not hasattr(signal, name):
+            continue                        # Windows has the first two
+        number = getattr(signal, name)
         try:
-            loop.add_signal_handler(number, received)
-        except NotImplementedError:     # Windows
+            loop.add_signal_handler(number, action)
+        except NotImplementedError:         # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
     if app.worker:
         loop.add_reader(app.parent, orphaned)
+    if hasattr(signal, "pthread_sigmask"):  # blocked before a fork or a restart
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENT_SIGNALS)
+
+
+async def stop_taking(app: App) -> None:
+    """Take no more connections: at once where the program starts again, for they can wait; else
+    after drainDelaySeconds, in which /health sends those away that look at it."""
+    app.leaving = True
+    if app.restarting:
+        app.server.pause()
+        return
+    delay = app.config.drain_delay_seconds
+    if delay:
+        app.log.info("stopping in %g seconds", delay)
+        await asyncio.wait([spawn(app, app.hurry.wait())], timeout=delay)
+    app.server.close()
 
 
 async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) -> None:
     """Listen, announce the address, and serve until a signal comes.  Raises OSError when the
     address cannot be had."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    app.stop, app.hurry = asyncio.Event(), asyncio.Event()
     raise_descriptor_limit(app)
     gc.set_threshold(*GC_THRESHOLDS)
     if demo:
         await start_demo(app)
-    server = await listen(app)
-    watch_signals(app, stop, hurry)
-    host, port = server.sockets[0].getsockname()[:2]
+    app.server = await listen(app)
+    watch_signals(app)
+    if app.watched is not None and app.worker <= 1:
+        spawn(app, watch_files(app))
+    host, port = app.server.sockets[0].getsockname()[:2]
     announce(host, port)
-    await stop.wait()
-    server.close()
+    await app.stop.wait()
+    await stop_taking(app)
     app.log.info("stopping: %d requests still run", len(app.exchanges) - len(app.followers))
-    await drain(app, hurry)
+    await drain(app, app.hurry)
+    if app.restarting:          # what is said meanwhile is for the new program
+        signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+
+
+def run_alone(app: App, demo: bool, announce: Callable[[str, int], None],
+              groups: Groups) -> None:
+    """One process, until a signal ends it; never returns from a restart.  Raises OSError."""
+    app.sockets = [sock for group in groups for sock in group]
+    asyncio.run(run_proxy(app, demo, announce))
+    if app.restarting:
+        start_again([app.server.sockets], app.config)
 
 
 def end_with_stdin() -> None:
@@ -14534,20 +14904,6 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def reserve_port(config: Config) -> socket.socket:
-    """A bound socket that does not listen: it holds the port for the workers.  Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.socket(family, kind, protocol) as alone:    # nobody else may have the port,
-        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        alone.bind(address)
-    held = socket.socket(family, kind, protocol)            # not even by sharing it
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    held.bind(address)
-    return held
-
-
 class Ties(NamedTuple):
     """What joins a parent with its workers: one pipe ends with the parent, through the other a
     worker says that it listens."""
@@ -14556,60 +14912,118 @@ class Ties(NamedTuple):
     ready: Tuple[int, int]
 
 
-def start_worker(app: App, demo: bool, number: int, ties: Ties) -> int:
-    """Fork a worker; its process id.  The worker itself never returns from here."""
+@dataclass
+class Parent:
+    """The process that looks after the workers."""
+
+    app: App
+    demo: bool
+    groups: Groups
+    ties: Ties
+    terminals: List[int]
+    workers: Dict[int, int] = field(default_factory=dict)       # process id -> number
+    born: Dict[int, float] = field(default_factory=dict)        # process id -> when
+    ending: bool = False                    # workers that end are not started anew
+
+    def tell(self, number: int) -> None:
+        for process in self.workers:
+            os.kill(process, number)
+
+
+def run_worker(parent: Parent, number: int) -> None:
+    """What a worker does: serve on sockets of its own until it is told to end."""
+    app = parent.app
+    os.setpgid(0, 0)        # a terminal's Ctrl-C goes to the parent alone, which passes it on
+    os.close(parent.ties.life[1])
+    app.worker, app.parent = number, parent.ties.life[0]
+    app.sockets = parent.groups[number - 1]
+    close_sockets(sock for group in parent.groups for sock in group if sock not in app.sockets)
+    asyncio.run(run_proxy(app, parent.demo, lambda host, port: ignore_result(
+        os.write(parent.ties.ready[1], b"1"))))
+
+
+def start_worker(parent: Parent, number: int) -> None:
+    """Fork a worker.  The worker itself never returns from here."""
     process = os.fork()
     if process:
-        return process
+        parent.workers[process], parent.born[process] = number, time.monotonic()
+        return
     status = 1
     try:
-        os.setpgid(0, 0)        # a terminal's Ctrl-C goes to the parent alone, which passes it on
-        os.close(ties.life[1])
-        app.worker, app.parent = number, ties.life[0]
-        asyncio.run(run_proxy(app, demo, lambda host, port: ignore_result(
-            os.write(ties.ready[1], b"1"))))
+        run_worker(parent, number)
         status = 0
     except OSError as error:
-        app.log.error("worker %d: %s", number, error)
+        parent.app.log.error("worker %d: %s", number, error)
     finally:
         leave(status)
-    return 0
 
 
-def run_workers(app: App, demo: bool, announce: Callable[[str, int], None]) -> None:
-    """Start all workers and look after them until a signal has ended them.  Raises OSError."""
-    held = reserve_port(app.config)
-    host, port = held.getsockname()[:2]
-    app.config, app.demo = app.config._replace(port=port), demo
-    app.board = Board(app.config.workers)
+def stop_workers(parent: Parent, number: int) -> None:
+    """Pass a signal on that ends; the sockets are the workers' alone from then on."""
+    parent.ending, parent.app.restarting = True, False
+    close_sockets(sock for group in parent.groups for sock in group)
+    parent.tell(number)
+
+
+def reload_workers(parent: Parent, number: int) -> None:
+    """Read the configuration again, all of us; or end, if it was the terminal that said so."""
+    if terminal_is_gone(parent.terminals):
+        stop_workers(parent, signal.SIGTERM)
+        return
+    reload_settings(parent.app)
+    parent.tell(number)
+
+
+def restart_workers(parent: Parent, number: int) -> None:
+    """Let all workers drain, for the program to start again; or say why not."""
+    app = parent.app
+    if parent.ending:
+        return
+    try:
+        check_restart(app)
+    except ProxyError as error:
+        app.log.error("SIGUSR2: %s", printable(error.message, 1000))
+        return
+    parent.ending = app.restarting = True
+    parent.tell(number)
+
+
+def bury_workers(parent: Parent, number: int) -> None:
+    """Start those anew that have ended, unless they should have."""
+    for process in [one for one in parent.workers if os.waitpid(one, os.WNOHANG)[0]]:
+        number = parent.workers.pop(process)
+        born = parent.born.pop(process)
+        if not parent.ending:
+            parent.app.log.error("worker %d (process %d) ended; another is started", number,
+                                 process)
+            time.sleep(max(0.0, born + 1.0 - time.monotonic()))
+            start_worker(parent, number)
+
+
+PARENT_ACTIONS: Dict[str, Callable[[Parent, int], None]] = {
+    "SIGINT": stop_workers, "SIGTERM": stop_workers, "SIGHUP": reload_workers,
+    "SIGUSR2": restart_workers, "SIGCHLD": bury_workers}
+
+
+def run_workers(app: App, demo: bool, announce: Callable[[str, int], None],
+                groups: Groups) -> None:
+    """Start all workers and look after them until a signal has ended them; never returns from a
+    restart.  Raises OSError."""
     signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
-    ties = Ties(os.pipe(), os.pipe())
-    born: Dict[int, float] = {}
-    workers: Dict[int, int] = {}        # process id -> number
-
-    def start(number: int) -> None:
-        process = start_worker(app, demo, number, ties)
-        workers[process], born[process] = number, time.monotonic()
-
+    app.demo, app.board = demo, Board(app.config.workers)
+    parent = Parent(app, demo, spread_sockets(app.config, groups), Ties(os.pipe(), os.pipe()),
+                    open_terminals())
     for number in range(1, app.config.workers + 1):
-        start(number)
-        if select.select([ties.ready[0]], [], [], 10.0)[0]:
-            os.read(ties.ready[0], 1)
+        start_worker(parent, number)
+        if select.select([parent.ties.ready[0]], [], [], 10.0)[0]:
+            os.read(parent.ties.ready[0], 1)
+    host, port = parent.groups[0][0].getsockname()[:2]
     announce(host, port)
-    stopping = False
-    while workers:
-        received = signal.sigwait(PARENT_SIGNALS)
-        if received != signal.SIGCHLD:
-            stopping = True
-            for process in workers:
-                os.kill(process, received)
-        for process in [one for one in workers if os.waitpid(one, os.WNOHANG)[0]]:
-            number = workers.pop(process)
-            if not stopping:
-                app.log.error("worker %d (process %d) ended; another is started", number, process)
-                time.sleep(max(0.0, born.pop(process) + 1.0 - time.monotonic()))
-                start(number)
-    held.close()
+    while parent.workers:
+        received = signal.Signals(signal.sigwait(PARENT_SIGNALS))
+        PARENT_ACTIONS[received.name](parent, received)
+    if app.restarting:
+        start_again(parent.groups, app.config)
 
 
 # === TERMINAL ===============================================================
@@ -16704,7 +17118,7 @@ def new_parser(name: str, **words: str) -> Any:
 def main_parser() -> Any:
     """The parser of a command line without a command: it serves."""
     parser = new_parser(
-        "", usage="%(prog)s [COMMAND] [--check] [--demo] [--OPTION VALUE ...]",
+        "", usage="%(prog)s [COMMAND] [--check] [--demo] [--watch] [--OPTION VALUE ...]",
         description="Use a Command Code subscription from any OpenAI or Anthropic client. "
                     "Commands (each has its own --help): " + " ".join(COMMANDS) + ".",
         epilog="Each option is also an environment variable (in brackets) and an entry of "
@@ -16715,6 +17129,8 @@ def main_parser() -> Any:
     parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends, "
                         "for programs that start this one")
     parser.add_argument("--version", action="version", version="ccproxy " + __version__)
+    parser.add_argument("--watch", action="store_true", help="start again, without losing a "
+                        "request, when ccproxy.py, the config file or credentialsFile changes")
     return parser
 
 
@@ -16850,10 +17266,20 @@ def make_app(settings: Settings) -> App:
     return app
 
 
+def refuse_watch(app: App) -> None:
+    if not can_restart(app):
+        raise ProxyError("config", "--watch: this platform cannot start a program again in its "
+                         "place.")
+
+
 def serve(invocation: Invocation) -> int:
     """Run the proxy until a signal ends it."""
     settings, demo = invocation.settings, invocation.given.demo
     config, app = settings.config, make_app(settings)
+    groups, app.restartable = take_over(config), True
+    if invocation.given.watch:
+        refuse_watch(app)
+        app.watched = file_marks(watched_files(settings))
     source = settings.file_name if settings.entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
@@ -16862,10 +17288,7 @@ def serve(invocation: Invocation) -> int:
     if invocation.given.while_stdin:
         end_with_stdin()
     try:
-        if config.workers > 1:
-            run_workers(app, demo, announce)
-        else:
-            asyncio.run(run_proxy(app, demo, announce))
+        (run_workers if config.workers > 1 else run_alone)(app, demo, announce, groups)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (
@@ -16922,6 +17345,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         lenient = bool(name) and COMMANDS[name].lenient
         settings = (read_what_holds if lenient else read_settings)(flags, given.config)
         if not name and given.check:
+            check_surroundings(settings.config)
             return 0 if say(describe_config(settings.config, settings.sources)) else 1
         run = COMMANDS[name].run if name else serve
         return run(Invocation(given, rest, settings))

@@ -1,0 +1,340 @@
+"""RESTART, SOCKETS HANDED ON, PROCESSES: started again on the same sockets, nobody notices."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fake_upstream import text_answer
+from harness import (CHAT, PROGRAM, Program, ccproxy, clean_environment, parse_answers, post_bytes,
+                     read_all, read_until, wait_until)
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+ADMIN = "the-admin-key"
+BEARER = {"authorization": "Bearer " + ADMIN}
+COUNTS = pytest.mark.parametrize("workers", [1, 2])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file that can be changed."""
+    path = tmp_path / "config.json"
+
+    def write(**entries):
+        path.write_text(json.dumps({"adminKey": ADMIN, "useProviderModels": False, **entries}))
+        return str(path)
+    write()
+    write.path = path
+    return write
+
+
+def with_version(text, version):
+    """The program's text as another version of it."""
+    line = next(line for line in text.splitlines() if line.startswith("__version__"))
+    return text.replace(line, line.replace(ccproxy.__version__, version))
+
+
+def restart(program):
+    return program.request("POST", "/admin/restart", None, BEARER, None)
+
+
+def screens(program):
+    """Read start-up screens in the background: a list that grows by one with each start."""
+    seen = [program.screen]
+
+    def read():
+        for line in program.process.stdout:
+            if line.startswith("ccproxy "):
+                seen.append("")
+            seen[-1] += line
+            if "note" in line:
+                seen[-1] += "\n"
+    threading.Thread(target=read, daemon=True).start()
+    return seen
+
+
+def started(seen, number):
+    wait_until(lambda: len(seen) > number and seen[number].endswith("\n\n"), 20)
+
+
+class Crowd:
+    """Clients that connect anew for every request, until they are told to end."""
+
+    def __init__(self, program, count=3):
+        self.port, self.ended, self.answers, self.faults = program.port, False, 0, []
+        self.threads = [threading.Thread(target=self.run) for _ in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self):
+        while not self.ended:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 20) as sock:
+                    sock.sendall(post_bytes(CHAT, {"messages": [{"role": "user", "content": "hi"}]},
+                                            {"connection": "close"}))
+                    answer = parse_answers(read_all(sock))[0]
+                assert answer.status == 200, answer
+                self.answers += 1
+            except (OSError, AssertionError, IndexError) as fault:
+                self.faults.append(repr(fault))
+
+    def end(self):
+        self.ended = True
+        for thread in self.threads:
+            thread.join(20)
+
+
+@COUNTS
+def test_no_connection_is_refused_or_reset(start_program, config, workers):
+    """Several restarts under traffic: every request is answered, and the process stays."""
+    program = start_program("--config", config(), "--workers", str(workers))
+    seen = screens(program)
+    crowd = Crowd(program)
+    try:
+        for number in range(1, 4):
+            before = crowd.answers
+            wait_until(lambda: crowd.answers > before + 5)
+            assert restart(program).json == {"status": "restarting"}
+            started(seen, number)
+        before = crowd.answers
+        wait_until(lambda: crowd.answers > before + 5)
+    finally:
+        crowd.end()
+    assert crowd.faults == [] and program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(20) == 0
+    assert "Traceback" not in program.log and "another is started" not in program.log
+
+
+@COUNTS
+def test_a_stream_that_runs_is_finished(start_program, config, upstream, workers):
+    go = threading.Event()
+
+    def late(sock, request):
+        go.wait(20)
+        answer(sock, request)
+    answer, upstream.default = upstream.default, late
+    program = start_program("--config", config(), "--workers", str(workers))
+    seen = screens(program)
+    with program.send_post(CHAT, stream=True) as sock:
+        wait_until(lambda: upstream.requests)
+        assert restart(program).status == 202
+        wait_until(lambda: "stopping: 1 requests" in program.log)
+        with program.connect() as other:        # waits in the system, for the new program
+            other.sendall(post_bytes("/v1/models", {}, {"connection": "close"}).replace(b"POST", b"GET"))
+            upstream.default = answer
+            go.set()
+            data = read_until(sock, b"0\r\n\r\n")
+            assert b"[DONE]" in data
+            started(seen, 1)
+            assert read_all(other).startswith(b"HTTP/1.1 200 ")
+
+
+@COUNTS
+def test_new_code_and_a_new_configuration_are_in_effect(start_program, config, tmp_path, workers):
+    """Also what waits for a start, such as the number of workers."""
+    program_file = tmp_path / "ccproxy.py"
+    shutil.copy(PROGRAM, program_file)
+    program = start_program("--config", config(workers=workers), program=str(program_file))
+    seen = screens(program)
+    pid = program.process.pid
+    assert program.request("GET", "/health").json["version"] == ccproxy.__version__
+    program_file.write_text(with_version(program_file.read_text(), "9.8.7"))
+    other = 3 - workers
+    answer = program.request("PUT", "/admin/config", {"workers": other, "defaultModel": "glm"}, BEARER, None)
+    assert answer.json == {"applied": ["defaultModel"], "restart_needed": ["workers"], "overridden": {}}
+    assert restart(program).status == 202
+    started(seen, 1)
+    health = program.request("GET", "/health").json
+    assert (health["version"], health["workers"]) == ("9.8.7", other)
+    assert program.process.pid == pid and "ccproxy 9.8.7 on http://127.0.0.1:%d" % program.port in seen[1]
+    assert [program.post(CHAT).status for _ in range(6)] == [200] * 6
+    config(workers=workers)
+    assert restart(program).status == 202       # and back
+    started(seen, 2)
+    assert program.request("GET", "/health").json["workers"] == workers
+    assert [program.post(CHAT).status for _ in range(6)] == [200] * 6
+
+
+def test_what_would_not_start_is_not_tried(start_program, config, tmp_path):
+    program_file = tmp_path / "ccproxy.py"
+    shutil.copy(PROGRAM, program_file)
+    program = start_program("--config", config(), program=str(program_file))
+    good = program_file.read_text()
+    program_file.write_text(good.replace("def main(", "def main(("))
+    answer = restart(program)
+    assert answer.status == 409 and "would not start again" in answer.json["error"]["message"]
+    program_file.write_text(good.replace("def main(", "raise SystemExit('no luck')\ndef main("))
+    answer = restart(program)
+    assert answer.status == 409 and "no luck" in answer.json["error"]["message"]
+    program_file.write_text(good)
+    config(logLevel="loud")
+    answer = restart(program)
+    assert answer.status == 409 and "logLevel must be one of" in answer.json["error"]["message"]
+    config.path.write_text("{")
+    assert restart(program).status == 409
+    assert program.post(CHAT).status == 200 and "stopping" not in program.log
+
+
+def test_an_address_that_is_taken_is_not_tried(tmp_path, upstream):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"adminKey": ADMIN, "port": 0, "apiBase": upstream.base}))
+    process = subprocess.Popen([sys.executable, PROGRAM, "--config", str(path)], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env=clean_environment(), encoding="utf-8")
+    try:
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            path.write_text(json.dumps({"adminKey": ADMIN, "port": taken.getsockname()[1]}))
+            program = type("Place", (), {"port": port})
+            answer = ask(program, "POST", "/admin/restart")
+            assert answer.status == 409 and "cannot be had" in answer.json["error"]["message"]
+        assert ask(program, "POST", "/admin/restart").status == 202     # it is free now
+
+        def moved():
+            program.port = json.loads(path.read_text())["port"]
+            try:
+                return ask(program, "GET", "/health").status == 200
+            except OSError:
+                return False
+        wait_until(moved)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def ask(program, method, path):
+    with socket.create_connection(("127.0.0.1", program.port), 20) as sock:
+        sock.sendall(("%s %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\nconnection: close"
+                      "\r\n\r\n" % (method, path, ADMIN)).encode())
+        return parse_answers(read_all(sock))[0]
+
+
+def test_the_demo_starts_again_too(config):
+    program = Program("--demo", "--config", config(), until="-d ")
+    try:
+        pid = program.process.pid
+        assert restart(program).status == 202
+        wait_until(lambda: "starting again" in program.log)
+        assert program.post(CHAT, key=None).status == 200
+        assert program.process.pid == pid
+        assert program.stop()[0] == 0
+    finally:
+        program.close()
+
+
+@COUNTS
+def test_a_signal_starts_again_too(start_program, config, workers):
+    program = start_program("--config", config(), "--workers", str(workers))
+    seen = screens(program)
+    program.process.send_signal(signal.SIGUSR2)
+    started(seen, 1)
+    assert program.post(CHAT).status == 200
+    config(logLevel="loud")
+    program.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "would not start again" in program.log)
+    assert program.post(CHAT).status == 200 and len(seen) == 2
+
+
+@COUNTS
+def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upstream, workers):
+    go = threading.Event()
+
+    def late(sock, request):
+        go.wait(20)
+        answer(sock, request)
+    answer, upstream.default = upstream.default, late
+    program = start_program("--config", config(), "--workers", str(workers))
+    with program.send_post(CHAT, stream=True):
+        wait_until(lambda: upstream.requests)
+        assert restart(program).status == 202
+        wait_until(lambda: "stopping: 1 requests" in program.log)
+        program.process.send_signal(signal.SIGTERM)
+        go.set()
+        assert program.wait()[0] == 0
+    assert "Traceback" not in program.log and program.screen.count("on http") == 1
+
+
+def test_who_may(start_program, config):
+    program = start_program("--config", config())
+    assert program.request("POST", "/admin/restart", None, {}, None).status == 401
+    assert program.request("GET", "/admin/restart", None, BEARER, None).status == 405
+    assert program.request("GET", "/admin/config", None, {}, None).json["restart"] is True
+
+
+def test_a_proxy_that_another_program_runs_cannot(make_proxy):
+    answer = make_proxy(adminKey=ADMIN).request("POST", "/admin/restart", None, BEARER, None)
+    assert answer.status == 501 and "Windows" in answer.json["error"]["message"]
+
+
+# --watch.
+
+
+def test_watch(start_program, config, tmp_path):
+    """The program, its config and the operator's keys: each change starts it again, once."""
+    program_file, keys = tmp_path / "ccproxy.py", tmp_path / "keys.json"
+    shutil.copy(PROGRAM, program_file)
+    keys.write_text('["user_one1111"]')
+    os.chmod(str(keys), 0o600)
+    entries = {"clientKey": "word", "credentialsFile": str(keys)}
+    program = start_program("--watch", "--config", config(**entries), program=str(program_file))
+    seen = screens(program)
+    config(defaultModel="glm", **entries)
+    started(seen, 1)
+    keys.write_text('["user_one1111", "user_two2222"]')
+    started(seen, 2)
+    assert program.request("GET", "/health").json["operator_keys"] == 2
+    good = program_file.read_text()
+    program_file.write_text(good.replace("def main(", "def main(("))
+    wait_until(lambda: "has changed: The program would not start again" in program.log)
+    program_file.write_text(with_version(good, "7.8.9"))
+    started(seen, 3)
+    assert program.request("GET", "/health").json["version"] == "7.8.9"
+    config(logLevel="loud")
+    wait_until(lambda: "logLevel must be one of" in program.log)
+    assert program.post(CHAT).status == 200 and len(seen) == 4
+
+
+def test_what_is_written_over_http_is_no_change_to_watch(start_program, config):
+    program = start_program("--watch", "--config", config())
+    assert program.request("PUT", "/admin/config", {"logLevel": "debug"}, BEARER, None).status == 200
+    time.sleep(1.5)         # twice as long as it would need
+    assert "has changed" not in program.log
+
+
+# What is handed on is looked at.
+
+
+def test_only_listening_sockets_of_ours_are_taken_over(monkeypatch):
+    config = ccproxy.read_config({}, {}, {"port": 0}, "")[0]
+    with socket.socket() as listening, socket.socket() as other, open(os.devnull) as file:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        good = listening.dup()
+        numbers = [good.fileno(), other.fileno(), file.fileno(), 0, 9999, "x", None, -1]
+
+        def told(**more):
+            monkeypatch.setenv(ccproxy.HANDED_ON, json.dumps({
+                "process": os.getpid(), "host": config.host, "port": 0, "sockets": [numbers], **more}))
+            return ccproxy.take_over(config)
+        assert told(process=1) == [] and ccproxy.HANDED_ON not in os.environ
+        (taken,), = told()
+        assert taken.fileno() == good.detach() and not taken.get_inheritable()
+        taken.close()
+        assert os.fstat(other.fileno()) and os.fstat(file.fileno())     # left open
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"process": 1}', '{"sockets": 5}'])
+def test_nonsense_is_not_taken_over(monkeypatch, text):
+    monkeypatch.setenv(ccproxy.HANDED_ON, text)
+    assert ccproxy.take_over(ccproxy.read_config({}, {}, {}, "")[0]) == []
