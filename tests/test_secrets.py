@@ -4,10 +4,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 
 import pytest
 from fake_upstream import FakeUpstream, ndjson, raw, status, stream
-from harness import CHAT, MESSAGES, Program, Proxy, post_bytes, read_all
+from harness import (CHAT, FAST, MESSAGES, Program, Proxy, post_bytes, read_all, read_until,
+                     wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 KEY = "user_" + SECRET
@@ -299,3 +301,44 @@ def test_metrics(place):
     assert b'ccproxy_errors_total{kind="authentication"}' in answer.body
     assert not holds_secret(answer.body) and not holds_secret(repr(proxy.app.recent))
     take_log(proxy)
+
+
+HELD = raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", pause=0.3, close=True)
+ALL_OVER = {name: KEY for name in ("user-agent", "x-session-id", "traceparent", "x-trace-id",
+                                   "referer", "x-request-id", "anthropic-beta", "cookie")}
+
+
+def test_what_the_state_and_the_events_tell():
+    """Of every request above, of every answer above, and of one while it runs."""
+    fake = FakeUpstream()
+    proxy = Proxy(apiBase=fake.base, limits=FAST._replace(news=0.02))
+    told = []
+    with proxy.connect(60) as events:
+        events.sendall(b"GET /admin/events HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        reader = threading.Thread(target=lambda: told.append(read_all(events)))
+        reader.start()
+        for data in REQUESTS.values():
+            send(proxy, data)
+        for answer in ECHOES.values():
+            fake.default = answer
+            send(proxy, post(model=KEY, stream=True))
+            send(proxy, post(MESSAGES, ALL_OVER, model="x-" + KEY))
+        fake.default = HELD
+        with proxy.connect() as sock:
+            sock.sendall(post(fields=ALL_OVER, model=KEY, stream=True))
+            wait_until(lambda: any(one.relay for one in list(proxy.app.exchanges)))
+            running = proxy.request("GET", "/admin/state", key=None)
+            assert running.json["live"][0]["model"].startswith("key:")
+            read_until(sock, b"\r\n\r\n")
+        wait_until(lambda: len(proxy.app.exchanges) == 1)       # the one who reads the events
+        state = proxy.request("GET", "/admin/state", key=None)
+        proxy.close()
+        reader.join(10)
+    fake.close()
+    kept = state.json["recent"]
+    assert len(kept) > 80 and told[0].count(b"event: request") >= len(kept)
+    assert b'"live":[{' in told[0]
+    assert {"billing", "authentication", "invalid"} <= {one["error"].partition(":")[0]
+                                                        for one in kept}
+    for data in (told[0], state.body, running.body, proxy.log.getvalue()):
+        assert not holds_secret(data)
