@@ -814,6 +814,8 @@ def redact(text: str) -> str:
 
 def printable(text: str, most: int) -> str:
     """Text as printable ASCII, redacted and at most so many characters."""
+    if len(text) <= most and text.isascii() and text.isprintable() and "user_" not in text:
+        return text             # nearly always: several in each request's record and log line
     shown = redact(text[:4 * most]).encode("ascii", "backslashreplace").decode()
     shown = re.sub(r"[\x00-\x1f\x7f]", "?", shown)
     return shown if len(shown) <= most else shown[:most - 3] + "..."
