@@ -1,16 +1,19 @@
 """Past one machine: two instances behind a real HAProxy or nginx, as the README configures them."""
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 
 import pytest
-from fake_upstream import (CHUNKED_HEAD, FakeUpstream, chunked, ndjson, stall, text_answer)
-from harness import CHAT, MESSAGES, Program, Proxy, read_until, wait_until
+from fake_upstream import (CHUNKED_HEAD, FakeUpstream, chunked, ndjson, stall, stream, text_answer)
+from harness import CHAT, KEY, MESSAGES, Program, Proxy, read_until, wait_until
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BALANCERS = ("haproxy", "nginx")
@@ -190,3 +193,98 @@ def test_nobody_who_comes_through_counts_as_this_machines_user(hosts, balanced):
     fields = {"host": "localhost", "content-type": "application/json"}
     assert hosts[1][0].post(CHAT, fields, key=None).status == 200
     assert balanced.post(CHAT, fields, key=None).status == 403
+
+
+class Traffic:
+    """Clients that send one request after another, streamed and not, and note what fails."""
+
+    def __init__(self, balancer, clients=6):
+        self.balancer, self.done, self.failures = balancer, [], []
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self.run, args=(number % 2 == 0,), daemon=True)
+                        for number in range(clients)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, streaming):
+        connection = http.client.HTTPConnection("127.0.0.1", self.balancer.port, timeout=20)
+        body = json.dumps({"stream": streaming, "messages": [{"role": "user", "content": "hi"}]})
+        end = b"[DONE]\n\n" if streaming else b"}"
+        while not self.over.is_set():
+            try:
+                connection.request("POST", CHAT, body, {"authorization": "Bearer " + KEY})
+                answer = connection.getresponse()
+                data = answer.read()
+                if answer.status != 200 or not data.endswith(end):
+                    self.failures.append((answer.status, data[-300:]))
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(repr(error))
+                connection.close()
+            self.done.append(1)
+        connection.close()
+
+    def wait_for(self, more):
+        """Wait until so many more requests are over."""
+        wanted = len(self.done) + more
+        wait_until(lambda: len(self.done) >= wanted, 20)
+
+    def stop(self):
+        self.over.set()
+        for thread in self.threads:
+            thread.join(20)
+
+
+def refuses(program):
+    try:
+        program.connect().close()
+    except OSError:
+        return True
+    return False
+
+
+@pytest.fixture
+def own_hosts(tmp_path):
+    """(upstream, two instances, HAProxy in front of them), for a test that stops them"""
+    upstream = FakeUpstream()
+    upstream.default = stream(text_answer(*["word "] * 8), cut=120, pause=0.01)
+    programs = [start_instance(upstream) for _ in range(2)]
+    balancer = Balancer("haproxy", tmp_path, programs)
+    yield upstream, programs, balancer
+    balancer.close()
+    for program in programs:
+        program.close()
+    upstream.close()
+
+
+def test_one_instance_stops_in_mid_traffic_and_no_request_fails(own_hosts):
+    """Nor is one sent twice; and a stream that outlives its instance's port goes on to its end."""
+    upstream, (leaving, staying), balancer = own_hosts
+    go = threading.Event()
+
+    def long(sock, request):
+        sock.sendall(CHUNKED_HEAD + chunked(ndjson({"type": "text-delta", "id": "0", "text": "a"})))
+        go.wait(20)
+        sock.sendall(chunked(text_answer("end")) + b"0\r\n\r\n")
+    upstream.scripts = [long, long]
+    socks = [balancer.send_post(CHAT, stream=True) for _ in range(2)]   # one on each
+    wait_until(lambda: streams_of(leaving) == streams_of(staying) == 1)
+    traffic = Traffic(balancer)
+    try:
+        traffic.wait_for(40)
+        leaving.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: leaving.request("GET", "/health").status == 503)
+        assert leaving.post(CHAT).status == 200         # it serves on meanwhile
+        wait_until(lambda: refuses(leaving), 20)
+        traffic.wait_for(40)
+        go.set()
+        for sock in socks:
+            read_until(sock, b"[DONE]")
+            sock.close()
+        assert leaving.wait()[0] == 0
+        traffic.wait_for(10)
+    finally:
+        traffic.stop()
+    assert traffic.failures == []
+    assert served_by(leaving) > 10
+    wait_until(lambda: served_by(leaving) + served_by(staying) == len(traffic.done) + 3)
+    assert len(upstream.requests) == len(traffic.done) + 3
