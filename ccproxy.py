@@ -9,6 +9,7 @@
     python3 ccproxy.py --help          every option
     python3 ccproxy.py --check         the configuration in effect, and where it came from
     python3 ccproxy.py --demo          the same without an account: answers from inside the program
+    python3 ccproxy.py run claude      start a client by way of it (also codex, opencode, ...)
     python3 ccproxy.py selftest        every feature tried against that, one line each
 
 One file, no dependency but Python 3.9 or newer.  A client's request comes in at the top of an
@@ -16988,8 +16989,10 @@ def settings_file(name: str) -> str:
         return os.path.realpath(os.environ["OPENCODE_CONFIG"])
     folder = next(os.path.join(os.environ.get(variable, ""), rest) if variable else rest
                   for variable, rest in set_up.places if not variable or os.environ.get(variable))
-    paths = [os.path.join(os.path.expanduser(folder), one) for one in set_up.files]
-    return os.path.realpath(next(filter(os.path.exists, reversed(paths)), paths[0]))
+    paths = [os.path.realpath(os.path.join(os.path.expanduser(folder), one))
+             for one in set_up.files]
+    return next((one for ending in (BACKUP_ENDING, "") for one in reversed(paths)
+                 if os.path.exists(one + ending)), paths[0])        # what was set up stays so
 
 
 def read_settings_file(path: str) -> Optional[bytes]:

@@ -267,6 +267,13 @@ def test_settings_are_where_the_client_looks(home, name, variable, value, expect
     assert home.names() == sorted([expected, expected + ".ccproxy-backup"])
 
 
+def test_undo_finds_what_was_set_up_beside_a_newer_file(home):
+    assert home.run("opencode").returncode == 0
+    (home.path("opencode").parent / "opencode.jsonc").write_text("// mine\n{}")
+    assert home.run("opencode", "--undo").returncode == 0
+    assert home.names() == [".config/opencode/opencode.jsonc"]
+
+
 def test_what_wins_over_a_setup_is_named(home):
     done = home.run("claude", ANTHROPIC_AUTH_TOKEN=SECRET)
     assert "Unset what wins over it here: ANTHROPIC_AUTH_TOKEN\n" in done.stdout
