@@ -7812,7 +7812,6 @@ ADDRESS_VARIABLES = (
     ("OPENAI_BASE_URL", "/v1", ("OPENAI_API_KEY",)),
     ("OPENAI_API_BASE", "/v1", ("OPENAI_API_KEY",)),
     ("AIDER_OPENAI_API_BASE", "/v1", ("AIDER_OPENAI_API_KEY",)))
-CLIENT_PROGRAMS = ("claude", "codex", "opencode", "aider", "llm", "pi")
 
 
 class Finding(NamedTuple):
@@ -7970,16 +7969,17 @@ def is_loopback_address(url: str) -> bool:
 def own_address(config: Config) -> str:
     """The address to give to clients on this machine."""
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
+    return "http://%s:%s" % ("[%s]" % host if ":" in host else host, config.port or "PORT")
 
 
-def environment_findings(environment: Mapping[str, str], place: str,
-                         config: Config) -> List[Finding]:
-    """What variables of clients say, found at a place (`the environment` or a file)."""
+def environment_findings(environment: Mapping[str, str], place: str, config: Config,
+                         leads_here: Callable[[str], bool]) -> List[Finding]:
+    """What variables of clients say, found at a place (`the environment` or a file); `leads_here`
+    tells whether an address is this proxy's."""
     findings = []
     for name, path, keys in ADDRESS_VARIABLES:
         value = environment.get(name, "")
-        if value and not points_here(value, config):
+        if value and not leads_here(value):
             findings.append(Finding(
                 False, "%s in %s is %s" % (name, place, shown_address(value)),
                 "Set it to %s%s, or remove it" % (own_address(config), path)))
@@ -8011,7 +8011,8 @@ def toml_strings(text: str) -> Dict[str, str]:
     return found
 
 
-def codex_finding(text: str, environment: Mapping[str, str], config: Config) -> Finding:
+def codex_finding(text: str, environment: Mapping[str, str], config: Config,
+                  leads_here: Callable[[str], bool]) -> Finding:
     """What Codex' configuration says of where it sends its requests."""
     found = toml_strings(text)
     name = found.get("model_provider", "openai")
@@ -8020,7 +8021,7 @@ def codex_finding(text: str, environment: Mapping[str, str], config: Config) -> 
     words = "codex uses its provider " + printable(name, 40)
     if not base or not is_loopback_address(base):
         return Finding(None, words + (", at " + shown_address(base) if base else ""))
-    if not points_here(base, config):
+    if not leads_here(base):
         return Finding(False, "%s, at %s" % (words, shown_address(base)),
                        "Set its base_url to %s/v1 in config.toml" % own_address(config))
     if variable and not environment.get(variable):
@@ -15451,10 +15452,10 @@ def check_clients(scene: Scene) -> List[Finding]:
     """The clients on PATH and their versions, all asked at once."""
     import shutil
     from concurrent.futures import ThreadPoolExecutor
-    places = [(name, shutil.which(name)) for name in CLIENT_PROGRAMS]
+    places = [(name, shutil.which(name)) for name in CLIENTS]
     found = [(name, path) for name, path in places if path]
     if not found:
-        return [Finding(None, "none of %s is on PATH" % ", ".join(CLIENT_PROGRAMS))]
+        return [Finding(None, "none of %s is on PATH" % ", ".join(CLIENTS))]
     with ThreadPoolExecutor(len(found)) as pool:
         versions = list(pool.map(client_version, [path for _, path in found]))
     return [one._replace(words="%s %s" % (name, one.words))
@@ -15474,17 +15475,25 @@ def read_home_file(variable: str, folder: str, name: str) -> str:
 def check_client_settings(scene: Scene) -> List[Finding]:
     """Whether variables and files of clients send them here."""
     config = scene.settings.config
-    findings = environment_findings(os.environ, "the environment", config)
+
+    def leads_here(url: str) -> bool:
+        """Also where a ccproxy answers that was started with another port."""
+        if points_here(url, config):
+            return True
+        origin = parse_origin(url.strip()) if is_loopback_address(url) else None
+        return origin is not None and bool(who_listens(origin.host, origin.port))
+
+    findings = environment_findings(os.environ, "the environment", config, leads_here)
     text = read_home_file("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json")
     try:
         inner = inner_object(json.loads(text), "env") if text else {}
         given = {name: value for name, value in inner.items() if isinstance(value, str)}
-        findings += environment_findings(given, "claude's settings.json", config)
+        findings += environment_findings(given, "claude's settings.json", config, leads_here)
     except (ValueError, RecursionError):
         findings.append(Finding(False, "claude's settings.json is not JSON",
                                 "Mend it: claude does not read it either"))
     text = read_home_file("CODEX_HOME", "~/.codex", "config.toml")
-    findings += [codex_finding(text, os.environ, config)] if text else []
+    findings += [codex_finding(text, os.environ, config, leads_here)] if text else []
     return findings or [Finding(None, "nothing points a client here yet: see Clients in the "
                                 "README")]
 
@@ -15784,7 +15793,7 @@ class Check(NamedTuple):
 
     name: str
     run: Callable[[Scene], List[Finding]]
-    needs: str = ""
+    needs: Tuple[str, ...] = ()
     seconds: float = 15.0
 
 
@@ -15792,10 +15801,11 @@ DOCTOR_CHECKS = (
     Check("python", check_python), Check("configuration", check_configuration),
     Check("operator keys", check_operator_keys), Check("port", check_port),
     Check("proxy", check_proxy), Check("authorities", check_authorities),
-    Check("network", check_network, "proxy"), Check("names", check_names, "network", 10.0),
-    Check("tls", check_tls, "names", 25.0), Check("upstream", check_upstream, "tls", 12.0),
-    Check("clock", check_clock), Check("keys", check_keys, "upstream", 40.0),
-    Check("plan", check_plans, "upstream"), Check("windows", check_windows, "upstream"),
+    Check("network", check_network, ("proxy",)), Check("names", check_names, ("network",), 10.0),
+    Check("tls", check_tls, ("names", "authorities"), 25.0),
+    Check("upstream", check_upstream, ("tls",), 12.0), Check("clock", check_clock),
+    Check("keys", check_keys, ("upstream",), 40.0), Check("plan", check_plans, ("upstream",)),
+    Check("windows", check_windows, ("upstream",)),
     Check("models", check_models), Check("clients", check_clients),
     Check("client settings", check_client_settings))
 
@@ -15816,7 +15826,7 @@ def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
     failed: Dict[str, str] = {}         # name of a check -> of the one that is the cause
     sound = True
     for check in DOCTOR_CHECKS:
-        cause = failed.get(check.needs)
+        cause = next((failed[name] for name in check.needs if name in failed), None)
         findings = run_check(check, scene) if cause is None else [
             Finding(None, "not tried: see %s" % cause)]
         wrong = any(finding.works is False for finding in findings)

@@ -97,6 +97,10 @@ def test_windows():
     assert ccproxy.window_finding("k", figures(), NOW).works is None
 
 
+def leads_here(url):
+    return ccproxy.points_here(url, CONFIG)
+
+
 HERE = "http://127.0.0.1:3000"
 ENVIRONMENTS = [    # variables, [(works, words)]
     ({}, []),
@@ -123,7 +127,7 @@ ENVIRONMENTS = [    # variables, [(works, words)]
 
 @pytest.mark.parametrize("environment, expected", ENVIRONMENTS, ids=range(len(ENVIRONMENTS)))
 def test_environments_of_clients(environment, expected):
-    found = ccproxy.environment_findings(environment, "the environment", CONFIG)
+    found = ccproxy.environment_findings(environment, "the environment", CONFIG, leads_here)
     assert [one.works for one in found] == [works for works, _ in expected]
     for one, (works, words) in zip(found, expected):
         assert words in one.words and bool(one.advice) is not works
@@ -151,14 +155,14 @@ base_url = "http://127.0.0.1:1"
     ("other one", HERE, {}, None, "other one, at https://other.example"),
     ("openai", HERE, {}, None, "its provider openai"), ("", HERE, {}, None, "its provider ")])
 def test_codex(provider, base, environment, works, words):
-    finding = ccproxy.codex_finding(CODEX % (provider, base), environment, CONFIG)
+    finding = ccproxy.codex_finding(CODEX % (provider, base), environment, CONFIG, leads_here)
     assert finding.works is works and words in finding.words and SECRET not in repr(finding)
 
 
 @pytest.mark.parametrize("text", ["", "model_provider = 3", "[broken\nbase_url=", "\x00\ufffd",
                                   'model_provider="x"\n[model_providers.x]\nbase_url="http://["'])
 def test_codex_files_that_say_nothing(text):
-    assert ccproxy.codex_finding(text, {}, CONFIG).works is None
+    assert ccproxy.codex_finding(text, {}, CONFIG, leads_here).works is None
 
 
 @pytest.mark.parametrize("options, address", [
@@ -167,3 +171,7 @@ def test_codex_files_that_say_nothing(text):
 def test_own_address(options, address):
     config = make_config(**options)
     assert ccproxy.own_address(config) == address and ccproxy.points_here(address, config)
+
+
+def test_an_address_that_nobody_knows_yet():
+    assert ccproxy.own_address(make_config(port=0)) == "http://127.0.0.1:PORT"

@@ -211,6 +211,15 @@ def test_settings_of_clients_elsewhere(look, tmp_path):
     assert [one.works for one in found] == [False, None] and "zed" in found[1].words
 
 
+def test_a_proxy_of_another_port(look, proxy, upstream):
+    """A ccproxy that was started with --port is one; something else on loopback is not."""
+    base, other = "http://127.0.0.1:%d" % proxy.port, upstream.base
+    (finding,) = look(ccproxy.check_client_settings, {"OPENAI_BASE_URL": base + "/v1"})
+    assert finding.works is True
+    (finding,) = look(ccproxy.check_client_settings, {"OPENAI_BASE_URL": other})
+    assert finding.works is False
+
+
 def test_nobody_listens_at_a_dead_port():
     fake = FakeUpstream()
     assert ccproxy.who_listens("127.0.0.1", fake.port) == ""

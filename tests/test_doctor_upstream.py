@@ -227,6 +227,15 @@ def test_authorities_that_are_not_there(tmp_path, monkeypatch, name):
     assert finding.works is False and name in finding.words
 
 
+def test_no_tls_without_authorities(clinic, tmp_path, monkeypatch):
+    """One cause, one cross."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nothing"))
+    base = "https://localhost:%d" % clinic(tls=tls_of("server.pem")).port
+    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    assert [name for name, row in works(found).items() if False in row] == ["authorities"]
+    assert found["tls"] == found["keys"] == [(None, "not tried: see authorities", "")]
+
+
 def test_authorities_that_are_no_certificates(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", __file__)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
