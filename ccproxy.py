@@ -128,12 +128,14 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DASHBOARD
     STATE
     LIVE EVENTS
+    USAGE LOG
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
     PROCESSES
     TERMINAL
     MODELS COMMAND
+    USAGE COMMAND
     DOCTOR CHECKS
     DOCTOR UPSTREAM
     DOCTOR ACCOUNTS
@@ -171,6 +173,7 @@ import struct
 import sys
 import time
 import zlib
+from array import array
 from collections import defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -273,6 +276,10 @@ class Limits(NamedTuple):
     webhook: float = 10.0           # for the answer of alertWebhookUrl
     webhook_backoff: Tuple[float, ...] = (2.0, 15.0, 60.0, 300.0)   # between its attempts
     board: float = 1.0              # how often a worker shows the others its counts
+    usage_batch: float = 1.0        # how long records wait for others before they are written
+    usage_retry: float = 5.0        # and for a database that could not be written
+    usage_busy: float = 2.0         # while another process writes
+    usage_end: float = 3.0          # for the last of them, at the end
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
     followers: int = 32             # readers of /admin/events at once; then 503
     news: float = 1.0               # how often they are told of a change
@@ -10776,6 +10783,7 @@ class App:
     numbered: int = 0                           # requests that were shown while they ran
     recorded: int = 0                           # and all that are over
     metrics: Metrics = field(default_factory=Metrics)
+    usage: Any = None                           # UsageLog
     board: Any = None                           # Board: memory that all workers share
     shared: Dict[str, Callable[[], Any]] = field(default_factory=dict)  # what each shows on it
     settings: Any = None                        # Settings: where the configuration came from
@@ -14182,6 +14190,257 @@ async def serve_events(app: App, exchange: Exchange) -> None:
     finally:
         wire.flood_bytes = 0
         drop_follower(app, follower)
+
+
+# === USAGE LOG ==============================================================
+# Every record in an SQLite file (usageDb), which several processes may share.
+# The loop does nothing but append to a queue; one thread writes it, a batch a
+# second.  What goes wrong with the file costs one line, and one more when it is
+# over: records wait in the queue, which is bounded, and no request ever does.
+# USAGE_VERSIONS is the file's history: a later version of it is one more entry.
+
+USAGE_VERSIONS = ((
+    "CREATE TABLE requests (at REAL NOT NULL, api TEXT, client TEXT, asked TEXT, model TEXT, "
+    "key TEXT, status INTEGER, stream INTEGER, input INTEGER, output INTEGER, cached INTEGER, "
+    "reasoning INTEGER, cost REAL, first REAL, total REAL, retries INTEGER, notes TEXT, "
+    "error TEXT, trace TEXT)", "CREATE INDEX requests_at ON requests (at)"),)
+USAGE_MARK = 0x63637078             # application_id: "ccpx"
+MAX_UNWRITTEN = 10_000              # records, about 10 MB
+USAGE_BATCH = 200
+USAGE_CLEANING_SECONDS = 3600.0     # how often what is too old is deleted,
+USAGE_CLEANING_ROWS = 5000          # so many at once
+
+
+def state_folder() -> str:
+    """Where this platform wants a program to keep what it remembers."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Application Support"
+    else:
+        base = os.environ.get("XDG_STATE_HOME", "")
+        base = base if os.path.isabs(base) else "~/.local/state"
+    return os.path.join(os.path.expanduser(base), "ccproxy")
+
+
+def usage_path(config: Config) -> str:
+    """The database's file, "" for none."""
+    if config.usage_db == "auto":
+        return os.path.join(state_folder(), "usage.db")
+    return os.path.abspath(os.path.expanduser(config.usage_db)) if config.usage_db else ""
+
+
+def storable(value: Any) -> Any:
+    """A member of a record as SQLite can take it, whatever the upstream told."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return min(value, MAX_COUNT) if isinstance(value, int) else value
+
+
+def check_schema(db: Any) -> int:
+    """How many of USAGE_VERSIONS a file has.  Raises ValueError for one that is not ours."""
+    version, mark = (db.execute("PRAGMA " + name).fetchone()[0]
+                     for name in ("user_version", "application_id"))
+    if mark != USAGE_MARK and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        raise ValueError("is a database of another program")
+    if version > len(USAGE_VERSIONS):
+        raise ValueError("was made by a newer ccproxy (its format is %d, this one knows %d)"
+                         % (version, len(USAGE_VERSIONS)))
+    return int(version)
+
+
+def make_schema(db: Any) -> None:
+    """Bring a file to the newest version.  Raises ValueError, sqlite3.Error."""
+    db.execute("BEGIN IMMEDIATE")       # other processes may be about to do the same
+    try:
+        for statements in USAGE_VERSIONS[check_schema(db):]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute("PRAGMA application_id = %d" % USAGE_MARK)
+        db.execute("PRAGMA user_version = %d" % len(USAGE_VERSIONS))
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def make_private(path: str) -> None:
+    """Make the file and its folder, or its mode, so that nobody else can read it.  SQLite gives
+    its two side files the mode of the first.  Raises OSError."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        for name in (path, path + "-wal", path + "-shm"):
+            if readable_by_others(name):
+                os.chmod(name, 0o600)
+
+
+def open_usage(path: str, seconds: float) -> Any:
+    """The database to write to, made where there is none.  Raises OSError, ValueError,
+    sqlite3.Error."""
+    import sqlite3
+    make_private(path)
+    db = sqlite3.connect(path, timeout=seconds, isolation_level=None)
+    try:
+        make_schema(db)
+        try:
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError:    # another process is just doing it, and it lasts
+            pass
+        db.execute("PRAGMA synchronous = NORMAL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+class UsageLog:
+    """The queue of records, and the thread that writes them."""
+
+    def __init__(self, path: str, app: App) -> None:
+        import threading
+        self.path, self.app = path, app
+        self.queue: Deque[Record] = deque()
+        self.wanted, self.full = threading.Event(), threading.Event()
+        self.ending = self.failing = False
+        self.lost = 0                       # since it began to fail
+        self.db: Any = None
+        self.inode = self.cleaned = 0.0
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def add(self, record: Record) -> None:
+        """Queue a record; called on the loop."""
+        if len(self.queue) >= MAX_UNWRITTEN:
+            self.lose(1)
+            return
+        self.queue.append(record)
+        if not self.wanted.is_set():
+            self.wanted.set()
+        if len(self.queue) == USAGE_BATCH:
+            self.full.set()
+
+    def lose(self, number: int) -> None:
+        self.lost += number
+        self.app.metrics.counts["usage_records_lost_total",] += number
+
+    def run(self) -> None:
+        """Write what is queued, until the end."""
+        self.write()            # opens the file: what is wrong with it is said at the start
+        while not self.ending:
+            self.wanted.wait()
+            limits = self.app.limits
+            self.full.wait(limits.usage_retry if self.failing else limits.usage_batch)
+            self.wanted.clear()
+            self.full.clear()
+            if not self.write_all():
+                self.wanted.set()
+        self.write_all()
+        self.close()
+
+    def write_all(self) -> bool:
+        """Write batches until the queue is empty; False when one failed."""
+        while self.queue:
+            if not self.write():
+                return False
+        return True
+
+    def write(self) -> bool:
+        """Write one batch; False when that failed, and the records stay queued."""
+        import sqlite3
+        batch = [self.queue[place] for place in range(min(len(self.queue), 5 * USAGE_BATCH))]
+        try:
+            self.open()
+            self.insert(batch)
+            self.clean()
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self.close()
+            self.fail(str(getattr(error, "strerror", None) or error))
+            return False
+        for _ in batch:
+            self.queue.popleft()
+        if self.failing:
+            self.failing = False
+            self.app.log.warning("usageDb %s works again; %d records were lost", self.path,
+                                 self.lost)
+            self.lost = 0
+        return True
+
+    def fail(self, problem: str) -> None:
+        """Say once what is wrong."""
+        if not self.failing:
+            self.failing, self.lost = True, 0
+            self.app.log.error("usageDb %s: %s; records wait for it, %d at most", self.path,
+                               printable(problem, 200), MAX_UNWRITTEN)
+
+    def open(self) -> None:
+        """Open the file where it is not, or is not the one that stands there now."""
+        if self.db is not None and not (os.path.exists(self.path) and
+                                        os.stat(self.path).st_ino == self.inode):
+            self.close()
+        if self.db is None:
+            self.db = open_usage(self.path, self.app.limits.usage_busy)
+            self.inode, self.cleaned = os.stat(self.path).st_ino, 0.0
+
+    def insert(self, batch: List[Record]) -> None:
+        """Insert all of them or none."""
+        if batch:
+            with self.db:
+                self.db.execute("BEGIN IMMEDIATE")
+                self.db.executemany("INSERT INTO requests (%s) VALUES (%s)" % (
+                    ", ".join(Record._fields), ", ".join("?" * len(Record._fields))),
+                    [tuple(map(storable, record)) for record in batch])
+
+    def clean(self) -> None:
+        """Delete what is older than usageDays, now and then and some at a time."""
+        now = time.time()
+        if 0 <= now - self.cleaned < USAGE_CLEANING_SECONDS:
+            return
+        deleted = self.db.execute(
+            "DELETE FROM requests WHERE rowid IN (SELECT rowid FROM requests WHERE at < ? LIMIT ?)",
+            (now - self.app.config.usage_days * DAY_SECONDS, USAGE_CLEANING_ROWS)).rowcount
+        if deleted < USAGE_CLEANING_ROWS:
+            self.cleaned = now
+
+    def close(self) -> None:
+        """Let go of the file; only the thread does."""
+        db, self.db = self.db, None
+        if db is not None:
+            db.close()
+
+    def end(self, seconds: float) -> None:
+        """Write what is left, for so long at most."""
+        self.ending = True
+        self.wanted.set()
+        self.full.set()
+        self.thread.join(seconds)
+        if self.queue:
+            self.lose(len(self.queue))
+            self.app.log.error("usageDb %s: %d records were lost", self.path, self.lost)
+
+
+def start_usage_log(app: App) -> None:
+    """Write all records to usageDb, where one is wanted."""
+    path = usage_path(app.config)
+    if not path:
+        return
+    try:
+        import sqlite3
+        app.log.debug("usageDb %s: SQLite %s", path, sqlite3.sqlite_version)
+    except ImportError:
+        app.log.error("usageDb: this Python has no sqlite3; no requests are kept")
+        return
+    app.usage = UsageLog(path, app)
+    app.listeners.append(app.usage.add)
+
+
+async def end_usage_log(app: App) -> None:
+    if app.usage is not None:
+        await in_thread(lambda: app.usage.end(app.limits.usage_end))
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -14663,6 +14922,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     show_on_board(app)
+    await end_usage_log(app)
     app.pool.close()
 
 
@@ -14706,6 +14966,7 @@ async def listen(app: App) -> Any:
     spawn(app, watch_alerts(app))
     start_metrics(app)
     start_state(app)
+    start_usage_log(app)
     if app.config.cli_version == "auto":
         app.version_task = spawn(app, keep_version_fresh(app))
     return server
@@ -15287,6 +15548,190 @@ def show_models(invocation: Invocation) -> int:
     models, why = find_models(config, invocation.given.demo)
     write = models_json if invocation.given.json else models_text
     text = write(model_states(models, config), config, why)
+    return 0 if say(text) else 1
+
+
+# === USAGE COMMAND ==========================================================
+# `ccproxy.py usage`: what usageDb holds, added up by model, key, day, client or
+# status.  The file is only read, so it does not matter who writes to it.  Times
+# are told at their median and at the 95th of a hundred.
+
+USAGE_GROUPS = {"model": "model", "key": "key", "day": "date(at, 'unixepoch', 'localtime')",
+                "client": "client", "status": "status"}
+SINCE_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+MAX_USAGE_LINES = 200           # of the table; clients can name any number of models
+
+
+@dataclass
+class UsageSum:
+    """The requests of one line, added up; cost is None until one was told."""
+
+    requests: int = 0
+    errors: int = 0
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cost: Optional[float] = None
+    firsts: Any = field(default_factory=lambda: array("d"))
+    totals: Any = field(default_factory=lambda: array("d"))
+
+
+def read_since(given: str, now: float) -> float:
+    """The moment that 30m, 12h, 7d, 4w or a date means.  Raises ProxyError `config`."""
+    span = re.fullmatch(r"([0-9]{1,5})([mhdw])", given, re.ASCII)
+    if span:
+        return now - int(span[1]) * SINCE_SECONDS[span[2]]
+    try:
+        return time.mktime(time.strptime(given, "%Y-%m-%d"))
+    except (ValueError, OverflowError):
+        raise ProxyError("config", "--since must be like 30m, 12h, 7d, 4w or 2026-11-01 (it is %s)"
+                         % printable(given, 40)) from None
+
+
+def add_request(line: UsageSum, row: Tuple[Any, ...]) -> None:
+    """Add one row of the database."""
+    status, error, given, sent, cached, cost, first, total = row
+    line.requests += 1
+    line.errors += status != 499 and (status >= 400 or error != "")
+    line.input += given or 0
+    line.output += sent or 0
+    line.cached += cached or 0
+    if cost is not None:
+        line.cost = (line.cost or 0.0) + cost
+    if first is not None:
+        line.firsts.append(first)
+    line.totals.append(total)
+
+
+def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, UsageSum], UsageSum]:
+    """(sums by group, the sum of all).  Raises ProxyError `config`."""
+    import pathlib
+    import sqlite3
+    sums: Dict[str, UsageSum] = {}
+    whole = UsageSum()
+    try:
+        db = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=ro", timeout=5.0, uri=True)
+        try:
+            rows = db.execute(
+                "SELECT %s, status, error, input, output, cached, cost, first, total FROM requests "
+                "WHERE at >= ?" % USAGE_GROUPS[group], (since,)) if check_schema(db) else ()
+            for name, *row in rows:
+                add_request(sums.setdefault(str(name), UsageSum()), tuple(row))
+                add_request(whole, tuple(row))
+        finally:
+            db.close()
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        raise ProxyError("config", "usageDb %s: %s" % (path, printable(str(error), 200))) from None
+    return sums, whole
+
+
+def time_at(times: Any, share: float) -> Optional[float]:
+    """The time that this share of all does not exceed, None where there are none."""
+    place = -(-len(times) * share // 1)
+    return round(sorted(times)[int(place) - 1], 4) if times else None
+
+
+def usage_figures(line: UsageSum) -> Json:
+    """The figures of a line as JSON, CSV and table tell them; what is not known is null."""
+    return {"requests": line.requests, "errors": line.errors, "input_tokens": line.input,
+            "output_tokens": line.output, "cached_tokens": line.cached,
+            "cached_share": round(line.cached / line.input, 4) if line.input else None,
+            "cost_usd": None if line.cost is None else round(line.cost, 6),
+            "first_p50": time_at(line.firsts, 0.5), "first_p95": time_at(line.firsts, 0.95),
+            "total_p50": time_at(line.totals, 0.5), "total_p95": time_at(line.totals, 0.95)}
+
+
+def short_time(seconds: Optional[float]) -> str:
+    return "-" if seconds is None else "%.2fs" % seconds if seconds < 100 else "%ds" % seconds
+
+
+def short_tokens(number: int) -> str:
+    """4711 as it is, 47110 as 47.1k."""
+    unit, size = next((one for one in (("G", 1e9), ("M", 1e6), ("k", 1e3))
+                       if number >= 10 * one[1]), ("", 1))
+    return "%.1f%s" % (number / size, unit) if unit else str(number)
+
+
+# Column of the table: its head, which figure it shows and how, and when it gives way on a narrow
+# terminal (the lowest first; 9: never).
+USAGE_TABLE: Tuple[Tuple[str, str, Callable[[Any], str], int], ...] = (
+    ("requests", "requests", str, 9), ("errors", "errors", str, 8),
+    ("in", "input_tokens", short_tokens, 7), ("out", "output_tokens", short_tokens, 7),
+    ("cached", "cached_tokens", short_tokens, 1),
+    ("share", "cached_share", lambda share: "-" if share is None else "%d%%" % (100 * share), 5),
+    ("cost $", "cost_usd", lambda cost: "-" if cost is None else "%.4f" % cost, 6),
+    ("first p50", "first_p50", short_time, 4), ("p95", "first_p95", short_time, 3),
+    ("total p50", "total_p50", short_time, 2), ("p95", "total_p95", short_time, 2))
+
+
+def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]:
+    """Lines of the table, of which the last one is the sum of all, for a terminal so wide (0: any);
+    columns give way before they are cut."""
+    least = min(24, max(len(name) for name, _ in lines)) + 1
+    columns = list(USAGE_TABLE)
+    while True:
+        rows = [(name or "-", *(show(figures[figure]) for _, figure, show, _ in columns))
+                for name, figures in lines]
+        heads = (by, *(head for head, _, _, _ in columns))
+        needed = least + sum(2 + max(map(len, column))
+                             for column in list(zip(heads, *rows))[1:])
+        rank = min(rank for _, _, _, rank in columns)
+        if not width or needed <= width or rank == 9:
+            return table_lines(heads, rows, "l" + "r" * len(columns), width)
+        columns = [column for column in columns if column[3] != rank]
+
+
+def usage_screen(by: str, lines: List[Tuple[str, Json]], path: str, since: float) -> str:
+    """All that is printed for a person."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+    if len(lines) == 1:
+        return "no requests since %s in %s\n" % (when, path)
+    more = len(lines) - 1 - MAX_USAGE_LINES
+    if more > 0:
+        del lines[MAX_USAGE_LINES:-1]
+    head, *rows, whole = usage_table(by, lines, terminal_width())
+    rest = ["(%d more: --csv and --json tell all)" % more] if more > 0 else []
+    return "\n".join([paint(head, "bold"), *rows, *rest, paint(whole, "bold"),
+                      paint("since %s, from %s" % (when, path), "dim"), ""])
+
+
+def usage_csv(by: str, lines: List[Tuple[str, Json]]) -> str:
+    """The groups as CSV.  No cell begins as a formula would: clients choose their models' names."""
+    import csv
+    import io
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([by, *lines[-1][1]])
+    for name, figures in lines[:-1]:
+        safe = "'" + name if name[:1] in "=+-@|%\t\r" and name else name
+        writer.writerow([safe, *figures.values()])
+    return text.getvalue()
+
+
+def show_usage_log(invocation: Invocation) -> int:
+    """The command `usage`."""
+    given, config = invocation.given, invocation.settings.config
+    path, by = usage_path(config), given.by
+    since = read_since(given.since, time.time())
+    if given.json and given.csv:
+        raise ProxyError("config", "--json or --csv, not both")
+    if not path:
+        raise ProxyError("config", "usageDb is not set, so no requests are kept: set it (auto will "
+                         "do) and start the proxy with it")
+    if not os.path.isfile(path):
+        raise ProxyError("config", "usageDb: there is no file %s yet; start the proxy with it"
+                         % path)
+    sums, whole = read_usage_file(path, by, since)
+    order = sorted(sums, key=(lambda name: name) if by == "day" else
+                   (lambda name: (-sums[name].requests, name)))
+    lines = [(printable(name, 200), usage_figures(sums[name])) for name in order]
+    lines.append(("total", usage_figures(whole)))
+    if given.json:
+        return 0 if say(json.dumps({
+            "since": shown_moment(since), "by": by, "total": lines[-1][1],
+            "groups": [{by: name, **figures} for name, figures in lines[:-1]]},
+            indent=1) + "\n") else 1
+    text = usage_csv(by, lines) if given.csv else usage_screen(by, lines, path, since)
     return 0 if say(text) else 1
 
 
@@ -17323,11 +17768,20 @@ def client_argument(names: Iterable[str]) -> Tuple[str, Json]:
 
 MODEL_FLAG: Tuple[str, Json] = ("--model", {"help": "its model (default: defaultModel)"})
 
+USAGE_FLAGS: Tuple[Tuple[str, Json], ...] = (
+    ("--since", {"default": "7d", "help": "from then on: 30m, 12h, 7d, 4w, or a date such as "
+                 "2026-11-01 (default: 7d)"}),
+    ("--by", {"default": "model", "choices": sorted(USAGE_GROUPS), "help": "what makes a line "
+              "(default: model)"}),
+    JSON_FLAG, ("--csv", {"action": "store_true", "help": "print CSV, without the total"}))
+
 COMMANDS: Dict[str, Command] = {
     "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
                         "try every feature against the upstream inside the program", "selftest"),
     "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
                       "models --json", (JSON_FLAG,)),
+    "usage": Command(show_usage_log, "add up the requests that usageDb holds",
+                     "usage --usage-db auto --since 7d --by day", USAGE_FLAGS),
     "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
                    'run claude --demo -- -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
                    True),

@@ -9,7 +9,7 @@ import threading
 import pytest
 from fake_upstream import FakeUpstream, ndjson, raw, status, stream
 from harness import (CHAT, FAST, MESSAGES, Program, Proxy, post_bytes, read_all, read_until,
-                     wait_until)
+                     run_program, wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 KEY = "user_" + SECRET
@@ -342,3 +342,21 @@ def test_what_the_state_and_the_events_tell():
                                                         for one in kept}
     for data in (told[0], state.body, running.body, proxy.log.getvalue()):
         assert not holds_secret(data)
+def test_the_database_and_what_is_read_from_it(tmp_path):
+    """Every file of it, byte by byte, while the proxy runs and when it has ended."""
+    fake = FakeUpstream()
+    path = tmp_path / "usage.db"
+    proxy = Proxy(apiBase=fake.base, usageDb=str(path))
+    try:
+        plant(proxy, fake)
+        files = [(tmp_path / name).read_bytes() for name in os.listdir(tmp_path)]
+    finally:
+        proxy.close(hurry=False)
+        fake.close()
+    files.append(path.read_bytes())
+    assert files[-1].count(b"key:") >= 5 * len(PLANTED) and not any(map(holds_secret, files))
+    for by in ("model", "key", "client", "status"):
+        for form in ([], ["--json"], ["--csv"]):
+            done = run_program("usage", "--usage-db", str(path), "--by", by, *form)
+            assert done.returncode == 0 and not holds_secret(done.stdout + done.stderr)
+    assert not holds_secret(proxy.log.getvalue())
