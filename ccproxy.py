@@ -13391,6 +13391,12 @@ def log_change(app: App, origin: str, changed: List[str]) -> None:
                  "; restart for " + ", ".join(waiting) if waiting else "")
 
 
+def check_fresh(app: App, settings: Settings) -> None:
+    """What new settings need, now and at the next start.  Raises ProxyError `config`."""
+    check_surroundings(settings.config)
+    check_operator(settings.operator, app.config.host)      # where we listen until then
+
+
 def reload_settings(app: App) -> None:
     """Read the config file and the operator's keys again; where they are wrong, one line says so
     and all stays as it is.  Of workers, the parent alone says it."""
@@ -13399,7 +13405,7 @@ def reload_settings(app: App) -> None:
         return
     try:
         fresh = read_settings(settings.flags, settings.given)
-        check_surroundings(fresh.config)
+        check_fresh(app, fresh)
     except ProxyError as error:
         app.log.log(logging.DEBUG if app.worker else logging.ERROR,
                     "the configuration stays as it is: %s", printable(error.message, 1000))
@@ -13519,13 +13525,17 @@ async def restart_if_sound(app: App, reason: str) -> None:
 
 
 def start_again(groups: Groups, config: Config) -> None:
-    """Become the new program.  Raises OSError."""
+    """Become the new program.  Raises ProxyError `config`."""
     hand_on(groups, config)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    os.execv(sys.executable, [sys.executable, *own_arguments()])
+    try:
+        os.execv(sys.executable, [sys.executable, *own_arguments()])
+    except OSError as error:
+        raise ProxyError("config", "cannot start again: %s: %s" % (
+            sys.executable, error.strerror)) from None
 
 
 def watched_files(settings: Settings) -> List[str]:
@@ -13570,7 +13580,7 @@ async def show_config(app: App, exchange: Exchange) -> None:
                                  settings.sources[option.name]) for option in OPTIONS]})
 
 
-def write_config(settings: Settings, changes: Json) -> Settings:
+def write_config(app: App, settings: Settings, changes: Json) -> Settings:
     """Change the config file; the settings that it then makes.  Raises ProxyError."""
     made: List[Settings] = []
 
@@ -13582,7 +13592,7 @@ def write_config(settings: Settings, changes: Json) -> Settings:
         entries = decode_entries(text, settings.path) if text.strip() else {}
         merged = merge_entries(entries, changes)
         made.append(check_settings(settings.flags, merged, settings.path, settings.given))
-        check_surroundings(made[0].config)
+        check_fresh(app, made[0])
         return old if list(merged.items()) == list(entries.items()) else encode_json_file(merged)
 
     change_file(settings.path, edit)
@@ -13598,7 +13608,7 @@ async def change_config(app: App, exchange: Exchange) -> None:
         raise ProxyError("invalid", "This proxy was not started from a config file.", status=409)
     try:
         changes = read_changes(body)
-        fresh = await change_in_turn(app, lambda: write_config(settings, changes))
+        fresh = await change_in_turn(app, lambda: write_config(app, settings, changes))
     except ProxyError as error:
         raise as_refusal(error) from None
     log_change(app, "written over HTTP", apply_settings(app, fresh))

@@ -71,7 +71,7 @@ def test_a_change_is_written_and_counts_at_once(place):
     assert proxy.app.config.port == 0 and options_of(proxy)["port"]["value"] == 4321
     assert put(place, {"models": None, "port": None}).json["applied"] == ["models"]
     assert proxy.post(CHAT, model="glm").status == 200 and "models" not in path.read_text()
-    assert "configuration (by /admin/config): changed " in proxy.log.getvalue()
+    assert "configuration written over HTTP: changed " in proxy.log.getvalue()
 
 
 @pytest.mark.parametrize("body, param, words", [

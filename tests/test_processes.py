@@ -1,14 +1,18 @@
 """PROCESSES: several workers on one port, and their parent."""
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
-from harness import CHAT, PROGRAM, clean_environment, command_of, run_program, wait_until
+from harness import (CHAT, PROGRAM, clean_environment, command_of, read_all, run_program,
+                     wait_until)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"),
                                 reason="needs fork and /proc")
@@ -120,3 +124,74 @@ def test_a_fixed_port_is_free_again(start_program):
         done.send_signal(signal.SIGTERM)
         assert done.wait(20) == 0
         done.stdout.close()
+
+
+# drainDelaySeconds.
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_requests_are_served_while_balancers_are_sent_away(start_program, upstream, workers):
+    """After a signal /health is 503, all else goes on, and every answer says goodbye."""
+    program = start_program("--workers", workers, "--drain-delay-seconds", "600")
+    kept = http.client.HTTPConnection("127.0.0.1", program.port, timeout=20)
+    kept.request("GET", "/health")
+    answer = kept.getresponse()
+    assert (answer.status, answer.getheader("connection")) == (200, None) and answer.read()
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: program.log.count("stopping in 600 seconds") == int(workers))
+    health = program.request("GET", "/health")
+    assert (health.status, health.json["status"]) == (503, "draining")
+    for _ in range(4):
+        answer = program.post(CHAT, stream=True)
+        assert (answer.status, answer.fields["connection"]) == (200, "close")
+    kept.request("GET", "/v1/models")           # a connection from before is served once more
+    answer = kept.getresponse()
+    assert (answer.status, answer.getheader("connection")) == (200, "close")
+    kept.close()
+    code, words = program.stop()                # a second signal hurries
+    assert code == 0 and "Traceback" not in words
+
+
+def test_the_delay_ends(start_program):
+    program = start_program("--drain-delay-seconds", "0.3")
+    began = time.monotonic()
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "stopping in 0.3 seconds" in program.log)
+    assert program.post(CHAT).status == 200
+    assert program.wait()[0] == 0 and time.monotonic() - began >= 0.3
+    with pytest.raises(ConnectionRefusedError):
+        program.connect()
+
+
+def test_without_a_delay_the_port_is_closed_at_once(start_program, upstream):
+    go = threading.Event()
+
+    def late(sock, request):
+        go.wait(10)
+        answer(sock, request)
+    answer, upstream.default = upstream.default, late
+    for workers in ("1", "2"):
+        go.clear()
+        program = start_program("--workers", workers)
+        before = len(upstream.requests)
+        with program.send_post(CHAT):
+            wait_until(lambda: len(upstream.requests) > before)
+            program.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: program.log.count("stopping: ") == int(workers))
+            with pytest.raises(ConnectionRefusedError):
+                program.connect()
+            go.set()
+            assert program.wait()[0] == 0
+
+
+def test_a_connection_that_was_just_opened_is_served(start_program):
+    """Its request is on the way when the signal comes."""
+    program = start_program()
+    with program.connect() as sock:
+        wait_until(lambda: program.request("GET", "/health").status == 200)     # it is accepted
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: " in program.log)
+        sock.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        data = read_all(sock)
+    assert data.startswith(b"HTTP/1.1 200 ") and b"connection: close" in data
+    assert program.wait()[0] == 0
