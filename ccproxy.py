@@ -14096,7 +14096,9 @@ async def watch_state(app: App) -> None:
     its seconds.)"""
     known: Json = {}
     told: Dict[int, int] = {}
+    tell_others_records(app, read_others(app, "state"), told)       # what was before is no news
     while True:
+        await asyncio.sleep(app.limits.news)
         others = read_others(app, "state")
         tell_others_records(app, others, told)
         state = changing_state(app, others)
@@ -14106,7 +14108,6 @@ async def watch_state(app: App) -> None:
             for follower in app.followers:
                 follower.state = frame
                 follower.wire.wake()
-        await asyncio.sleep(app.limits.news)
 
 
 def tell_record(app: App, record: Record) -> None:
