@@ -8870,7 +8870,7 @@ main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0
 /* Figures. */
 .facts { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 14px; }
 .facts div { display: flex; gap: 7px; }
-.facts dt { color: var(--dim); }
+.facts dt { color: var(--dim); flex: none; }
 .tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
 .tile { padding: 12px 14px; }
 .tile dt { color: var(--dim); font-size: 13px; }
@@ -9028,7 +9028,10 @@ dialog::backdrop { background: rgb(8 10 16 / 0.5); }
   .cards td { border: 0; padding: 0; font-size: 13.5px; text-align: left; }
   .cards td:empty { display: none; }
   .cards td[data-label]::before { content: attr(data-label) " "; color: var(--dim); }
-  .cards td.wide { flex: 1 1 100%; font-size: 15px; }
+  .cards tr:first-child { padding-top: 0; }
+  .cards td.wide { flex: 1 1 100%; font-size: 15px; order: -1; }
+  .cards td.lead { order: -2; align-self: center; }
+  .cards td.lead + td.wide { flex: 1 1 70%; }
   .cards td.end { margin-left: auto; }
   .savebar, .toast { bottom: 72px; } }
 @media (prefers-reduced-motion: no-preference) {
@@ -9457,7 +9460,7 @@ const shared = { state: null, recent: [], minutes: [], models: [], config: null,
   link: "waiting", at: 0 };
 const views = {};           // page -> {load(): asked for once a visit, show(): drawn anew}
 let adminKey = "";          // in this tab's memory alone
-let asking = null, language = "en";
+let asking = null, declined = false, language = "en";
 
 // What is remembered: language and theme, nothing else.
 function remembered(name) {
@@ -9573,7 +9576,9 @@ function askAdminKey(fault) {
     [{ name: "key", label: "adminKey", type: "password", fault }], say("unlock"))
     .then((given) => {
       adminKey = (given && given.key.trim()) || "";
+      declined = !adminKey;
       showLock();
+      wakeUp();
       return Boolean(adminKey);
     }).finally(() => { asking = null; });
   return asking;
@@ -9584,6 +9589,7 @@ async function withKey(method, path, body) {
     try { return await call(method, path, body, used); } catch (error) {
       if (error.status !== 401) throw error;
       if (adminKey !== used && adminKey) continue;        // another call was given it meanwhile
+      if (declined && !used) throw error;                 // asked once: from now on by the button
       if (!await askAdminKey(used && say("key_refused"))) throw error;
     }
   }
@@ -9699,6 +9705,7 @@ async function follow() {
       const again = shared.link === "lost" || !shared.state;
       Object.assign(shared, { state, recent, minutes, at: performance.now() });
       if (again) reload();
+      shared.fault = "";
       refresh();
       heard = performance.now();
       await listen();
@@ -9808,11 +9815,12 @@ function go() {
     if (link.hash === "#" + shared.page) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  if (views[shared.page].early) views[shared.page].early();
   reload();
   refresh();
 }
 function reload() {
-  if (views[shared.page].load) views[shared.page].load();
+  if (shared.state && views[shared.page].load) views[shared.page].load();
 }
 function translate() {
   document.documentElement.lang = LANGUAGES[language];
@@ -9878,13 +9886,13 @@ PAGE_CHARTS = r"""
 const share = (minute) => (minute && minute.input ? (minute.cached || 0) / minute.input : null);
 const of = (name, empty) => (minute) => (minute ? minute[name] ?? empty : empty);
 const CHARTS = [
-  { name: "requests", show: figure, kind: "bars", series: [
+  { name: "requests", show: figure, kind: "bars", least: 4, series: [
     ["requests", "first", of("requests", 0)], ["errors", "bad", of("errors", 0)]] },
-  { name: "tokens", show: compact, kind: "lines", series: [
+  { name: "tokens", show: compact, kind: "lines", least: 1000, series: [
     ["tokens_in", "first", of("input", 0)], ["tokens_out", "second", of("output", 0)]] },
-  { name: "first_event", show: span, kind: "dots", series: [
+  { name: "first_event", show: span, kind: "dots", least: 1, series: [
     ["p50", "first", of("first_p50", null)], ["p95", "second", of("first_p95", null)]] },
-  { name: "cache_share", show: percent, kind: "dots", most: 1, series: [
+  { name: "cache_share", show: percent, kind: "dots", least: 1, most: 1, series: [
     ["cached", "first", share]] }];
 const HEIGHT = 168, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 22, SPAN = 60;
 
@@ -9897,11 +9905,10 @@ function slotsOf(minutes) {
     return { at: start, minute: known.get(start) };
   });
 }
-// The least of 1, 2, 5, 10 ... (whole, for counts) that two steps of reach this.
-function niceTop(most, whole) {
-  const half = Math.max(most, whole ? 2 : 1e-3) / 2, size = 10 ** Math.floor(Math.log10(half));
-  const step = [1, 2, 2.5, 5, 10].find((one) => one * size >= half * 0.9999) * size;
-  return 2 * (whole ? Math.ceil(step) : step);
+// Twice the least of 1, 2, 2.5, 5, 10 ... that reaches this in two steps.
+function niceTop(most) {
+  const half = most / 2, size = 10 ** Math.floor(Math.log10(half));
+  return 2 * [1, 2, 2.5, 5, 10].find((one) => one * size >= half * 0.9999) * size;
 }
 function pathOf(points) {
   let open = false;
@@ -9988,7 +9995,7 @@ function paint(drawn) {
   const { chart, plot, slots, at } = drawn, width = Math.max(240, plot.clientWidth || 480);
   const values = chart.series.flatMap(([, , value]) =>
     slots.map((slot) => value(slot.minute) || 0));
-  const top = chart.most || niceTop(Math.max(...values), chart.show === figure);
+  const top = chart.most || niceTop(Math.max(chart.least, ...values));
   const x = (place) => LEFT + place / SPAN * (width - LEFT - RIGHT);
   const y = (value) => (value === null ? null :
     HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM));
@@ -10230,7 +10237,7 @@ function writeNotes() {
 
 // Models: what they can, and a switch.
 const MODEL_COLUMNS = [
-  { key: "on", of: (one) => make("input.switch", { type: "checkbox", role: "switch",
+  { key: "on", class: "lead", of: (one) => make("input.switch", { type: "checkbox", role: "switch",
     checked: one.enabled, disabled: !canWrite(), "aria-label": one.id,
     change: (event) => switchModel(one, event.target) }) },
   { key: "model", class: "wide", of: (one) => [make("span.model", null, one.name || one.id),
@@ -10640,15 +10647,17 @@ function showSnippets() {
     shell: SHELLS[$("shell").value] };
   fill("snippets", SNIPPETS.map((snippet) => snippetCard(snippet, wanted)));
 }
-views.connect = { load: () => {
-  if (!$("address").value) $("address").value = location.origin;
-  showSnippets();
-  return load("snippets", "/admin/models", (data) => {
+views.connect = {
+  early: () => {
+    if (!$("address").value) $("address").value = location.origin;
+    showSnippets();
+  },
+  load: () => load("snippets", "/admin/models", (data) => {
     shared.models = data.models;
     offer("pick-model", data.models.filter((one) => one.enabled).map((one) => [one.id, one.id]));
     showSnippets();
-  });
-} };
+  }),
+  renew: showSnippets };
 if (/Windows/.test(navigator.userAgent)) $("shell").value = "ps";
 $("connect-form").addEventListener("input", showSnippets);
 $("connect-form").addEventListener("submit", (event) => event.preventDefault());

@@ -20,7 +20,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
          "--disable-extensions", "--disable-background-networking", "--disable-component-update",
          "--disable-default-apps", "--no-default-browser-check", "--mute-audio", "--lang=en-US",
-         "--disable-dev-shm-usage", "--remote-debugging-pipe", "--no-proxy-server")
+         "--disable-dev-shm-usage", "--remote-debugging-pipe", "--no-proxy-server",
+         "--host-resolver-rules=MAP ccproxy.test 127.0.0.1, EXCLUDE 127.0.0.1")
 
 
 def find_chromium() -> Optional[str]:
@@ -159,13 +160,13 @@ class Page:
         assert "exceptionDetails" not in given, (script, given["exceptionDetails"])
         return given["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 10.0) -> Any:
+    def wait(self, script: str, seconds: float = 10.0) -> None:
         """Wait until an expression is true; the assertion tells which was not."""
         deadline = time.monotonic() + seconds
         while True:
-            value = self.run(script)
+            value = self.run("Boolean(%s)" % script)
             if value:
-                return value
+                return
             assert time.monotonic() < deadline, (script, self.said, self.text()[:2000])
             time.sleep(0.02)
 
@@ -201,8 +202,10 @@ class Page:
                  % (json.dumps(selector), json.dumps(value)))
 
     def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        number = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      windowsVirtualKeyCode=number, nativeVirtualKeyCode=number)
 
     def picture(self, path: str, whole: bool = True) -> None:
         """A screenshot as a PNG file."""
