@@ -15662,7 +15662,10 @@ def usage_figures(line: UsageSum) -> Json:
 
 
 def short_time(seconds: Optional[float]) -> str:
-    return "-" if seconds is None else "%.2fs" % seconds if seconds < 100 else "%ds" % seconds
+    """A time of a request, to the millisecond where it is short."""
+    if seconds is None:
+        return "-"
+    return "%dms" % (1000 * seconds) if seconds < 1 else "%.2fs" % seconds
 
 
 def short_tokens(number: int) -> str:
