@@ -16775,16 +16775,11 @@ def user_folder(variable: str, default: str, *names: str) -> str:
     return os.path.join(os.environ.get(variable) or os.path.expanduser(default), *names)
 
 
-def usage_file(config: Config) -> str:
-    """The database of requests, where there is to be one."""
-    state = user_folder("XDG_STATE_HOME", "~/.local/state", "ccproxy", "usage.db")
-    return state if config.usage_db == "auto" else config.usage_db
-
-
 def written_folders(settings: Settings) -> Tuple[str, ...]:
     """Folders in which the configuration lets the proxy write."""
     config = settings.config
-    paths = {"logFile": config.log_file, "usageDb": usage_file(config)}
+    database = config.usage_db if config.usage_db != "auto" else usage_path(config)
+    paths = {"logFile": config.log_file, "usageDb": os.path.expanduser(database)}
     if config.admin_key:        # then /admin changes these two, by a new file beside the old
         paths.update(config=settings.path, credentialsFile=config.credentials_file)
     folders = set()
