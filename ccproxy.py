@@ -12865,11 +12865,11 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
 # called on the loop, so it must be quick and raise nothing.
 
 
-def make_record(exchange: Exchange, total: float) -> Record:
-    """What is kept of a generating request."""
+def make_record(exchange: Exchange, now: float, total: float) -> Record:
+    """What is kept of a generating request; `now` is loop time."""
     known, agent = exchange.record, exchange.head.fields.get("user-agent", "")
     return Record(
-        time.time() - total, known["api"], client_family(agent),
+        time.time() - (now - exchange.started), known["api"], client_family(agent),
         printable(known.get("asked", ""), 200), printable(known.get("model", ""), 200),
         known.get("key", ""), known.get("status", 499), known.get("stream", False),
         known.get("in"), known.get("out"), known.get("cached"), known.get("reasoning"),
@@ -12881,12 +12881,19 @@ def keep_record(app: App, exchange: Exchange) -> None:
     """Remember a generating request that is over, and tell whoever listens."""
     if "api" not in exchange.record or exchange.record.get("quiet") or exchange.dry_run:
         return
-    record = make_record(exchange, asyncio.get_running_loop().time() - exchange.started)
+    clock = asyncio.get_running_loop().time
+    now = clock()
+    total = now - exchange.started
     if exchange.finishing is None or exchange.finishing.done():
-        publish_record(app, record)
+        publish_record(app, make_record(exchange, now, total))
         return
-    exchange.finishing.add_done_callback(lambda task: publish_record(app, record._replace(
-        cost=None if task.cancelled() or task.exception() else read_cost(task.result()))))
+
+    def finished(task: "asyncio.Task[Any]") -> None:
+        if not (task.cancelled() or task.exception()):
+            exchange.record["cost"] = task.result()
+        publish_record(app, make_record(exchange, clock(), total))
+
+    exchange.finishing.add_done_callback(finished)
 
 
 def publish_record(app: App, record: Record) -> None:
