@@ -15627,17 +15627,20 @@ def add_request(line: UsageSum, row: Tuple[Any, ...]) -> None:
         line.cost = (line.cost or 0.0) + cost
     if first is not None:
         line.firsts.append(first)
-    line.totals.append(total)
+    if total is not None:
+        line.totals.append(total)
 
 
 def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, UsageSum], UsageSum]:
     """(sums by group, the sum of all).  Raises ProxyError `config`."""
     import pathlib
     import sqlite3
+    still = not (os.path.exists(path + "-wal") or os.access(os.path.dirname(path), os.W_OK))
+    mode = "?immutable=1" if still else "?mode=ro"      # else SQLite wants to write beside it
     sums: Dict[str, UsageSum] = {}
     whole = UsageSum()
     try:
-        db = sqlite3.connect(pathlib.Path(path).as_uri() + "?mode=ro", timeout=5.0, uri=True)
+        db = sqlite3.connect(pathlib.Path(path).as_uri() + mode, timeout=5.0, uri=True)
         try:
             rows = db.execute(
                 "SELECT %s, status, error, input, output, cached, cost, first, total FROM requests "

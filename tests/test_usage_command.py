@@ -177,6 +177,20 @@ def test_no_requests(tmp_path, records):
     assert len(usage(path, "--csv").splitlines()) == 1
 
 
+def test_what_is_not_known_is_left_out(tmp_path):
+    path = str(tmp_path / "usage.db")
+    nothing = RECORD._replace(input=None, output=None, cached=None, reasoning=None, cost=None,
+                              first=None, total=None)
+    write_records(path, [nothing])
+    found, total = groups(path, "model")
+    assert found["moonshotai/Kimi-K3"] == total == {
+        "requests": 1, "errors": 0, "input_tokens": 0, "output_tokens": 0, "cached_tokens": 0,
+        "cached_share": None, "cost_usd": None, "first_p50": None, "first_p95": None,
+        "total_p50": None, "total_p95": None}
+    assert usage(path).splitlines()[1].split()[6:] == ["-"] * 6
+    assert usage(path, "--csv").splitlines()[1] == "moonshotai/Kimi-K3,1,0,0,0,0,,,,,,"
+
+
 def test_while_the_proxy_writes(start_program, upstream, tmp_path):
     """The whole way: a proxy, requests, the command, and nothing is changed by reading."""
     path = str(tmp_path / "usage.db")
@@ -196,3 +210,19 @@ def test_help_has_an_example():
     done = run_program("usage", "--help")
     assert done.returncode == 0 and "Example: python3 ccproxy.py usage" in \
         " ".join(done.stdout.split())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+def test_in_a_folder_that_nobody_may_write_to(tmp_path, monkeypatch):
+    """SQLite would make two files beside it; root may, so it is told that it may not."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    write_records(str(folder / "usage.db"), [RECORD])
+    os.chmod(folder, 0o500)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    try:
+        sums, whole = ccproxy.read_usage_file(str(folder / "usage.db"), "model", 0.0)
+    finally:
+        os.chmod(folder, 0o700)
+    assert whole.requests == sums["moonshotai/Kimi-K3"].requests == 1
+    assert os.listdir(folder) == ["usage.db"]
