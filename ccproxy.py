@@ -9026,7 +9026,7 @@ dialog::backdrop { background: rgb(8 10 16 / 0.5); }
     border-bottom: 1px solid var(--line); align-items: baseline; }
   .cards tr:last-child { border-bottom: 0; }
   .cards td { border: 0; padding: 0; font-size: 13.5px; text-align: left; }
-  .cards td:empty { display: none; }
+  .cards td:empty, .cards td.rare { display: none; }
   .cards td[data-label]::before { content: attr(data-label) " "; color: var(--dim); }
   .cards tr:first-child { padding-top: 0; }
   .cards td.wide { flex: 1 1 100%; font-size: 15px; order: -1; }
@@ -9376,10 +9376,17 @@ until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后
 burn: To spend | 소진 속도 | 需花费
 a_day: {amount} a day | 하루 {amount} | 每天 {amount}
 period_end: Period ends | 기간 종료 | 周期结束
-figures_age: Figures are from | 조회 시점 (전) | 数据时长
+figures_age: Figures from | 조회 시점 | 数据时间
+ago: {span} ago | {span} 전 | {span}前
 no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
 fit: fit | 사용 가능 | 可用
 unfit: passed over | 건너뜀 | 被跳过
+unfit_refused: The upstream refuses it. | 업스트림이 거부합니다. | 上游拒绝此密钥。
+unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
+unfit_window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
+unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。
+unfit_model: Its plan or account lacks this model. | 요금제나 계정에 이 모델이 없습니다. | 其套餐或账户没有此模型。
+unfit_allowed: Its allowed models lack this model. | 허용 모델에 이 모델이 없습니다. | 其允许的模型中没有此模型。
 key_off: off | 꺼짐 | 已停用
 through: Through here | 이 프록시 경유 | 经由此处
 through_proxy: {requests} requests, {failures} failed · {input} → {output} tokens · {cost}
@@ -10119,7 +10126,7 @@ const RECENT_COLUMNS = [
   one.model || one.asked || "–") },
   { key: "status", of: statusChip },
   { key: "client", of: (one) => one.client + " · " + one.api },
-  { key: "key", class: "mono", of: (one) => one.key },
+  { key: "key", class: "mono rare", of: (one) => one.key },
   { key: "tokens", class: "figure", of: (one) => (one.output === null ? "" :
     compact(one.input) + " → " + compact(one.output)) },
   { key: "first_event", class: "figure", short: true, of: (one) => span(one.first) },
@@ -10409,6 +10416,11 @@ PAGE_KEYS = r"""
 const WINDOWS = [["five_hour", "five_hours"], ["weekly", "week"]];
 const CREDITS = [["monthly", "credit_monthly"], ["free", "credit_free"],
   ["purchased", "credit_purchased"]];
+const REASONS = {        // the server's words, and ours for them
+  "the upstream refuses it": "unfit_refused", "it is out of credit": "unfit_credit",
+  "it is over its usage window": "unfit_window", "it is in cooldown": "unfit_cooldown",
+  "its plan or account lacks this model": "unfit_model",
+  "its allowedModels lack this model": "unfit_allowed" };
 function windowPart(name, window) {
   if (!window) return null;
   const used = window.cap_usd ? (window.used_usd || 0) / window.cap_usd : null;
@@ -10429,7 +10441,7 @@ function accountPart(account) {
     money(credits[name])]), [say("burn"), account.burn_usd_per_day === null ? "–" :
     say("a_day", { amount: money(account.burn_usd_per_day) })],
   account.period_end && [say("period_end"), until(account.period_end)],
-  [say("figures_age"), span(account.age_seconds)]])];
+  [say("figures_age"), say("ago", { span: span(Math.max(1, account.age_seconds)) })]])];
 }
 function keyCard(entry, buttons) {
   const { through_proxy: through, account } = entry, name = entry.id || entry.name;
@@ -10440,8 +10452,8 @@ function keyCard(entry, buttons) {
       make("p.mono.dim", null, entry.key)), make("div.row", null, account && account.plan &&
       make("span.chip.info", null, account.plan), make("span", { class: "chip " + fit[0] },
       fit[1]))),
-    entry.reason && make("p.banner.bad", null, entry.reason, entry.fit_at && [" · ",
-      until(entry.fit_at)]),
+    entry.reason && make("p.banner.bad", null, say(REASONS[entry.reason] || entry.reason),
+      entry.fit_at && [" · ", until(entry.fit_at)]),
     accountPart(account),
     pairs([[say("through"), say("through_proxy", { requests: figure(through.requests),
       failures: figure(through.failures), input: compact(through.input_tokens),

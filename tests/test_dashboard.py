@@ -26,10 +26,11 @@ PLACES = """JSON.stringify([document.documentElement.outerHTML, location.href, d
     [...document.querySelectorAll('input,textarea,select')].map(node => node.value),
     {...localStorage}, {...sessionStorage}, document.cookie, history.state])"""
 MARKUP = "<img src=x onerror=alert(1)>"
+SOON = int(time.time() + 7200) * 1000
 BILLING = {"credits": {"monthlyCredits": 8.5, "purchasedCredits": 0, "freeCredits": 1.5},
            "windowLimits": {"limited": True, "exceeded": None, "fiveHour": {
-               "used": 1.5, "cap": 3, "exceeded": False, "resetAt": 4_000_000_000_000},
-               "weekly": {"used": 6, "cap": 6, "exceeded": True, "resetAt": 4_000_000_000_000}}}
+               "used": 1.5, "cap": 3, "exceeded": False, "resetAt": SOON},
+               "weekly": {"used": 6, "cap": 6, "exceeded": True, "resetAt": SOON}}}
 PLAN = {"success": True, "data": {"id": "s", "status": "active", "planId": "individual-go",
                                   "orgId": None, "currentPeriodEnd": "2096-09-10T12:00:00.000Z"}}
 
@@ -341,7 +342,8 @@ def test_a_pasted_key_stays_in_the_tab(proxy, upstream, open_page):
     page.wait("document.querySelector('#usage article')")
     shown = page.run("document.querySelector('#usage').innerText")
     for words in ("individual-go", "$10.00", "$1.50 / $3.00", "50%", "100%",
-                  ccproxy.key_name(OWN), "a day", "passed over"):
+                  ccproxy.key_name(OWN), "a day", "passed over",
+                  "It is over its usage window.", "Resets", "in 1h"):
         assert words in shown, shown
     assert page.run("document.querySelectorAll('#usage .meter').length") == 2
     held = page.run(PLACES)
@@ -568,6 +570,28 @@ def test_a_lost_connection_is_shown_and_taken_up_again(upstream, make_proxy, ope
     page.wait(READY)
     page.wait("!document.querySelector('#banners').innerText")
     again.post(CHAT)
+    page.wait("document.querySelectorAll('#latest tbody tr').length === 1")
+
+
+@pytest.mark.skipif(not hasattr(ccproxy, "serve_restart"), reason="no restart over HTTP")
+def test_a_restart_is_survived(start_program, tmp_path, open_page):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"adminKey": ADMIN, "useProviderModels": False}))
+    program = start_program("--config", str(config))
+    page = open_page(program, "settings", expected="ERR_")
+    page.wait("document.querySelector('#option-workers')")
+    began = time.monotonic()
+    page.click("#restart")
+    page.wait("document.querySelector('dialog button.danger')")
+    page.click("dialog button.danger")
+    unlock(page)
+    page.wait("document.querySelector('#toast').innerText.includes('Restarting')")
+    page.wait("document.querySelector('#link').dataset.link !== 'live'")
+    page.wait(READY.replace("overview", "settings"))
+    assert program.request("GET", "/admin/state").json["uptime_seconds"] < (
+        time.monotonic() - began)
+    program.post(CHAT)
+    page.run("location.hash = 'overview'")
     page.wait("document.querySelectorAll('#latest tbody tr').length === 1")
 
 

@@ -65,6 +65,9 @@ COMPOSED = {
     "field_": ccproxy.Record._fields, "alert_": tuple(ccproxy.ALERT_RULES)}
 
 
+REASONS = dict(re.findall(r'"([^"]+)": "(unfit_\w+)"', ccproxy.PAGE_KEYS))
+
+
 def used_keys():
     given = set(re.findall(r'data-(?:word|hint|label-word)="(\w+)"', ccproxy.PAGE_MARKUP))
     given |= set(re.findall(r'\bsay\(\s*"(\w+)"', SOURCES))
@@ -75,6 +78,7 @@ def used_keys():
     given |= set(re.findall(r'\["(\w+)", "(?:first|second|bad)", ', SOURCES))
     given |= set(re.findall(r'\["(?:five_hour|weekly|monthly|free|purchased)", "(\w+)"\]', SOURCES))
     given |= set(re.findall(r'", "(to_\w+)", \(', SOURCES))         # snippets
+    given |= set(REASONS.values())
     given |= {"nothing_fits", "nothing_yet", "client_left"}
     return {key for key in given if not key.endswith("_")} | {
         head + tail for head, tails in COMPOSED.items() for tail in tails}
@@ -85,6 +89,10 @@ def test_every_key_that_is_used_has_words_and_every_other_one_is_gone():
         assert '"%s" + ' % head in SOURCES
     assert used_keys() - set(WORDS["en"]) == set()
     assert set(WORDS["en"]) - used_keys() == set()
+
+
+def test_every_reason_of_an_unfit_key_has_words():
+    assert set(REASONS) == set(ccproxy.UNFIT_WORDS.values())
 
 
 @pytest.mark.parametrize("row", ["a: one | two", "a: one | two | three | four", "a: one |  | three",
