@@ -10903,12 +10903,17 @@ def config_path(given: Optional[str]) -> str:
 
 
 def read_what_holds(flags: Dict[str, str], given: Optional[str]) -> Settings:
-    """All settings, or the defaults and what is wrong: for who is to say so."""
+    """All settings; where they are wrong, what is, and those without the config file, else the
+    defaults: for who is to say so."""
     try:
         return read_settings(flags, given)
     except ProxyError as error:
+        fault = error.message
+    try:
+        config, sources = read_config(flags, os.environ, {}, "")
+    except ProxyError:
         config, sources = read_config({}, {}, {}, "")
-        return Settings(config, sources, {}, "", {}, fault=error.message)
+    return Settings(config, sources, {}, "", {}, fault=fault)
 
 
 def read_config_file(given: Optional[str]) -> Tuple[str, Json]:
@@ -15846,7 +15851,7 @@ def check_configuration(scene: Scene) -> List[Finding]:
     """Where the configuration comes from, names that mean nothing, and secrets that lie open."""
     settings = scene.settings
     if settings.fault:
-        return [Finding(False, settings.fault, "Mend it; what follows looks at the defaults")]
+        return [Finding(False, settings.fault, "Mend it; what follows does without")]
     findings = [Finding(True, setting_sources(settings))]
     names = {name for option in OPTIONS for name in environment_names(option)}
     strange = sorted(name for name in set(os.environ) - names
@@ -16921,6 +16926,15 @@ def lacks_namespaces() -> bool:
     return shown.stdout.strip() in [b"%d" % status for status in NO_NAMESPACES]
 
 
+def check_manager(steps: List[Step]) -> None:
+    """Do nothing by halves where the service manager is missing.  Raises ProxyError."""
+    import shutil
+    for step in steps:
+        if step.kind == "run" and not shutil.which(step.words[0]):
+            raise ProxyError("config", "there is no %s on this system (--dry-run shows what it "
+                             "would be asked)" % step.words[0])
+
+
 def install_service(service: Service, manager: str) -> int:
     """Install and start; under systemd without namespaces where there are none to be had."""
     for folder in service.writes:
@@ -16941,6 +16955,8 @@ def run_service(invocation: Invocation) -> int:
     service = describe_service(invocation, manager)
     steps = SERVICE_MANAGERS[manager](service, given.action, tuple(invocation.rest))
     unseen = unseen_variables(invocation.settings) if given.action == "install" else []
+    if not given.dry_run:
+        check_manager(steps)
     if given.dry_run:
         status = 0 if say("".join(map(step_text, steps))) else 1
     elif given.action == "install":
@@ -17860,6 +17876,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run(Invocation(given, rest, settings))
     except ProxyError as error:
         complain(error.message)
+    except KeyboardInterrupt:       # Ctrl-C in a command that waits
+        show_progress("")
+        return 130
     return 2
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from doctoring import Clinic
-from fake_upstream import status
-from harness import PROGRAM, ccproxy, clean_environment, command_of, run_program
+from fake_upstream import stall, status
+from harness import PROGRAM, ccproxy, clean_environment, command_of, run_program, wait_until
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 
@@ -64,6 +65,7 @@ def test_settings_that_are_wrong(clinic, tmp_path, text, word):
     done = doctor(clinic, tmp_path, "--config", str(path), "--json")
     rows = {row["check"]: row for row in json.loads(done.stdout)["checks"]}
     assert rows["configuration"]["works"] is False and word in rows["configuration"]["words"]
+    assert rows["upstream"]["works"] is True        # the flags hold all the same
     assert "python" in rows and "models" in rows and done.stderr == ""
     assert run_program("models", "--config", str(path)).returncode == 2
 
@@ -94,6 +96,20 @@ def test_progress_on_a_terminal(clinic):
     assert "checking: upstream\u2026" in text and "\x1b[32m\u2713\x1b[0m upstream" in text
     shown = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
     assert not any("checking" in line for line in shown)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process on Windows")
+@pytest.mark.parametrize("command", ["doctor", "models"])
+def test_ctrl_c_while_it_waits(clinic, command):
+    clinic.side_script = stall()
+    process = subprocess.Popen(
+        [*command_of(PROGRAM), command, "--port", "0", "--api-base", clinic.base],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=clean_environment(), encoding="utf-8")
+    wait_until(lambda: clinic.side_requests, 20)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "")
 
 
 def test_without_a_network(tmp_path):

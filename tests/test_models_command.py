@@ -84,6 +84,9 @@ def test_what_is_not_served_is_marked(upstream):
     assert [(model["allowed"], model["default"]) for model in told["models"]] == [
         (False, False), (True, True)]
     assert told["aliases"] == {"fast": "vendor/New-Model"}
+    told = listed(upstream, "--models", "v4-FLASH=off,deepseek-v4-flash=off")
+    assert [(model["enabled"], model["default"]) for model in told["models"]] == [
+        (False, False), (True, False)]
     done = run_program("models", "--api-base", upstream.base, "--allowed-models",
                        "vendor/New-Model", "--model-aliases", "fast=vendor/New-Model")
     lines = done.stdout.splitlines()
