@@ -1,16 +1,19 @@
 """USAGE COMMAND: `ccproxy.py usage` adds up what the database holds."""
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
 import sqlite3
 import time
+from unittest import mock
 
 import pytest
 from fake_upstream import ndjson, stream
-from harness import CHAT, ccproxy, run_program, wait_until
+from harness import CHAT, ccproxy, clean_environment, run_program, wait_until
 
 NOW = time.time()
 RECORD = ccproxy.Record(NOW - 60, "chat", "codex", "kimi", "moonshotai/Kimi-K3", "key:123456", 200,
@@ -41,10 +44,22 @@ def path(tmp_path_factory):
     return path
 
 
+def run_here(*arguments):
+    """(exit status, standard output, standard error) of the command, run in this process."""
+    out, errors = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, clean_environment(), clear=True), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = ccproxy.main(["usage", *arguments])
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), errors.getvalue()
+
+
 def usage(path, *arguments):
-    done = run_program("usage", "--usage-db", path, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    status, text, errors = run_here("--usage-db", path, *arguments)
+    assert (status, errors) == (0, "")
+    return text
 
 
 def groups(path, by, since="7d"):
@@ -94,9 +109,9 @@ def test_since(path, since, requests):
 @pytest.mark.parametrize("given", ["", "7", "d", "-7d", "7 d", "7y", "2026-13-01", "yesterday",
                                    "999999999d", "\u0667d", "user_secret123456789"])
 def test_a_bad_since(path, given):
-    done = run_program("usage", "--usage-db", path, "--since=" + given)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "--since must be like 30m" in done.stderr and "secret" not in done.stderr
+    status, _, errors = run_here("--usage-db", path, "--since=" + given)
+    assert status == 2 and len(errors.splitlines()) == 1
+    assert "--since must be like 30m" in errors and "secret" not in errors
 
 
 def test_the_three_forms_tell_the_same(path):
@@ -203,6 +218,8 @@ def test_while_the_proxy_writes(start_program, upstream, tmp_path):
     wait_until(lambda: groups(path, "model")[1]["requests"] == 3, 10)
     found, _ = groups(path, "model")
     assert found["moonshotai/Kimi-K3"]["output_tokens"] == 21
+    done = run_program("usage", "--usage-db", path)
+    assert done.returncode == 0 and "moonshotai/Kimi-K3" in done.stdout
     assert program.stop()[0] == 0
 
 

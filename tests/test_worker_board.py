@@ -52,6 +52,7 @@ def test_a_worker_killed_in_mid_write_spoils_nothing(board, writes, damage, wher
     assert board.write(1, b"next") and board.read(1) == b"next"
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")      # what other tests left running
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_readers_never_see_half_a_content():
     """A child writes as fast as it can; what is read is whole, and older by one at most (where both
