@@ -17,13 +17,11 @@ CREDITS = {"credits": {"monthlyCredits": 8.54, "purchasedCredits": 0, "freeCredi
 PLAN = {"data": {"planId": "individual-go", "status": "active"}}
 
 
-def settings_of(tmp_path, environment, **entries):
+def settings_of(tmp_path, **entries):
     """Settings as the program reads them, with a config file of these entries."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(entries))
     os.chmod(path, 0o600)
-    for name, value in environment.items():
-        os.environ[name] = value
     return ccproxy.read_what_holds({}, str(path))
 
 

@@ -23,14 +23,19 @@ def clinic():
     fake.close()
 
 
+def bare_machine(tmp_path):
+    """Variables of a machine with nothing on it."""
+    names = ["CLAUDE_CONFIG_DIR", "CODEX_HOME", "COMMANDCODE_KEY"]
+    for address, _, keys in ccproxy.ADDRESS_VARIABLES:
+        names += [address, *keys]
+    return {**dict.fromkeys(names, ""), "HOME": str(tmp_path), "USERPROFILE": str(tmp_path),
+            "PATH": str(tmp_path)}
+
+
 def doctor(clinic, tmp_path, *arguments, **environment):
     """The command on a machine with nothing else on it."""
-    home = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "PATH": str(tmp_path),
-            "CLAUDE_CONFIG_DIR": "", "CODEX_HOME": "", "ANTHROPIC_BASE_URL": "",
-            "ANTHROPIC_API_KEY": "", "ANTHROPIC_AUTH_TOKEN": "", "OPENAI_BASE_URL": "",
-            "COMMANDCODE_KEY": ""}
     return run_program("doctor", "--port", "0", "--api-base", clinic.base, *arguments,
-                       environment={**home, **environment})
+                       environment={**bare_machine(tmp_path), **environment})
 
 
 def test_lines_and_status(clinic, tmp_path):
@@ -114,13 +119,13 @@ def test_ctrl_c_while_it_waits(clinic, command):
 
 def test_without_a_network(tmp_path):
     """A network namespace of its own: one cross, and the rest is not tried."""
-    if not shutil.which("unshare") or subprocess.run(
-            ["unshare", "-n", "true"], stderr=subprocess.DEVNULL).returncode:
+    unshare = shutil.which("unshare")
+    if not unshare or subprocess.run([unshare, "-n", "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no network namespaces here")
     done = subprocess.run(
-        ["unshare", "-n", *command_of(PROGRAM), "doctor", "--port", "0"], timeout=60,
+        [unshare, "-n", *command_of(PROGRAM), "doctor", "--port", "0"], timeout=60,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        env=clean_environment(HOME=str(tmp_path)))
+        env=clean_environment(**bare_machine(tmp_path)))
     crosses = [line for line in done.stdout.splitlines() if line[0] == "\u2717"
                and line[2:15] != "authorities  "]
     assert done.returncode == 1 and len(crosses) == 1 and done.stderr == ""

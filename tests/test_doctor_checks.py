@@ -34,7 +34,7 @@ def look(tmp_path, monkeypatch):
     def run(check, environment=None, **entries):
         for name, value in (environment or {}).items():
             monkeypatch.setenv(name, value)
-        return check(scene_of(settings_of(tmp_path, {}, **entries)))
+        return check(scene_of(settings_of(tmp_path, **entries)))
     return run
 
 
@@ -71,7 +71,7 @@ def test_a_mistyped_variable(look):
 
 @posix
 def test_secrets_in_an_open_file(look, tmp_path):
-    settings = settings_of(tmp_path, {}, clientKey="a-secret", port=1)
+    settings = settings_of(tmp_path, clientKey="a-secret", port=1)
     assert len(ccproxy.check_configuration(scene_of(settings))) == 1
     os.chmod(tmp_path / "config.json", 0o644)
     finding = ccproxy.check_configuration(scene_of(settings))[1]

@@ -18,7 +18,8 @@ AUTHORITY, INSPECTOR = (os.path.join(CERTS, name) for name in ("ca.pem", "inspec
 def bare(monkeypatch, tmp_path):
     """A machine without clients, keys, proxies and authorities of its own."""
     for name in list(os.environ):
-        if name.startswith(("CC_", "COMMANDCODE_", "ANTHROPIC_", "OPENAI_", "SSL_CERT")):
+        if name.startswith(("CC_", "COMMANDCODE_", "ANTHROPIC_", "OPENAI_", "AIDER_", "CODEX_",
+                            "CLAUDE_", "SSL_CERT")):
             monkeypatch.delenv(name)
     for name in ("HOME", "USERPROFILE", "PATH"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -44,7 +45,7 @@ def works(found):
 def test_all_is_well(clinic, tmp_path, monkeypatch):
     fake = clinic(known=("user_good", "user_other"))
     monkeypatch.setenv("COMMANDCODE_KEY", "work=user_good,user_other")
-    sound, found = examine(settings_of(tmp_path, {}, apiBase=fake.base, port=0))
+    sound, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert sound and works(found) == {
         "python": [True], "configuration": [True], "operator keys": [None], "port": [None],
         "proxy": [True], "authorities": [None], "network": [None], "names": [True], "tls": [None],
@@ -66,7 +67,7 @@ def test_keys_that_are_refused(clinic, tmp_path, monkeypatch):
     fake = clinic()
     monkeypatch.setenv("COMMANDCODE_KEY", "user_bad")
     monkeypatch.setenv("COMMANDCODE_API_KEYS", "home=user_good,user_bad")
-    sound, found = examine(settings_of(tmp_path, {}, apiBase=fake.base, port=0))
+    sound, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert not sound and works(found)["keys"] == [False, True]      # each once
     assert "refused (401)" in found["keys"][0].words and found["keys"][0].advice
     assert works(found)["plan"] == [True]
@@ -77,7 +78,7 @@ def test_keys_that_are_refused(clinic, tmp_path, monkeypatch):
                                          ("a=user_a,a=user_b", "one name to two keys")])
 def test_a_ring_that_is_malformed(clinic, tmp_path, monkeypatch, value, word):
     monkeypatch.setenv("COMMANDCODE_KEY", value)
-    _, found = examine(settings_of(tmp_path, {}, apiBase=clinic().base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=clinic().base, port=0))
     assert works(found)["keys"] == [False] and word in found["keys"][0].words
 
 
@@ -87,7 +88,7 @@ def test_figures_that_are_bad(clinic, tmp_path, monkeypatch):
     fake.credits = {"credits": {"monthlyCredits": 0}, "windowLimits": {
         "limited": True, "weekly": {"used": 6, "cap": 6, "resetAt": (time.time() + 7200) * 1000}}}
     monkeypatch.setenv("COMMANDCODE_KEY", "user_good")
-    _, found = examine(settings_of(tmp_path, {}, apiBase=fake.base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert works(found)["keys"] == [True]
     assert works(found)["plan"] == works(found)["windows"] == [False]
     assert "resets in 1 h 59 min" in found["windows"][0].words
@@ -95,7 +96,7 @@ def test_figures_that_are_bad(clinic, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("skew, fine", [(0, True), (-50, True), (300, False), (-4000, False)])
 def test_the_clock(clinic, tmp_path, skew, fine):
-    _, found = examine(settings_of(tmp_path, {}, apiBase=clinic(skew=skew).base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=clinic(skew=skew).base, port=0))
     assert works(found)["clock"] == [fine]
     assert ("behind" if skew > 0 else "ahead") in found["clock"][0].words or fine
 
@@ -107,7 +108,7 @@ def test_the_clock(clinic, tmp_path, skew, fine):
     ({"allowedModels": ["vendor/New-Model"]}, "not allowed"),
     ({"models": [{"id": "deepseek/deepseek-v4-flash", "enabled": False}]}, "switched off")])
 def test_the_default_model(clinic, tmp_path, known, word):
-    _, found = examine(settings_of(tmp_path, {}, apiBase=clinic().base, port=0, **known))
+    _, found = examine(settings_of(tmp_path, apiBase=clinic().base, port=0, **known))
     assert works(found)["models"] == [not word]
     assert word in found["models"][0].words + found["models"][0].advice
 
@@ -124,7 +125,7 @@ def test_an_upstream_that_is_none(clinic, tmp_path, monkeypatch, answer, word):
     fake = clinic()
     fake.side_script = answer
     monkeypatch.setenv("COMMANDCODE_KEY", "user_good")
-    _, found = examine(settings_of(tmp_path, {}, apiBase=fake.base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert works(found)["upstream"] == [False] and word in found["upstream"][0].words
     for name in ("keys", "plan", "windows"):
         assert found[name] == [(None, "not tried: see upstream", "")]
@@ -137,13 +138,13 @@ def test_a_slow_upstream(clinic, tmp_path, monkeypatch):
         for check in ccproxy.DOCTOR_CHECKS))
     fake = clinic()
     fake.side_script = stall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n")
-    sound, found = examine(settings_of(tmp_path, {}, apiBase=fake.base, port=0))
+    sound, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert not sound and found["upstream"][0].words == "no answer within 0.3 seconds"
     assert works(found)["keys"] == [None]
 
 
 def test_a_refused_connection(tmp_path):
-    _, found = examine(settings_of(tmp_path, {}, apiBase="http://127.0.0.1:1", port=0))
+    _, found = examine(settings_of(tmp_path, apiBase="http://127.0.0.1:1", port=0))
     assert works(found)["upstream"] == [False] and "refused" in found["upstream"][0].words.lower()
 
 
@@ -151,7 +152,7 @@ def test_a_refused_connection(tmp_path):
 
 
 def test_no_dns(tmp_path):
-    sound, found = examine(settings_of(tmp_path, {}, apiBase="https://a.ccproxy.invalid", port=0))
+    sound, found = examine(settings_of(tmp_path, apiBase="https://a.ccproxy.invalid", port=0))
     crosses = [name for name, row in works(found).items() if False in row]
     assert not sound and crosses in (["names"], ["network"], ["authorities", "names"],
                                      ["authorities", "network"])
@@ -163,7 +164,7 @@ def test_no_dns(tmp_path):
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(ccproxy, "has_route", lambda: False)
-    _, found = examine(settings_of(tmp_path, {}, apiBase="https://api.example", port=0))
+    _, found = examine(settings_of(tmp_path, apiBase="https://api.example", port=0))
     assert found["network"][0].words == "there is no network: this machine has no way to any other"
     for name in ("names", "tls", "upstream", "keys", "plan", "windows"):
         assert found[name] == [(None, "not tried: see network", "")]
@@ -186,7 +187,7 @@ def test_tls(clinic, tmp_path, monkeypatch, certificate, authority, fine, words)
     monkeypatch.setenv("SSL_CERT_FILE", authority)
     fake = clinic(tls=tls_of(certificate))
     base = "https://localhost:%d" % fake.port
-    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=base, port=0))
     (finding,) = found["tls"]
     assert finding.works is fine and words in finding.words, finding
     assert bool(finding.advice) is not fine
@@ -200,21 +201,21 @@ def test_tls(clinic, tmp_path, monkeypatch, certificate, authority, fine, words)
 def test_what_to_do_about_a_certificate(clinic, tmp_path, monkeypatch, certificate, authority, word):
     monkeypatch.setenv("SSL_CERT_FILE", authority)
     fake = clinic(tls=tls_of(certificate))
-    scene = scene_of(settings_of(tmp_path, {}, apiBase="https://localhost:%d" % fake.port, port=0))
+    scene = scene_of(settings_of(tmp_path, apiBase="https://localhost:%d" % fake.port, port=0))
     assert word in ccproxy.check_tls(scene)[0].advice
 
 
 def test_no_tls_where_it_is_expected(clinic, tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", AUTHORITY)
     fake = clinic()
-    _, found = examine(settings_of(tmp_path, {}, apiBase="https://127.0.0.1:%d" % fake.port,
+    _, found = examine(settings_of(tmp_path, apiBase="https://127.0.0.1:%d" % fake.port,
                                    port=0, upstreamConnectSeconds=0.3))
     assert works(found)["tls"] == [False] and works(found)["upstream"] == [None]
 
 
 def test_a_port_that_answers_no_connection(tmp_path, monkeypatch):
     with full_listener() as (host, port):
-        settings = settings_of(tmp_path, {}, apiBase="https://%s:%d" % (host, port), port=0,
+        settings = settings_of(tmp_path, apiBase="https://%s:%d" % (host, port), port=0,
                                upstreamConnectSeconds=0.2)
         (finding,) = ccproxy.check_tls(scene_of(settings))
     assert finding.works is False and "timed out" in finding.words
@@ -223,7 +224,7 @@ def test_a_port_that_answers_no_connection(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_authorities_that_are_not_there(tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, str(tmp_path / "nothing"))
-    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path, {})))
+    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path)))
     assert finding.works is False and name in finding.words
 
 
@@ -231,7 +232,7 @@ def test_no_tls_without_authorities(clinic, tmp_path, monkeypatch):
     """One cause, one cross."""
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nothing"))
     base = "https://localhost:%d" % clinic(tls=tls_of("server.pem")).port
-    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=base, port=0))
     assert [name for name, row in works(found).items() if False in row] == ["authorities"]
     assert found["tls"] == found["keys"] == [(None, "not tried: see authorities", "")]
 
@@ -239,7 +240,7 @@ def test_no_tls_without_authorities(clinic, tmp_path, monkeypatch):
 def test_authorities_that_are_no_certificates(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", __file__)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path, {})))
+    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path)))
     assert finding.works is False and "SSL_CERT_FILE" in finding.words + finding.advice
 
 
@@ -248,7 +249,7 @@ def test_an_empty_store(tmp_path, monkeypatch):
         ssl.PROTOCOL_TLS_CLIENT))
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: ssl.DefaultVerifyPaths(
         None, None, "", "", "", ""))
-    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path, {})))
+    (finding,) = ccproxy.check_authorities(scene_of(settings_of(tmp_path)))
     assert finding.works is False and "no certificate authorities of the system" in finding.words
 
 
@@ -261,13 +262,13 @@ def test_through_a_proxy(clinic, tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", AUTHORITY)
     fake = clinic(tls=tls_of("server.pem"))
     base = "https://localhost:%d" % fake.port
-    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=base, port=0))
     assert found["proxy"] == [(True, "127.0.0.1:%d (HTTPS_PROXY)" % proxy.port, "")]
     assert works(found)["tls"] == works(found)["upstream"] == [True]
     assert len(proxy.heads) == 2 and all(b"CONNECT localhost" in head for head in proxy.heads)
     assert SECRET not in repr(found)
     monkeypatch.setenv("NO_PROXY", "localhost")
-    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=base, port=0))
     assert found["proxy"] == [(True, "none is used (HTTPS_PROXY, NO_PROXY)", "")]
     assert works(found)["upstream"] == [True] and len(proxy.heads) == 2
     proxy.close()
@@ -277,13 +278,13 @@ def test_a_proxy_that_refuses(clinic, tmp_path, monkeypatch):
     proxy = FakeProxy(b"HTTP/1.1 407 Auth %s\r\n\r\n" % b"x")
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     base = "https://localhost:%d" % clinic(tls=tls_of("server.pem")).port
-    _, found = examine(settings_of(tmp_path, {}, apiBase=base, port=0))
+    _, found = examine(settings_of(tmp_path, apiBase=base, port=0))
     assert works(found)["tls"] == [False] and "407" in found["tls"][0].words
     proxy.close()
 
 
 def test_a_proxy_of_another_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "socks5://me:%s@127.0.0.1:1" % SECRET)
-    _, found = examine(settings_of(tmp_path, {}, apiBase="https://localhost:1", port=0))
+    _, found = examine(settings_of(tmp_path, apiBase="https://localhost:1", port=0))
     assert works(found)["proxy"] == [False] and works(found)["network"] == [None]
     assert "NO_PROXY" in found["proxy"][0].advice and SECRET not in repr(found)
