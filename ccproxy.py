@@ -11334,20 +11334,21 @@ class Listener:
         if not self.closed:
             self.loop.add_reader(sock.fileno(), self.accept, sock)
 
-    def accept(self, listening: socket.socket) -> None:
-        """Take some of the connections that wait."""
+    def accept(self, listening: socket.socket) -> bool:
+        """Take some of the connections that wait; whether there may be more."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                return False
             except OSError as error:        # out of descriptors or memory: a pause may help
                 self.app.log.warning("connections wait for a second: %s", error.strerror)
                 self.loop.remove_reader(listening.fileno())
                 self.loop.call_later(1.0, self.watch, listening)
-                return
+                return False
             set_options(sock)
             Channel(sock, self.protocol())
+        return True
 
     def pause(self) -> None:
         """Accept no more; connections that come wait in the system, for whoever goes on."""
@@ -11357,9 +11358,10 @@ class Listener:
 
     def close(self) -> None:
         """Take the connections that wait already, then listen no more."""
-        for sock in self.sockets:
-            for _ in range(0 if self.closed else BACKLOG // ACCEPTS_PER_TURN):
-                self.accept(sock)
+        for sock in self.sockets if not self.closed else []:
+            turns = BACKLOG // ACCEPTS_PER_TURN
+            while self.accept(sock) and turns:
+                turns -= 1
         self.pause()
         for sock in self.sockets:
             sock.close()
@@ -14778,6 +14780,8 @@ async def serve_connection(app: App, wire: Wire) -> None:
                 await linger(app, wire)
                 break
             first = False
+        else:
+            await linger(app, wire)     # we stop; a next request may be on its way already
     except ConnectionError:
         app.log.debug("a client left")
     finally:

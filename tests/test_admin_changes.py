@@ -113,6 +113,16 @@ def test_a_program_without_a_file(make_proxy):
     assert proxy.request("PUT", "/admin/config", {}, BEARER, None).status == 409
 
 
+def test_the_environment_wins_over_the_file(place, monkeypatch):
+    proxy, path = place
+    monkeypatch.setenv("CC_DEFAULT_MODEL", "glm")
+    answer = put(place, {"defaultModel": "kimi", "corsOrigin": "http://a.example"})
+    assert answer.json == {"applied": ["corsOrigin"], "restart_needed": [],
+                           "overridden": {"defaultModel": "environment CC_DEFAULT_MODEL"}}
+    assert json.loads(path.read_text())["defaultModel"] == "kimi"
+    assert proxy.app.config.default_model == "glm"
+
+
 def test_a_file_changed_by_hand_loses_nothing(place):
     proxy, path = place
     path.write_text(json.dumps({"projectSlug": "by-hand", "adminKey": ADMIN, "logLevel": "info"}))
