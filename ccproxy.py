@@ -9331,6 +9331,8 @@ vision: Vision | 이미지 | 图像
 efforts: Efforts | 추론 강도 | 思考强度
 plan: Plan | 요금제 | 套餐
 switched_on: {model} is on. | {model} 사용을 시작합니다. | 已启用 {model}。
+still_off: {model} is still off: see `models` in Settings.
+  | {model}이(가) 아직 꺼져 있습니다. 설정의 `models`를 확인하세요. | {model} 仍处于停用状态：请查看设置中的 `models`。
 switched_off: {model} is off. | {model} 사용을 중지합니다. | 已停用 {model}。
 overridden: {name} stays as it is: {source} wins over the file.
   | {name}: {source} 값이 파일보다 우선하므로 그대로 유지됩니다. | {name} 保持不变：{source} 优先于文件。
@@ -9707,6 +9709,7 @@ function nap(milliseconds) {
 }
 async function follow() {
   for (let wait = 500; ; wait = Math.min(wait * 2, LONGEST_WAIT_MS)) {
+    while (document.hidden && shared.link === "asleep") await nap(AWAY_MS);
     try {
       const { recent, minutes, ...state } = await read("/admin/state");
       const again = shared.link === "lost" || !shared.state;
@@ -9721,8 +9724,9 @@ async function follow() {
       if (shared.link === "live") wait = 500;
       shared.fault = error.status ? error.message : "";
     }
-    setLink(document.hidden && shared.link === "asleep" ? "asleep" : "lost");
-    await nap(shared.link === "asleep" ? 2 ** 30 : wait);
+    if (document.hidden && shared.link === "asleep") continue;
+    setLink("lost");
+    await nap(wait);
   }
 }
 let hiding = 0;
@@ -10267,17 +10271,20 @@ function showModels() {
 }
 async function switchModel(model, input) {
   const wanted = input.checked;
-  await attempt(async () => {
+  const report = await attempt(async () => {
     const { options } = await read("/admin/config");
     const now = options.find((one) => one.name === "models").value || [];
     const rest = now.filter((one) => one.id.toLowerCase() !== model.id.toLowerCase());
-    const report = await write("PUT", "/admin/config", { models: wanted ? rest :
+    return write("PUT", "/admin/config", { models: wanted ? rest :
       [...rest, { id: model.id, enabled: false }] });
-    const winner = report.overridden.models;
-    toast(winner ? say("overridden", { name: "models", source: winner }) :
-      say(wanted ? "switched_on" : "switched_off", { model: model.id }));
   });
-  views.models.load();
+  await views.models.load();
+  if (!report) return;
+  // An entry under another of its names may still switch it off.
+  const now = shared.models.find((one) => one.id === model.id), winner = report.overridden.models;
+  toast(winner ? say("overridden", { name: "models", source: winner }) :
+    say(now && now.enabled ? "switched_on" : wanted ? "still_off" : "switched_off",
+      { model: model.id }));
 }
 views.models = { load: () => load("model-list", "/admin/models", (data) => {
   shared.models = data.models;
@@ -14647,7 +14654,8 @@ async def serve_root(app: App, exchange: Exchange) -> None:
     text = ("ccproxy %s\n\nPOST /v1/chat/completions   OpenAI Chat Completions\n"
             "POST /v1/messages           Anthropic Messages\n"
             "POST /v1/responses          OpenAI Responses\n"
-            "POST /v1/messages/count_tokens\nGET  /v1/models\nGET  /health\n\n"
+            "POST /v1/messages/count_tokens\nGET  /v1/models\nGET  /health\n"
+            "GET  /dashboard             what it does, for a browser\n\n"
             "Send your own Command Code key as `Authorization: Bearer user_...`.\n" % __version__)
     await respond(app, exchange, 200, text.encode(), [("content-type", "text/plain")])
 
@@ -17737,6 +17745,7 @@ def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> st
     lines = [
         "ccproxy %s on http://%s:%d" % (__version__, shown, port),
         "  upstream  " + upstream, "  config    " + source,
+        "  page      http://%s:%d/dashboard" % (local, port),
         "  try       curl http://%s:%d/v1/chat/completions%s \\" % (local, port, key),
         "              -H 'Content-Type: application/json' \\",
         "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",

@@ -432,6 +432,14 @@ def test_a_model_is_switched_off_and_on(place, open_page):
     page.click(toggle)
     page.wait("document.querySelector('#model-list tr') && !document.querySelector('tr.off')")
     assert json.loads(config.read_text())["models"] == []
+    page.wait("document.querySelector('#toast').innerText === 'vendor/New-Model is on.'")
+    proxy.request("PUT", "/admin/config", {"models": [{"id": "deepseek-v4-flash", "enabled": False}]},
+                  {"authorization": "Bearer " + ADMIN}, None)       # by another of its names
+    page.run("location.hash = 'overview'")
+    page.run("location.hash = 'models'")
+    page.wait("document.querySelector('tr.off')")
+    page.click("tr.off input")
+    page.wait("document.querySelector('#toast').innerText.includes('is still off')")
     page.type("#model-search", "deepseek")
     page.wait("document.querySelectorAll('#model-list tbody tr').length === 1")
 

@@ -78,7 +78,7 @@ def used_keys():
     given |= set(re.findall(r'\["(\w+)", "(?:first|second|bad)", ', SOURCES))
     given |= set(re.findall(r'\["(?:five_hour|weekly|monthly|free|purchased)", "(\w+)"\]', SOURCES))
     given |= set(re.findall(r'", "(to_\w+)", \(', SOURCES))         # snippets
-    given |= set(REASONS.values())
+    given |= set(REASONS.values()) | {"switched_on", "still_off", "switched_off"}
     given |= {"nothing_fits", "nothing_yet", "client_left"}
     return {key for key in given if not key.endswith("_")} | {
         head + tail for head, tails in COMPOSED.items() for tail in tails}
