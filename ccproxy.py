@@ -10789,6 +10789,7 @@ class App:
     models_task: Optional["asyncio.Task[Any]"] = None
     worker: int = 0                             # which of several processes this is, from 1
     parent: int = -1                            # a worker's descriptor that ends with its parent
+    parent_process: int = -1                    # that parent's id
     cli_version: str = DEFAULT_CLI_VERSION
     proxy: Optional[Origin] = None              # HTTP proxy on the way to the upstream
     proxy_authorization: str = ""
@@ -13457,10 +13458,16 @@ def reload_settings(app: App) -> None:
         log_change(app, "read again", changed)
 
 
+def tell_parent(app: App, number: int) -> None:
+    """A signal for the parent of workers, if it is still there: else its place is another's."""
+    if os.getppid() == app.parent_process:
+        os.kill(app.parent_process, number)
+
+
 def tell_workers(app: App) -> None:
     """What one worker wrote, all must read: their parent passes it on."""
     if app.worker:
-        os.kill(os.getppid(), signal.SIGHUP)
+        tell_parent(app, signal.SIGHUP)
 
 
 async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
@@ -13549,7 +13556,7 @@ def check_restart(app: App) -> None:
 def begin_restart(app: App) -> None:
     """Drain and start again; a worker leaves that to its parent."""
     if app.worker:
-        os.kill(os.getppid(), signal.SIGUSR2)
+        tell_parent(app, signal.SIGUSR2)
     elif not app.leaving:
         app.restarting = True
         app.stop.set()
@@ -15245,6 +15252,7 @@ class Parent:
     workers: Dict[int, int] = field(default_factory=dict)       # process id -> number
     born: Dict[int, float] = field(default_factory=dict)        # process id -> when
     ending: bool = False                    # workers that end are not started anew
+    process: int = field(default_factory=os.getpid)
 
     def tell(self, number: int) -> None:
         for process in self.workers:
@@ -15256,7 +15264,7 @@ def run_worker(parent: Parent, number: int) -> None:
     app = parent.app
     os.setpgid(0, 0)        # a terminal's Ctrl-C goes to the parent alone, which passes it on
     os.close(parent.ties.life[1])
-    app.worker, app.parent = number, parent.ties.life[0]
+    app.worker, app.parent, app.parent_process = number, parent.ties.life[0], parent.process
     app.sockets = parent.groups[number - 1]
     close_sockets(sock for group in parent.groups for sock in group if sock not in app.sockets)
     asyncio.run(run_proxy(app, parent.demo, lambda host, port: ignore_result(
