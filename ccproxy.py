@@ -8942,6 +8942,7 @@ tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 .figure { text-align: right; white-space: nowrap; }
+td.mono, .fixed { white-space: nowrap; }
 tr.open { cursor: pointer; }
 tr.open:hover td { background: var(--raised); }
 tr.off td { color: var(--dim); }
@@ -8999,6 +9000,7 @@ dialog::backdrop { background: rgb(8 10 16 / 0.5); }
   background: var(--text); color: var(--page); padding: 9px 16px; border-radius: 10px;
   font-size: 14px; max-width: calc(100vw - 32px); }
 @media (max-width: 1020px) {
+  .cards .rare { display: none; }
   .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .filters:not(#connect-form) { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .filters > :first-child { grid-column: 1 / -1; }
@@ -9026,7 +9028,7 @@ dialog::backdrop { background: rgb(8 10 16 / 0.5); }
     border-bottom: 1px solid var(--line); align-items: baseline; }
   .cards tr:last-child { border-bottom: 0; }
   .cards td { border: 0; padding: 0; font-size: 13.5px; text-align: left; }
-  .cards td:empty, .cards td.rare { display: none; }
+  .cards td:empty { display: none; }
   .cards td[data-label]::before { content: attr(data-label) " "; color: var(--dim); }
   .cards tr:first-child { padding-top: 0; }
   .cards td.wide { flex: 1 1 100%; font-size: 15px; order: -1; }
@@ -10124,7 +10126,7 @@ function statusChip(one) {
     say(STATUS_WORDS[499]) : String(one.status));
 }
 const RECENT_COLUMNS = [
-  { key: "time", of: (one) => moment(one.at) },
+  { key: "time", class: "fixed", of: (one) => moment(one.at) },
   { key: "model", class: "wide", of: (one) => make("button.text", { type: "button",
     "aria-haspopup": "dialog", click: (event) => { event.stopPropagation(); showRecord(one); } },
   one.model || one.asked || "–") },
