@@ -14999,13 +14999,14 @@ def idle_wires(app: App) -> List[Wire]:
 
 async def end_idle(app: App, hurry: asyncio.Event) -> None:
     """Let idle client connections go, but those whose request is on its way: what the system has
-    got already is read first, and a new connection has a moment to say what it came for."""
+    got already is read first, and a new connection has a moment to say what it came for.  So has
+    every one in a restart: its next answer tells the client to come anew, and nobody is lost."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + app.limits.first_grace
     for _ in range(3):          # turns: ready sockets are read, and their tasks wake
         await asyncio.sleep(0)
     for wire in idle_wires(app):
-        if not wire.fresh and not wire.buffer:
+        if not (wire.fresh or wire.buffer or app.restarting):
             wire.abort()
     while idle_wires(app) and not hurry.is_set() and loop.time() < deadline:
         await asyncio.sleep(0.01)

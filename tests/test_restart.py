@@ -1,6 +1,7 @@
 """RESTART, SOCKETS HANDED ON, PROCESSES: started again on the same sockets, nobody notices."""
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -13,13 +14,14 @@ import time
 
 import pytest
 from fake_upstream import text_answer
-from harness import (CHAT, PROGRAM, Program, ccproxy, clean_environment, parse_answers, post_bytes,
+from harness import (CHAT, KEY, PROGRAM, Program, ccproxy, clean_environment, parse_answers, post_bytes,
                      read_all, read_until, wait_until)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 ADMIN = "the-admin-key"
 BEARER = {"authorization": "Bearer " + ADMIN}
+BODY = {"messages": [{"role": "user", "content": "hi"}]}
 COUNTS = pytest.mark.parametrize("workers", [1, 2])
 
 
@@ -66,25 +68,42 @@ def started(seen, number):
 
 
 class Crowd:
-    """Clients that connect anew for every request, until they are told to end."""
+    """Clients that connect anew for every request, and clients that keep their connection as long
+    as the answers let them, until they are told to end."""
 
     def __init__(self, program, count=3):
         self.port, self.ended, self.answers, self.faults = program.port, False, 0, []
-        self.threads = [threading.Thread(target=self.run) for _ in range(count)]
+        self.threads = [threading.Thread(target=self.repeat, args=(ask,)) for ask in (
+            *[self.connect_anew] * count, self.keep_connection(True), self.keep_connection(False))]
         for thread in self.threads:
             thread.start()
 
-    def run(self):
+    def repeat(self, ask):
         while not self.ended:
             try:
-                with socket.create_connection(("127.0.0.1", self.port), 20) as sock:
-                    sock.sendall(post_bytes(CHAT, {"messages": [{"role": "user", "content": "hi"}]},
-                                            {"connection": "close"}))
-                    answer = parse_answers(read_all(sock))[0]
-                assert answer.status == 200, answer
+                status = ask()
+                assert status == 200, status
                 self.answers += 1
-            except (OSError, AssertionError, IndexError) as fault:
+            except (OSError, AssertionError, IndexError, http.client.HTTPException) as fault:
                 self.faults.append(repr(fault))
+
+    def connect_anew(self):
+        with socket.create_connection(("127.0.0.1", self.port), 20) as sock:
+            sock.sendall(post_bytes(CHAT, BODY, {"connection": "close"}))
+            return parse_answers(read_all(sock))[0].status
+
+    def keep_connection(self, stream):
+        """A client that comes anew only when it was told to, as http.client does."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+        def ask():
+            connection.request("POST", CHAT, json.dumps({**BODY, "stream": stream}),
+                               {"authorization": "Bearer " + KEY})
+            answer = connection.getresponse()
+            answer.read()
+            time.sleep(0.01)
+            return answer.status
+        return ask
 
     def end(self):
         self.ended = True
