@@ -37,7 +37,9 @@ class Screen:
         self.data = b""
 
     def read(self, seconds=0.02):
-        while select.select([self.leader], [], [], seconds)[0]:
+        poll = select.poll()        # not select: a descriptor's number may be beyond 1023
+        poll.register(self.leader, select.POLLIN)
+        while poll.poll(1000 * seconds):
             try:
                 piece = os.read(self.leader, 65536)
             except OSError:         # the last one who had it open is gone
