@@ -17658,23 +17658,27 @@ class Command(NamedTuple):
     lenient: bool = False               # whether it runs with settings that are wrong
 
 
-def new_parser(name: str, **words: str) -> Any:
+def new_parser(name: str, **words: Any) -> Any:
     import argparse
     parser = argparse.ArgumentParser(prog="ccproxy.py" + (name and " " + name),
-                                     allow_abbrev=False, **words)     # type: ignore[arg-type]
+                                     allow_abbrev=False, **words)
     parser.error = refuse_arguments     # type: ignore[method-assign, assignment]
     return parser
 
 
 def main_parser() -> Any:
     """The parser of a command line without a command: it serves."""
+    import argparse
+    commands = "".join("  %-9s  %s\n" % (name, row.help) for name, row in COMMANDS.items())
     parser = new_parser(
         "", usage="%(prog)s [COMMAND] [--check] [--demo] [--watch] [--OPTION VALUE ...]",
-        description="Use a Command Code subscription from any OpenAI or Anthropic client. "
-                    "Commands (each has its own --help): " + " ".join(COMMANDS) + ".",
-        epilog="Each option is also an environment variable (in brackets) and an entry of "
-               "config.json under its name in camelCase. Flags win over the environment, that "
-               "over the file. Example: python3 ccproxy.py --port 8080 --log-level debug")
+        description="Use a Command Code subscription from any OpenAI or Anthropic client.\n\n"
+                    "commands (each has its own --help; without one it serves):\n" + commands,
+        epilog="Each option is also an environment variable (in brackets) and an entry of\n"
+               "config.json under its name in camelCase. Flags win over the environment,\n"
+               "that over the file.\n\n"
+               "Example: python3 ccproxy.py --port 8080 --log-level debug",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true",
                         help="print the configuration in effect and end")
     parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends, "
@@ -17687,7 +17691,9 @@ def main_parser() -> Any:
 
 def command_parser(name: str, command: Command) -> Any:
     """The parser of one command."""
-    words = " ".join(flag if flag[0] != "-" else "[%s]" % flag for flag, _ in command.arguments)
+    words = " ".join("[%s]" % flag if "action" in known else
+                     "[%s %s]" % (flag, known.get("metavar", flag[2:].upper())) if flag[0] == "-"
+                     else known["metavar"] for flag, known in command.arguments)
     parser = new_parser(
         name, usage="%%(prog)s %s%s[--OPTION VALUE ...]%s" % (
             words, " " if words else "", " [-- ARGUMENTS]" if command.rest else ""),
@@ -17703,7 +17709,8 @@ def add_options(parser: Any, shown: bool) -> None:
     """The option table as flags."""
     import argparse
     for option in OPTIONS:
-        default = option.default if option.default not in ("", [], {}) else "none"
+        default = "none" if option.default in ("", [], {}) else \
+            str(option.default).lower() if option.kind == "bool" else option.default
         words = "%s (default: %s) [%s]" % (option.help, default,
                                            ", ".join(environment_names(option)))
         parser.add_argument(flag_name(option), dest="option " + option.name,
@@ -17716,7 +17723,10 @@ def add_options(parser: Any, shown: bool) -> None:
 def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[str]]:
     """(command, options given as flags, the other arguments, what stands behind `--`).  Ends the
     program on --help, or with one line on a flag that does not exist."""
-    name, argv = (argv[0], argv[1:]) if argv[:1] and argv[0] in COMMANDS else ("", argv)
+    name, argv = (argv[0], argv[1:]) if argv[:1] and argv[0][:1] != "-" else ("", argv)
+    if name and name not in COMMANDS:
+        complain("there is no such command%s; --help lists them, without one it serves" % meant(
+            name, [*COMMANDS, "--help", "--version"]))
     rest: List[str] = []
     if name and COMMANDS[name].rest and "--" in argv:
         rest = argv[argv.index("--") + 1:]
@@ -17734,13 +17744,26 @@ def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[s
     return name, flags, given, rest
 
 
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question after what a mistyped word is nearest to; nothing where nothing is near."""
+    import difflib
+    near = difflib.get_close_matches(word[:50], list(known), 1)
+    return " (did you mean %s?)" % near[0] if near else ""
+
+
 def refuse_arguments(message: str) -> None:
     """What argparse says of bad arguments, without the values of those it does not know: one may
     be a secret behind a mistyped name."""
     said, _, rest = message.partition("unrecognized arguments: ")
     if not said and rest:
-        names = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
-        message = "unrecognized arguments: " + (" ".join(names) or rest)
+        words = rest.split()
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        known = [flag_name(option) for option in OPTIONS] + [
+            flag for command in COMMANDS.values() for flag, _ in command.arguments] + [
+            "--check", "--config", "--demo", "--watch", "--version", "--help"]
+        message = "unrecognized arguments: " + (" ".join(flags) or rest) + (
+            meant(flags[0], known) if flags else
+            "; a command comes first" if words[0] in COMMANDS else "")
     complain(message)
 
 
@@ -17846,7 +17869,7 @@ def serve(invocation: Invocation) -> int:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (
             config.host, config.port, os.strerror(error.errno) if error.errno and error.errno > 0
-            else error), 1 if taken else 2)
+            else error) + "; --port chooses another" * taken, 1 if taken else 2)
     except KeyboardInterrupt:       # Windows, before the signals are watched
         return 0
     return 0
@@ -17869,35 +17892,36 @@ USAGE_FLAGS: Tuple[Tuple[str, Json], ...] = (
     JSON_FLAG, ("--csv", {"action": "store_true", "help": "print CSV, without the total"}))
 
 COMMANDS: Dict[str, Command] = {
-    "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
-                        "try every feature against the upstream inside the program", "selftest"),
-    "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
-                      "models --json", (JSON_FLAG,)),
-    "usage": Command(show_usage_log, "add up the requests that usageDb holds",
-                     "usage --usage-db auto --since 7d --by day", USAGE_FLAGS),
     "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
                    'run claude --demo -- -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
                    True),
-    "doctor": Command(run_doctor, "check this machine, the settings, the way to the upstream, keys "
-                      "and clients", "doctor --json", (JSON_FLAG,), lenient=True),
-    "top": Command(show_top, "watch a running proxy: what runs, what ran, errors, tokens", "top",
-                   (("--url", {"metavar": "URL", "help": "where it is (default: as host and port "
-                               "say); wants its adminKey where it is another machine"}),
-                    ("--once", {"action": "store_true", "help": "print it once and end"}))),
-    "service": Command(run_service, "keep the proxy running: as a user's service of systemd or "
-                       "launchd, or by a task of Windows", "service install --port 8080 --dry-run",
-                       (("action", {"choices": SERVICE_ACTIONS, "help": "what to do with it"}),
-                        ("--dry-run", {"action": "store_true", "help": "print what would be done, "
-                                       "and do nothing"})), True),
+    "env": Command(show_environment, "print the environment with which a client comes here",
+                   "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
+                       "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
+                                   "the one in use)"}))),
     "setup": Command(set_up_client, "write into a client's own settings what leads it here",
                      "setup claude --dry-run", (client_argument(SET_UPS), MODEL_FLAG, (
                          "--undo", {"action": "store_true", "help": "bring them back"}), (
                          "--dry-run", {"action": "store_true", "help": "only say what would be "
                                        "done"}))),
-    "env": Command(show_environment, "print the environment with which a client comes here",
-                   "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
-                       "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
-                                   "the one in use)"})))}
+    "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
+                      "models --json", (JSON_FLAG,)),
+    "doctor": Command(run_doctor, "find out why something does not work, and what to do",
+                      "doctor --json", (JSON_FLAG,), lenient=True),
+    "top": Command(show_top, "watch a running proxy: what runs, what ran, errors, tokens", "top",
+                   (("--url", {"metavar": "URL", "help": "where it is (default: as host and port "
+                               "say); wants its adminKey where it is another machine"}),
+                    ("--once", {"action": "store_true", "help": "print it once and end"}))),
+    "usage": Command(show_usage_log, "add up the requests that usageDb holds",
+                     "usage --usage-db auto --since 7d --by day", USAGE_FLAGS),
+    "service": Command(run_service, "keep the proxy running: systemd, launchd, or a task of "
+                       "Windows", "service install --port 8080 --dry-run",
+                       (("action", {"choices": SERVICE_ACTIONS, "metavar": "|".join(
+                           SERVICE_ACTIONS), "help": "what to do with it"}),
+                        ("--dry-run", {"action": "store_true", "help": "print what would be done, "
+                                       "and do nothing"})), True),
+    "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
+                        "try every feature against the upstream inside the program", "selftest")}
 
 
 def main(argv: Optional[List[str]] = None) -> int:

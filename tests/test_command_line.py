@@ -165,6 +165,24 @@ def test_version():
     assert done.stdout.strip() == "ccproxy " + ccproxy.__version__
 
 
+def test_help_has_a_line_for_each_command():
+    lines = ccproxy.main_parser().format_help().splitlines()
+    for name, command in ccproxy.COMMANDS.items():
+        (line,) = [one for one in lines if one.startswith("  %s " % name)]
+        assert line.endswith(" " + command.help) and len(line) < 80
+
+
+@pytest.mark.parametrize("name", ccproxy.COMMANDS)
+def test_the_usage_of_a_command_is_as_it_is_typed(name):
+    """Flags with what stands behind them, words with their choices."""
+    command = ccproxy.COMMANDS[name]
+    usage = ccproxy.command_parser(name, command).format_usage()
+    for flag, known in command.arguments:
+        wanted = "[%s]" % flag if "action" in known else \
+            "[%s " % flag if flag[0] == "-" else "|".join(known["choices"])
+        assert wanted in usage
+
+
 def test_help_names_every_option_and_variable():
     done = run_program("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -268,6 +286,21 @@ def test_a_busy_port():
         done = run_program("--port", port)
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1 and port in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["selftset"], "there is no such command (did you mean selftest?)"),
+    (["version"], "(did you mean --version?)"), (["xyzzy"], "no such command; --help lists"),
+    (["user_secret"], "there is no such command;"),
+    (["--prot", "1"], "--prot (did you mean --port?)"), (["--xyzzy"], "arguments: --xyzzy\n"),
+    (["--adminkey=hidden"], "--adminkey (did you mean --admin-key?)"),
+    (["run", "claude", "--modle", "x"], "(did you mean --model?)"),
+    (["--port", "1", "models"], "arguments: models; a command comes first"),
+    (["service"], "install|uninstall")], ids=str)
+def test_a_mistyped_word_is_told_from_what_was_meant(arguments, words):
+    code, out, err = run_main(arguments, {})
+    assert (code, out) == (2, "") and words in err
+    assert "secret" not in err and "hidden" not in err
 
 
 # The start-up screen.
