@@ -133,6 +133,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SERVER
     DEMO UPSTREAM
     PROCESSES
+    WORKERS
     TERMINAL
     MODELS COMMAND
     USAGE COMMAND
@@ -15100,11 +15101,8 @@ def ignore_result(result: Any) -> None:
 
 
 # === PROCESSES ==============================================================
-# One process, or (`workers`) several that listen on one port, each with a loop
-# of its own: the system spreads connections among them.  Their parent does no
-# work: it keeps their sockets, starts a worker anew that has died, and passes
-# signals on.  Workers share nothing; ids of conversations are derived, so any of
-# them will do.
+# One process from its start to its end: the signals that it follows, what runs
+# in its loop, and how it stops.
 
 
 def terminal_is_gone(terminals: List[int]) -> bool:
@@ -15245,6 +15243,13 @@ def leave(status: int) -> None:
         except (OSError, ValueError, AttributeError):   # a closed pipe; no console
             pass
     os._exit(status)
+
+
+# === WORKERS ================================================================
+# With `workers`, several processes listen on one port, each with a loop of its
+# own: the system spreads connections among them.  Their parent does no work: it
+# keeps their sockets, starts a worker anew that has died, and passes signals on.
+# Workers share nothing; ids of conversations are derived, so any of them will do.
 
 
 class Ties(NamedTuple):
