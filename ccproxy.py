@@ -1044,6 +1044,8 @@ def parse_request_head(data: bytes) -> RequestHead:
     if minor and fields.get("expect", "100-continue").lower() != "100-continue":
         raise ProxyError("expectation", "Expect: only 100-continue is understood.")
     path = (absolute[2] or "/") if absolute else target
+    if absolute:
+        fields["host"] = absolute[1]        # which counts, whatever Host says (RFC 9112 3.2.2)
     return RequestHead(method, target, path.partition("?")[0], minor, fields,
                        Framing(chunked, length or 0), wants_keep_alive(minor, fields))
 
@@ -2033,7 +2035,8 @@ def ring_in(fields: Fields) -> Tuple[RingKey, ...]:
 
 MAX_OPERATOR_KEYS = 256
 LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+FORWARDED = re.compile("via|forwarded|x-forwarded.*|x-original-.*|x-real-ip|x-envoy-.*|cdn-loop|"
+                       "cf-.*|(x-|true-|fly-|x-cluster-)client-ip")     # what proxies add
 CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
 CLI_FILES = ("~/.commandcode/auth.json", "~/.config/commandcode/auth.json")
 
@@ -2194,7 +2197,7 @@ def loopback_fault(fields: Fields, peer: str, method: str) -> str:
     origin = fields.get("origin", "")
     media = fields.get("content-type", "").partition(";")[0].strip().lower()
     faults = (
-        (not LOOPBACK.fullmatch(peer) or any(name in fields for name in FORWARDED),
+        (not LOOPBACK.fullmatch(peer) or any(map(FORWARDED.fullmatch, fields)),
          "it comes from another machine"),
         (not LOOPBACK.fullmatch(host), "its Host is not this machine"),
         (bool(origin) and origin.lower() != "http://" + fields.get("host", "").lower(),
@@ -12744,6 +12747,8 @@ def inflate_libzstd(data: bytes, most: int) -> bytes:
 # never be taken for the next request.
 
 JSON_TYPE = ("content-type", "application/json")
+PRIVATE_FIELDS = [("cache-control", "no-store"), ("x-content-type-options", "nosniff"),
+                  ("cross-origin-resource-policy", "same-origin")]
 
 
 @dataclass(eq=False, **SLOTS)
@@ -12763,6 +12768,7 @@ class Exchange:
     finishing: Optional["asyncio.Task[Any]"] = None     # reads on for the cost of a stream
     relay: Optional[Relay] = None               # of its answer, from when it is asked for
     number: int = 0                             # by which it is shown while it runs
+    private: bool = False                       # its answer is for no page of another origin
     record: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -12784,7 +12790,7 @@ def start_response(app: App, exchange: Exchange, status: int,
     """The response head; from here on the exchange counts as answered."""
     exchange.opened = True
     exchange.record["status"] = status
-    every = fields + cors_fields(app, exchange.head)
+    every = fields + (PRIVATE_FIELDS if exchange.private else cors_fields(app, exchange.head))
     if app.leaving:
         exchange.keep = False
     if not exchange.keep:
@@ -14098,8 +14104,7 @@ async def serve_state(app: App, exchange: Exchange) -> None:
     await respond_json(app, exchange, 200, {
         **state_entry(app, others),
         "recent": [record_entry(one) for one in all_recent(app, others)],
-        "minutes": minute_entries(all_minutes(app, others), time.time())},
-        [("cache-control", "no-store")])
+        "minutes": minute_entries(all_minutes(app, others), time.time())})
 
 
 # === LIVE EVENTS ============================================================
@@ -14513,10 +14518,12 @@ ALL_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 
 class Route(NamedTuple):
-    """A path's methods; `quiet` routes are logged at debug level only."""
+    """A path's methods; `quiet` routes are logged at debug level only, `private` ones are for no
+    page of another origin, whatever corsOrigin says."""
 
     methods: Dict[str, Callable[[App, Exchange], Awaitable[None]]]
     quiet: bool = False
+    private: bool = False
 
 
 def face_of_path(head: RequestHead) -> Face:
@@ -14678,7 +14685,9 @@ async def serve_noise(app: App, exchange: Exchange) -> None:
 async def serve_options(app: App, exchange: Exchange) -> None:
     """A CORS preflight: answered before any key is looked at (FIELD 61)."""
     fields = [("allow", ALL_METHODS)]
-    if any(name == "access-control-allow-origin" for name, _ in cors_fields(app, exchange.head)):
+    exchange.private = normal_path(exchange.head.path).startswith(("/admin/", "/metrics"))
+    granted = [] if exchange.private else cors_fields(app, exchange.head)
+    if any(name == "access-control-allow-origin" for name, _ in granted):
         wanted = redact(exchange.head.fields.get("access-control-request-headers", "*"))
         fields += [("access-control-allow-methods", ALL_METHODS),
                    ("access-control-allow-headers", wanted[:1000]),
@@ -14696,21 +14705,21 @@ ROUTES = {
     "/responses/input_tokens": Route({"POST": serve_responses_count}, quiet=True),
     "/models": Route({"GET": serve_models}),
     "/usage": Route({"GET": serve_usage}),
-    "/metrics": Route({"GET": serve_metrics}, quiet=True),
+    "/metrics": Route({"GET": serve_metrics}, quiet=True, private=True),
     "/dashboard": Route({"GET": serve_dashboard}, quiet=True),
     "/admin": Route({"GET": serve_dashboard}, quiet=True),
-    "/admin/commandcode/credentials": Route({"GET": serve_credentials}),
-    "/admin/state": Route({"GET": serve_state}, quiet=True),
-    "/admin/events": Route({"GET": serve_events}, quiet=True),
-    "/admin/config": Route({"GET": show_config, "PUT": change_config}),
-    "/admin/restart": Route({"POST": serve_restart}),
-    "/admin/models": Route({"GET": show_admin_models}, quiet=True),
-    "/admin/keys": Route({"GET": show_keys, "POST": add_key}),
+    "/admin/commandcode/credentials": Route({"GET": serve_credentials}, private=True),
+    "/admin/state": Route({"GET": serve_state}, quiet=True, private=True),
+    "/admin/events": Route({"GET": serve_events}, quiet=True, private=True),
+    "/admin/config": Route({"GET": show_config, "PUT": change_config}, private=True),
+    "/admin/restart": Route({"POST": serve_restart}, private=True),
+    "/admin/models": Route({"GET": show_admin_models}, quiet=True, private=True),
+    "/admin/keys": Route({"GET": show_keys, "POST": add_key}, private=True),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
 ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
-ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key})
+ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key}, private=True)
 PREFIXES = {"/models/": ONE_MODEL, "/responses/": ONE_RESPONSE, "/admin/keys/": ONE_KEY}
 
 
@@ -14738,7 +14747,7 @@ def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
     if head.method == "OPTIONS":
         return serve_options(app, exchange)
     route = find_route(head)
-    exchange.record["quiet"] = route.quiet
+    exchange.record["quiet"], exchange.private = route.quiet, route.private
     method = "GET" if head.method == "HEAD" else head.method
     if method not in route.methods:
         allowed = list(route.methods) + (["HEAD"] if "GET" in route.methods else []) + ["OPTIONS"]

@@ -195,9 +195,9 @@ GOOD_REQUESTS = [
     (request(first=b"GET / HTTP/1.2"), {"minor": 1}),
     (request(b"expect: 100-Continue"), {"minor": 1}),
     (request(b"expect: something", first=b"GET / HTTP/1.0"), {"minor": 0}),
-    # Absolute form: its authority is checked and otherwise ignored.
+    # Absolute form: its authority is checked, and counts instead of Host.
     (request(first=b"GET http://other.example/v1/models?x=1 HTTP/1.1"),
-     {"path": "/v1/models", "fields": {"host": "h"}}),
+     {"path": "/v1/models", "fields": {"host": "other.example"}}),
     (request(first=b"GET HTTPS://u:443 HTTP/1.1"), {"path": "/"}),
     # Forms and methods that routes refuse, not heads.
     (request(first=b"OPTIONS * HTTP/1.1"), {"method": "OPTIONS", "path": "*"}),
