@@ -830,13 +830,16 @@ def printable(text: str, most: int) -> str:
     return shown if len(shown) <= most else shown[:most - 3] + "..."
 
 
+BARE_VALUE = re.compile(r"[^\s\"=;]+")         # stands in a log line without quotes
+
+
 def log_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return "%.3f" % value
     text = printable(str(value), MAX_LOG_VALUE)
-    return text if re.fullmatch(r"[^\s\"=;]+", text) else json.dumps(text)
+    return text if BARE_VALUE.fullmatch(text) else json.dumps(text)
 
 
 def log_line(fields: Mapping[str, Any]) -> str:
@@ -856,6 +859,8 @@ def add_note(notes: List[str], code: str, detail: str) -> None:
 def format_notes(notes: Iterable[str]) -> str:
     """Value of x-ccproxy-notes: each note once, `; ` between, at most MAX_NOTE_BYTES."""
     unique = list(dict.fromkeys(notes))
+    if not unique:
+        return ""               # nearly always
     shown, size = [], 0
     for note in unique:
         size += len(note) + 2
@@ -984,7 +989,7 @@ def read_length(pairs: List[Tuple[str, str]], fault: Fault) -> Optional[int]:
     if not given:
         return None
     value = given.pop()
-    if given or not re.fullmatch("[0-9]{1,18}", value):
+    if given or not (value.isascii() and value.isdigit() and len(value) <= 18):
         raise fault("Content-Length must be one decimal number")
     return int(value)
 
@@ -995,7 +1000,7 @@ def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
     if not given:
         return False
     codings = [coding.strip(" \t") for coding in ",".join(given).split(",")]
-    if len(codings) == 1 and re.fullmatch("chunked", codings[0], re.I | re.A):
+    if len(codings) == 1 and codings[0].lower() == "chunked":
         return True
     plain = all(re.fullmatch("[A-Za-z0-9._-]+", coding) for coding in codings)
     lower = [coding.lower() for coding in codings]
@@ -1005,7 +1010,9 @@ def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
 
 
 def wants_keep_alive(minor: int, fields: Fields) -> bool:
-    tokens = {token.strip(" \t").lower() for token in fields.get("connection", "").split(",")}
+    if "connection" not in fields:
+        return minor > 0
+    tokens = {token.strip(" \t").lower() for token in fields["connection"].split(",")}
     return "close" not in tokens and (minor > 0 or "keep-alive" in tokens)
 
 
@@ -1227,9 +1234,10 @@ class PlainBody:
 def head_bytes(first_line: str, fields: Iterable[Tuple[str, str]]) -> bytes:
     """A head, ready to send; what could end a line in a value becomes `?`."""
     lines = [first_line] + ["%s: %s" % pair for pair in fields]
-    safe = [line if line.isascii() and line.isprintable() else re.sub(r"[^\t -~]", "?", line)
-            for line in lines]
-    return ("\r\n".join(safe) + "\r\n\r\n").encode("ascii")
+    whole = "".join(lines)
+    if not (whole.isascii() and whole.isprintable()):
+        lines = [re.sub(r"[^\t -~]", "?", line) for line in lines]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
 
 def response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
@@ -1918,7 +1926,7 @@ def derive_session(key: str, session: str, first_message: str) -> str:
     one, over its first user message.
     """
     subject = "session\n" + session if session else "message\n" + first_message
-    digest = hmac.new(key.encode(), subject.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+    digest = hmac.digest(key.encode(), subject.encode("utf-8", "replace"), "sha256").hex()
     variant = "89ab"[int(digest[16], 16) & 3]
     return "-".join((digest[:8], digest[8:12], "4" + digest[13:16], variant + digest[17:20],
                      digest[20:32]))
@@ -3199,7 +3207,7 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
         if text.startswith(BILLING_LINE):
             text = text.partition("\n")[2]
         if text:
-            texts.append(part._replace(text=text))
+            texts.append(part if text is part.text else part._replace(text=text))
     return texts
 
 
@@ -4433,7 +4441,7 @@ def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_count(holder: Any, name: str) -> Optional[int]:
     value = holder.get(name) if isinstance(holder, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None     # True is no count
 
 
 def read_usage(given: Any) -> Optional[Usage]:
@@ -6156,7 +6164,7 @@ class Answer:
 
     def pass_on(self, event: Event, frames: List[bytes]) -> None:
         """Show what the filters make of an event, as long as the answer is not over."""
-        for changed in self.filtered(event):
+        for changed in self.filtered(event) if self.filters else (event,):
             if not self.over:
                 self.show(changed, frames)
 
@@ -13084,7 +13092,8 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
     exchange.record.update(asked=prompt.asked, model=prompt.model, stream=prompt.stream)
     refuse_notes(exchange, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
-    conversation = derive_session(anchor_of(keys).key, named, first)
+    conversation = prompt.session if len(keys) == 1 else \
+        derive_session(anchor_of(keys).key, named, first)
     ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec)
     return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None)
 
@@ -13254,10 +13263,11 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
     exchange.relay, finishing = relay, False
     try:
         await run_job(relay, record, job.ring)
-        job = job._replace(spec=relay.spec)
         if not job.answer.stream:
             await finish_answer(relay)
-            job = job._replace(answer=await hold_format(app, exchange, job, relay.key))
+            if job.prompt is not None:
+                job = job._replace(spec=relay.spec)
+                job = job._replace(answer=await hold_format(app, exchange, job, relay.key))
             fields = [*answer_fields(job), ("x-ccproxy-key", record["key"]),
                       *cost_fields(job.answer.reply)]
             await respond_json(app, exchange, 200, job.answer.body(), fields)
@@ -14816,17 +14826,20 @@ async def serve_connection(app: App, wire: Wire) -> None:
         app.clients -= 1
 
 
+NO_HEAD = RequestHead("", "", "", 1, {}, Framing(False, 0), False)     # until one has come
+
+
 async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     """One request and its answer, whatever goes wrong; None when no request came."""
     loop = asyncio.get_running_loop()
-    nothing = RequestHead("", "", "", 1, {}, Framing(False, 0), False)
-    exchange = Exchange(wire, nothing, loop.time(), False)
+    exchange = Exchange(wire, NO_HEAD, loop.time(), False)
     try:
         head = await read_request_head(app, wire, first)
         if head is None:
             return None
         wire.fresh = False
-        exchange = Exchange(wire, head, loop.time(), head.keep_alive and not app.leaving)
+        exchange.head, exchange.started = head, loop.time()
+        exchange.keep = head.keep_alive and not app.leaving
         app.exchanges.add(exchange)
         await serve_request(app, exchange)
     except ProxyError as error:
