@@ -10984,6 +10984,24 @@ def readable_by_others(name: str) -> bool:
         return False
 
 
+def warn(text: str) -> None:
+    """Write to standard error, if there is one that takes it: a full disk has nobody to tell."""
+    try:
+        sys.stderr.write(text)
+    except (OSError, AttributeError) as error:
+        logging.getLogger("ccproxy").debug("standard error: %s", error)
+
+
+def flush_output() -> None:
+    """Write what is still held back, where that is possible."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):   # a closed pipe or full disk; no console
+            pass
+
+
 def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
     """What to do about a line that cannot be written: a full disk costs log lines, never requests,
     and is said once on standard error."""
@@ -10993,8 +11011,7 @@ def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
         if file_name and not said:
             said.append("ccproxy: logFile %s: %s; lines are lost\n" % (
                 file_name, sys.exc_info()[1]))
-            if sys.stderr is not None:
-                sys.stderr.write(said[0])
+            warn(said[0])
 
     return handle
 
@@ -13595,10 +13612,7 @@ async def restart_if_sound(app: App, reason: str) -> None:
 def start_again(groups: Groups, config: Config) -> None:
     """Become the new program.  Raises ProxyError `config`."""
     hand_on(groups, config)
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+    flush_output()
     try:
         os.execv(sys.executable, [sys.executable, *own_arguments()])
     except OSError as error:
@@ -15144,7 +15158,7 @@ def watch_signals(app: App) -> None:
     terminals = open_terminals()
 
     def received() -> None:
-        if app.restarting and not app.worker:
+        if app.restarting:
             app.restarting = False
             app.server.close()
         else:
@@ -15258,12 +15272,7 @@ def give_memory_back() -> None:
 def leave(status: int) -> None:
     """End the process without the interpreter's own clean-up: a thread that still asks for the
     list of models may wake in the middle of that and crash (CPython before 3.14)."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):   # a closed pipe; no console
-            pass
+    flush_output()
     os._exit(status)
 
 
@@ -15435,13 +15444,13 @@ def say(text: str) -> bool:
         return True
     except OSError as error:
         sys.stdout = None       # else the interpreter complains once more at the end
-        sys.stderr.write("ccproxy: standard output: %s\n" % error.strerror)
+        warn("ccproxy: standard output: %s\n" % error.strerror)
         return False
 
 
 def complain(message: str, status: int = 2) -> None:
     """One line on standard error, and the end."""
-    sys.stderr.write("ccproxy: %s\n" % printable(message, 1000))
+    warn("ccproxy: %s\n" % printable(message, 1000))
     raise SystemExit(status)
 
 
@@ -15457,6 +15466,23 @@ def has_colours() -> bool:
     able = sys.platform != "win32" or "WT_SESSION" in os.environ or "TERM" in os.environ
     return able and is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and \
         os.environ.get("TERM") != "dumb"
+
+
+def hear_of_children() -> None:
+    """Be told when a child ends, also where whoever started us ignored that: it is inherited, and
+    then every exit status is lost."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def end_by_signals() -> None:
+    """From now on SIGTERM and its like end the program in order: what it holds is let go of."""
+    def ended(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), ended)
 
 
 def paint(text: str, colour: str) -> str:
@@ -16788,12 +16814,7 @@ def run_top(view: TopView, origin: Origin, secret: str) -> None:
 
 def on_screen(work: Callable[[], None]) -> None:
     """Run work on the terminal's other screen; whatever ends it, the first one comes back."""
-    def ended(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), ended)
+    end_by_signals()
     if sys.platform == "win32":
         os.system("")           # makes its console understand what follows
     say(ALTERNATE)
@@ -17526,7 +17547,9 @@ def run_client(invocation: Invocation) -> int:
     client, program = CLIENTS[name], shutil.which(name)
     if program is None:
         complain("%s is not installed; its package is %s." % (name, client.package), 127)
+    hear_of_children()
     target = target_of(invocation, "", find_key(invocation.settings, demo))
+    end_by_signals()
     base = find_proxy(invocation.settings, demo)
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):    # at the start
         if not base:
@@ -17879,6 +17902,7 @@ def serve(invocation: Invocation) -> int:
     settings, demo = invocation.settings, invocation.given.demo
     config, app = settings.config, make_app(settings)
     groups, app.restartable = take_over(config), True
+    hear_of_children()
     if invocation.given.watch:
         refuse_watch(app)
         app.watched = file_marks(watched_files(settings))

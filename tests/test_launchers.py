@@ -332,6 +332,29 @@ def test_no_proxy_outlives_a_run_that_is_killed(bench):
         process.communicate()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_a_signal_before_the_client_runs_leaves_nothing(bench, number):
+    """It comes when the temporary folder has just been filled."""
+    early = ("import sys; sys.path[0] = %r; import ccproxy, os; fill = ccproxy.fill_folder; "
+             "ccproxy.fill_folder = lambda *a: (fill(*a), os.kill(os.getpid(), %d)); "
+             "ccproxy.leave(ccproxy.main())" % (os.path.dirname(PROGRAM), number))
+    done = subprocess.run([sys.executable, "-c", early, "run", "llm", "--demo"],
+                          env=bench.environment(), timeout=60, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (128 + number, b"")
+    assert os.listdir(bench.temporary) == [] and not os.path.exists(bench.report_path)
+
+
+def test_an_exit_status_is_known_where_the_ends_of_children_are_ignored(bench):
+    known = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = bench.start("run", "claude", "--demo", FAKE_DOES="sys.exit(7)")
+    finally:
+        signal.signal(signal.SIGCHLD, known)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (7, "")
+
+
 def test_a_missing_client_is_told_with_its_package(bench):
     for name, package in (("claude", "@anthropic-ai/claude-code"), ("aider", "aider-chat")):
         os.unlink(bench.folder / "bin" / name)

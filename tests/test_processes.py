@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -53,6 +54,27 @@ def test_a_dead_worker_is_replaced(pair):
     seen = set()
     wait_until(lambda: seen.add(health(pair)["worker"]) or seen == {1, 2})
     assert "another is started" in pair.log
+
+
+def test_whoever_started_us_ignored_the_ends_of_children(start_program, tmp_path):
+    """Which is inherited: workers are replaced all the same, and what fails in a check is told."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"adminKey": "the-admin-key", "workers": 2}))
+    known = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        program = start_program("--config", str(config))
+    finally:
+        signal.signal(signal.SIGCHLD, known)
+    first = children_of(program.process.pid)
+    os.kill(first[0], signal.SIGKILL)
+    wait_until(lambda: len(set(children_of(program.process.pid)) - {first[0]}) == 2)
+    seen = set()
+    wait_until(lambda: seen.add(health(program)["worker"]) or seen == {1, 2})
+    config.write_text('{"logLevel": "loud"}')
+    answer = program.request("POST", "/admin/restart", None, {
+        "authorization": "Bearer the-admin-key"}, None)
+    assert answer.status == 409 and "would not start again" in answer.json["error"]["message"]
+    assert program.stop()[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -274,14 +274,53 @@ def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upst
         answer(sock, request)
     answer, upstream.default = upstream.default, late
     program = start_program("--config", config(), "--workers", str(workers))
-    with program.send_post(CHAT, stream=True):
+    with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
         assert restart(program).status == 202
         wait_until(lambda: "stopping: 1 requests" in program.log)
         program.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionRefusedError):     # the signal has arrived, but ends no answer
+            while True:
+                program.connect().close()
         go.set()
+        assert b"[DONE]" in read_all(sock)
         assert program.wait()[0] == 0
     assert "Traceback" not in program.log and program.screen.count("on http") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@COUNTS
+def test_a_full_disk_behind_standard_output_and_error(config, workers):
+    """It starts, and starts again."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--demo", "--config", config(), "--workers", str(workers),
+             "--port", str(port)], stdin=subprocess.DEVNULL, stdout=full, stderr=full,
+            env=clean_environment())
+
+    def ask(method, path):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        try:
+            connection.request(method, path, headers=BEARER)
+            return json.loads(connection.getresponse().read())
+        except ConnectionError:         # not yet there
+            return {}
+        finally:
+            connection.close()
+    try:
+        wait_until(lambda: ask("GET", "/health"), 20)
+        begun = time.monotonic() - ask("GET", "/health")["uptime_seconds"]
+        assert ask("POST", "/admin/restart") == {"status": "restarting"}
+        wait_until(lambda: time.monotonic() - ask("GET", "/health").get(
+            "uptime_seconds", 1e9) > begun + 0.5, 20)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_who_may(start_program, config):
