@@ -14440,19 +14440,19 @@ class UsageLog:
         return True
 
     def write(self) -> bool:
-        """Write one batch; False when that failed, and the records stay queued."""
+        """Write one batch; False when that failed.  What is not written stays queued."""
         import sqlite3
         batch = [self.queue[place] for place in range(min(len(self.queue), 5 * USAGE_BATCH))]
         try:
             self.open()
             self.insert(batch)
+            for _ in batch:
+                self.queue.popleft()
             self.clean()
         except (sqlite3.Error, OSError, ValueError) as error:
             self.close()
             self.fail(str(getattr(error, "strerror", None) or error))
             return False
-        for _ in batch:
-            self.queue.popleft()
         if self.failing:
             self.failing = False
             self.app.log.warning("usageDb %s works again; %d records were lost", self.path,

@@ -239,6 +239,21 @@ def test_what_waits_is_bounded_and_what_is_lost_is_told(make_logged, path, monke
     assert said(proxy, "ERROR") == 1
 
 
+def test_what_cannot_be_cleaned_is_not_written_twice(make_logged, path):
+    """A row was written, whatever becomes of the old ones."""
+    os.makedirs(os.path.dirname(path))
+    db = ccproxy.open_usage(path, 1.0)
+    db.execute("INSERT INTO requests (at) VALUES (1)")
+    db.execute("CREATE TRIGGER kept BEFORE DELETE ON requests "
+               "BEGIN SELECT RAISE(ABORT, 'rows are kept'); END")
+    db.close()
+    proxy = make_logged()
+    for number in range(1, 4):
+        proxy.post(CHAT)
+        wait_until(lambda: len(rows_in(path)) > number and not proxy.app.usage.queue)
+    assert len(rows_in(path)) == 4 and said(proxy, "rows are kept") == 1
+
+
 def test_a_file_that_was_taken_away_is_made_anew(make_logged, path):
     proxy = make_logged()
     proxy.post(CHAT)
