@@ -75,6 +75,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     KEY STATE (pure)
     KEY ROUTING (pure)
     CALLER LIMITS (pure)
+    TABLES & FIGURES (pure)
     USAGE REPORT (pure)
     ALERTS (pure)
     REQUEST RECORDS (pure)
@@ -6813,10 +6814,33 @@ def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: 
                          % (most, span), retry_after=window.began + span - now)
 
 
-# === USAGE REPORT (pure) ====================================================
-# What GET /v1/usage tells of the caller's own keys, and the admin route of the
-# operator's: as JSON, or as a table for a terminal.  Keys appear by their names
-# alone; models that a key was found not to serve are counted, not named.
+# === TABLES & FIGURES (pure) ================================================
+# How a terminal is told of things: counts, spans of time, money, moments, and
+# tables of them.
+
+
+def short_number(number: float) -> str:
+    """A count in three digits: 131k of 131072, 1.05M of 1048576."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return "%.3g%s" % (number / size, unit)
+    return "%d" % number
+
+
+def short_span(seconds: float) -> str:
+    """A span of time: 340ms, 9.99s, 12.3s, and from 100 seconds on in its two largest units."""
+    if seconds < 0.9995:
+        return "%.0fms" % (1000 * max(seconds, 0))
+    if seconds < 100:
+        return ("%.2fs" if seconds < 10 else "%.1fs") % seconds
+    for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            return "%d%s%02d%s" % (seconds // size, unit, seconds % size // part, smaller)
+    return "%dm%02ds" % (seconds // 60, seconds % 60)
+
+
+def dollars(value: Optional[float]) -> str:
+    return "-" if value is None else "%.2f" % value
 
 
 def shown_moment(moment: Optional[float]) -> Optional[str]:
@@ -6825,6 +6849,49 @@ def shown_moment(moment: Optional[float]) -> Optional[str]:
     if not moment or not 0 < moment < 32_503_680_000:       # the year 3000
         return None
     return datetime.fromtimestamp(int(moment), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes: wide letters take two, marks on others none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(letter) else
+               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def cut_text(text: str, width: int) -> str:
+    """A text of at most so many columns, with dots where something was left out."""
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text) > width - 1:
+        text = text[:-1]
+    return text + "\u2026"
+
+
+def table_lines(heads: Tuple[str, ...], rows: Iterable[Tuple[str, ...]], align: str,
+                width: int = 0) -> List[str]:
+    """Lines of a table, its heads first.  `align` has a letter a column: l, r.  With a `width`,
+    the widest columns give way until it fits."""
+    table = [heads, *rows]
+    sizes = [max(map(text_width, column)) for column in zip(*table)]
+    while width and sum(sizes) + 2 * (len(sizes) - 1) > width and max(sizes) > 4:
+        sizes[sizes.index(max(sizes))] -= 1
+    lines = []
+    for row in table:
+        cells = []
+        for cell, size, side in zip(row, sizes, align):
+            shown = cut_text(cell, size)
+            space = " " * (size - text_width(shown))
+            cells.append(space + shown if side == "r" else shown + space)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+# === USAGE REPORT (pure) ====================================================
+# What GET /v1/usage tells of the caller's own keys, and the admin route of the
+# operator's: as JSON, or as a table for a terminal.  Keys appear by their names
+# alone; models that a key was found not to serve are counted, not named.
 
 
 def window_entry(window: Optional[Window]) -> Optional[Json]:
@@ -6879,10 +6946,6 @@ def usage_body(table: KeyTable, caller: Caller, routing: Routing, now: float) ->
                      for key in caller.keys]}
 
 
-def dollars(value: Optional[float]) -> str:
-    return "-" if value is None else "%.2f" % value
-
-
 def window_cell(window: Optional[Json]) -> str:
     return "-" if window is None else "%s/%s%s" % (
         dollars(window["used_usd"]), dollars(window["cap_usd"]), "!" if window["exceeded"] else "")
@@ -6911,12 +6974,8 @@ USAGE_COLUMNS = ("KEY", "NAME", "PLAN", "MONTHLY", "FREE", "BOUGHT", "DAYS", "BU
 
 def usage_text(body: Json) -> str:
     """The same as a table for a terminal (?format=text); amounts in USD."""
-    rows = [USAGE_COLUMNS, *(usage_row(entry) for entry in body["keys"])]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) if index in (0, 1, 2, 15) else cell.rjust(width)
-                       for index, (cell, width) in enumerate(zip(row, widths))).rstrip()
-             for row in rows]
-    return "\n".join(lines) + "\n"
+    rows = [usage_row(entry) for entry in body["keys"]]
+    return "\n".join(table_lines(USAGE_COLUMNS, rows, "lll" + 12 * "r" + "l")) + "\n"
 
 
 # === ALERTS (pure) ==========================================================
@@ -7903,18 +7962,6 @@ def untrusted_finding(code: int, message: str, certificate: Certificate) -> Find
     return Finding(False, words, VERIFY_ADVICE.get(code, COMPANY_ADVICE))
 
 
-def span_words(seconds: float) -> str:
-    """A span as a person says it: 45 s, 12 min, 3 h 12 min, 2 d 4 h."""
-    whole = int(max(seconds, 0))
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    words = []
-    for name, size in units:
-        if whole >= size and len(words) < 2:
-            words.append("%d %s" % (whole // size, name))
-            whole %= size
-    return " ".join(words) or "0 s"
-
-
 def clock_finding(date: str, now: float) -> Finding:
     """This machine's clock against a Date header."""
     from email.utils import parsedate_to_datetime
@@ -7922,7 +7969,7 @@ def clock_finding(date: str, now: float) -> Finding:
         skew = now - parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return Finding(None, "the upstream told no time")
-    words = "%s %s the upstream's" % (span_words(abs(skew)), "behind" if skew < 0 else "ahead of")
+    words = "%s %s the upstream's" % (short_span(abs(skew)), "behind" if skew < 0 else "ahead of")
     if abs(skew) > CLOCK_SKEW_SECONDS:
         return Finding(False, "this machine's clock is " + words,
                        "Set it (timedatectl set-ntp true, or the system's settings)")
@@ -7935,7 +7982,7 @@ def plan_finding(shown: str, figures: Figures, now: float) -> Finding:
     words += ", " + figures.status if figures.status else ""
     words += ", %s USD left" % dollars(figures.balance) if figures.known else ""
     if figures.period_end and figures.period_end > now:
-        words += ", period ends in " + span_words(figures.period_end - now)
+        words += ", period ends in " + short_span(figures.period_end - now)
     if figures.status not in LIVE_PLANS:
         return Finding(False, words, "Renew it at commandcode.ai")
     if figures.known and figures.balance <= 0:
@@ -7949,7 +7996,7 @@ def window_finding(shown: str, figures: Figures, now: float) -> Finding:
     for name, window in (("5-hour", figures.five_hour), ("weekly", figures.weekly)):
         if window is None:
             continue
-        reset = ", resets in " + span_words(window.resets - now) if window.resets > now else ""
+        reset = ", resets in " + short_span(window.resets - now) if window.resets > now else ""
         words.append("%s %s of %s USD%s" % (name, dollars(window.used), dollars(window.cap), reset))
         waits += ["%s window%s" % (name, reset)] if window.exceeded else []
     if not words:
@@ -15537,41 +15584,11 @@ def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
     return result
 
 
-def text_width(text: str) -> int:
-    """Columns that a text takes: wide letters take two, marks on others none."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-    return sum(0 if unicodedata.combining(letter) else
-               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def cut_text(text: str, width: int) -> str:
-    """A text of at most so many columns, with dots where something was left out."""
-    if text_width(text) <= width:
-        return text
-    while text and text_width(text) > width - 1:
-        text = text[:-1]
-    return text + "\u2026"
-
-
-def table_lines(heads: Tuple[str, ...], rows: Iterable[Tuple[str, ...]], align: str,
-                width: int = 0) -> List[str]:
-    """Lines of a table, its heads first.  `align` has a letter a column: l, r.  With a `width`,
-    the widest columns give way until it fits."""
-    table = [heads, *rows]
-    sizes = [max(map(text_width, column)) for column in zip(*table)]
-    while width and sum(sizes) + 2 * (len(sizes) - 1) > width and max(sizes) > 4:
-        sizes[sizes.index(max(sizes))] -= 1
-    lines = []
-    for row in table:
-        cells = []
-        for cell, size, side in zip(row, sizes, align):
-            shown = cut_text(cell, size)
-            space = " " * (size - text_width(shown))
-            cells.append(space + shown if side == "r" else shown + space)
-        lines.append("  ".join(cells).rstrip())
-    return lines
+def plain_reason(error: Exception) -> str:
+    """What is wrong, in the words of the system and without urllib's around them."""
+    inner = getattr(error, "reason", None)
+    error = inner if isinstance(inner, Exception) else error
+    return printable(str(getattr(error, "strerror", None) or error), 200) or type(error).__name__
 
 
 # === MODELS COMMAND =========================================================
@@ -15579,13 +15596,6 @@ def table_lines(heads: Tuple[str, ...], rows: Iterable[Tuple[str, ...]], align: 
 # within a few seconds, else built-in; what would be refused here is marked.
 
 LIST_SECONDS = 5.0
-
-
-def plain_reason(error: Exception) -> str:
-    """What is wrong, in the words of the system and without urllib's around them."""
-    inner = getattr(error, "reason", None)
-    error = inner if isinstance(inner, Exception) else error
-    return printable(str(getattr(error, "strerror", None) or error), 200) or type(error).__name__
 
 
 def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
@@ -15636,13 +15646,6 @@ def model_entry(model: Model, state: str) -> Json:
             "allowed": state != "not allowed", "default": state == "default"}
 
 
-def short_number(number: int) -> str:
-    """1000000 as 1M, 131072 as 131k; "" for 0."""
-    if number >= 1_000_000:
-        return ("%.2f" % (number / 1e6)).rstrip("0").rstrip(".") + "M"
-    return "%dk" % (number / 1000) if number >= 1000 else str(number or "")
-
-
 def short_efforts(efforts: Optional[Tuple[str, ...]]) -> str:
     """Efforts in words, a run of three and more as low-max; "?" where they are not known."""
     if efforts is None:
@@ -15655,7 +15658,8 @@ def short_efforts(efforts: Optional[Tuple[str, ...]]) -> str:
 
 def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str:
     """The table of models and their states, aliases below it, and where it is from."""
-    rows = [(model.id, short_number(model.context), short_number(model.max_output),
+    rows = [(model.id, short_number(model.context) if model.context else "",
+             short_number(model.max_output) if model.max_output else "",
              "yes" if model.vision else "", short_efforts(model.efforts),
              known_plan(model) or "?", state) for model, state in shown]
     head, *lines = table_lines(("model", "context", "output", "vision", "efforts", "plan", ""),
@@ -15776,30 +15780,16 @@ def usage_figures(line: UsageSum) -> Json:
             "total_p50": time_at(line.totals, 0.5), "total_p95": time_at(line.totals, 0.95)}
 
 
-def short_time(seconds: Optional[float]) -> str:
-    """A time of a request, to the millisecond where it is short."""
-    if seconds is None:
-        return "-"
-    return "%dms" % (1000 * seconds) if seconds < 1 else "%.2fs" % seconds
-
-
-def short_tokens(number: int) -> str:
-    """4711 as it is, 47110 as 47.1k."""
-    unit, size = next((one for one in (("G", 1e9), ("M", 1e6), ("k", 1e3))
-                       if number >= 10 * one[1]), ("", 1))
-    return "%.1f%s" % (number / size, unit) if unit else str(number)
-
-
 # Column of the table: its head, which figure it shows and how, and when it gives way on a narrow
 # terminal (the lowest first; 9: never).
 USAGE_TABLE: Tuple[Tuple[str, str, Callable[[Any], str], int], ...] = (
     ("requests", "requests", str, 9), ("errors", "errors", str, 8),
-    ("in", "input_tokens", short_tokens, 7), ("out", "output_tokens", short_tokens, 7),
-    ("cached", "cached_tokens", short_tokens, 1),
-    ("share", "cached_share", lambda share: "-" if share is None else "%d%%" % (100 * share), 5),
-    ("cost $", "cost_usd", lambda cost: "-" if cost is None else "%.4f" % cost, 6),
-    ("first p50", "first_p50", short_time, 4), ("p95", "first_p95", short_time, 3),
-    ("total p50", "total_p50", short_time, 2), ("p95", "total_p95", short_time, 2))
+    ("in", "input_tokens", short_number, 7), ("out", "output_tokens", short_number, 7),
+    ("cached", "cached_tokens", short_number, 1),
+    ("share", "cached_share", lambda share: "%d%%" % (100 * share), 5),
+    ("cost $", "cost_usd", lambda cost: "%.4f" % cost, 6),
+    ("first p50", "first_p50", short_span, 4), ("p95", "first_p95", short_span, 3),
+    ("total p50", "total_p50", short_span, 2), ("p95", "total_p95", short_span, 2))
 
 
 def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]:
@@ -15808,8 +15798,8 @@ def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]
     least = min(24, max(len(name) for name, _ in lines)) + 1
     columns = list(USAGE_TABLE)
     while True:
-        rows = [(name or "-", *(show(figures[figure]) for _, figure, show, _ in columns))
-                for name, figures in lines]
+        rows = [(name or "-", *("-" if figures[figure] is None else show(figures[figure])
+                                for _, figure, show, _ in columns)) for name, figures in lines]
         heads = (by, *(head for head, _, _, _ in columns))
         needed = least + sum(2 + max(map(len, column))
                              for column in list(zip(heads, *rows))[1:])
@@ -16469,12 +16459,13 @@ class TopView:
 
 class Column(NamedTuple):
     """One column of a table: its head, side, the least width of the terminal that has room for
-    it, and what stands in it."""
+    it, the member that it shows (or the next, where that is empty), and how, if it is a number."""
 
     head: str
     side: str
     least: int
-    cell: Callable[[Json], str]
+    names: str
+    show: Optional[Callable[[float], str]] = None
 
 
 def number_in(entry: Json, name: str) -> float:
@@ -16489,60 +16480,36 @@ def text_in(entry: Json, name: str, most: int = 200) -> str:
     return printable(value, most) if isinstance(value, str) else ""
 
 
-def short_count(number: float) -> str:
-    return short_number(int(number)) or "0"
+def clock_time(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
 
 
-def short_span(seconds: float) -> str:
-    """A span of time in its two largest units."""
-    if seconds < 100:
-        return ("%.2fs" if seconds < 10 else "%.1fs") % seconds
-    for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60)):
-        if seconds >= size:
-            return "%d%s%02d%s" % (seconds // size, unit, seconds % size // part, smaller)
-    return "%dm%02ds" % (seconds // 60, seconds % 60)
-
-
-def clock_time(entry: Json) -> str:
-    """When a request began, in local time."""
-    return time.strftime("%H:%M:%S", time.localtime(number_in(entry, "at")))
-
-
-def span_cell(name: str) -> Callable[[Json], str]:
-    return lambda entry: short_span(number_in(entry, name)) if entry.get(name) is not None else ""
-
-
-def count_cell(name: str) -> Callable[[Json], str]:
-    return lambda entry: short_count(number_in(entry, name)) if entry.get(name) is not None else ""
-
-
-def text_cell(name: str) -> Callable[[Json], str]:
-    return lambda entry: text_in(entry, name)
-
-
-def model_cell(entry: Json) -> str:
-    return text_in(entry, "model") or text_in(entry, "asked")
+def cell_text(column: Column, entry: Json) -> str:
+    """What stands in a column for an entry."""
+    if column.show is None:
+        return next(filter(None, (text_in(entry, name) for name in column.names.split())), "")
+    told = entry.get(column.names) is not None
+    return column.show(number_in(entry, column.names)) if told else ""
 
 
 LIVE_COLUMNS = (
-    Column("running", "r", 0, span_cell("seconds")), Column("phase", "l", 0, text_cell("phase")),
-    Column("chars", "r", 40, count_cell("output_chars")), Column("model", "l", 0, model_cell),
-    Column("client", "l", 60, text_cell("client")), Column("api", "l", 80, text_cell("api")),
-    Column("key", "l", 80, text_cell("key")))
+    Column("running", "r", 0, "seconds", short_span), Column("phase", "l", 0, "phase"),
+    Column("chars", "r", 40, "output_chars", short_number), Column("model", "l", 0, "model asked"),
+    Column("client", "l", 60, "client"), Column("api", "l", 80, "api"),
+    Column("key", "l", 80, "key"))
 RECENT_COLUMNS = (
-    Column("last", "l", 0, clock_time),
-    Column("status", "r", 0, lambda entry: "%d" % number_in(entry, "status")),
-    Column("model", "l", 0, model_cell), Column("client", "l", 60, text_cell("client")),
-    Column("api", "l", 120, text_cell("api")), Column("key", "l", 120, text_cell("key")),
-    Column("in", "r", 70, count_cell("input")), Column("cached", "r", 90, count_cell("cached")),
-    Column("out", "r", 50, count_cell("output")), Column("first", "r", 80, span_cell("first")),
-    Column("total", "r", 40, span_cell("total")), Column("error", "l", 60, text_cell("error")))
+    Column("last", "l", 0, "at", clock_time), Column("status", "r", 0, "status", "%d".__mod__),
+    Column("model", "l", 0, "model asked"), Column("client", "l", 60, "client"),
+    Column("api", "l", 120, "api"), Column("key", "l", 120, "key"),
+    Column("in", "r", 70, "input", short_number), Column("cached", "r", 90, "cached", short_number),
+    Column("out", "r", 50, "output", short_number), Column("first", "r", 80, "first", short_span),
+    Column("total", "r", 40, "total", short_span), Column("error", "l", 60, "error"))
 
 
 def lay_out(columns: Tuple[Column, ...], entries: List[Json], width: int) -> List[str]:
     """A table of entries, of the columns that there is room for; width 0: of all."""
     shown = [one for one in columns if not width or width >= one.least]
-    rows = [tuple(one.cell(entry) for one in shown) for entry in entries]
+    rows = [tuple(cell_text(one, entry) for one in shown) for entry in entries]
     return table_lines(tuple(one.head for one in shown), rows,
                        "".join(one.side for one in shown), width)
 
@@ -16581,9 +16548,9 @@ def summary_words(view: TopView) -> List[str]:
 
     words = ["%d open streams" % number_in(view.state, "open_streams"),
              "%d clients" % number_in(view.state, "clients"),
-             "%d min: %s requests" % (TOP_MINUTES, short_count(added("requests"))),
-             "%s errors" % short_count(added("errors")), "%s in" % short_count(added("input")),
-             "%s out" % short_count(added("output"))]
+             "%d min: %s requests" % (TOP_MINUTES, short_number(added("requests"))),
+             "%s errors" % short_number(added("errors")), "%s in" % short_number(added("input")),
+             "%s out" % short_number(added("output"))]
     if added("input"):
         words.append("%d%% cached" % (100 * min(added("cached") / added("input"), 1)))
     timed = [minute for minute in last if minute.get("first_p50") is not None]

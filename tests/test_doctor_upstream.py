@@ -91,7 +91,7 @@ def test_figures_that_are_bad(clinic, tmp_path, monkeypatch):
     _, found = examine(settings_of(tmp_path, apiBase=fake.base, port=0))
     assert works(found)["keys"] == [True]
     assert works(found)["plan"] == works(found)["windows"] == [False]
-    assert "resets in 1 h 59 min" in found["windows"][0].words
+    assert "resets in 1h59m" in found["windows"][0].words
 
 
 @pytest.mark.parametrize("skew, fine", [(0, True), (-50, True), (300, False), (-4000, False)])

@@ -99,13 +99,6 @@ def test_what_is_not_served_is_marked(upstream):
     assert done.stderr == "" and "\x1b" not in done.stdout and "asking" not in done.stdout
 
 
-@pytest.mark.parametrize("number, text", [
-    (0, ""), (123, "123"), (1000, "1k"), (131072, "131k"), (1_000_000, "1M"),
-    (1_048_576, "1.05M"), (1_100_000, "1.1M"), (10_000_000, "10M")])
-def test_short_numbers(number, text):
-    assert ccproxy.short_number(number) == text
-
-
 @pytest.mark.parametrize("efforts, text", [
     (None, "?"), ((), ""), (("high", "max"), "high max"), (("low", "high", "max"), "low high max"),
     (("low", "medium", "high"), "low-high"), (("medium", "high", "xhigh", "max"), "medium-max"),

@@ -98,21 +98,6 @@ def test_streams_that_are_no_streams(monkeypatch):
         assert ccproxy.paint("a", "red") == "a" and ccproxy.terminal_width() == 0
 
 
-@pytest.mark.parametrize("text, width", [
-    ("abc", 3), ("", 0), ("\ud55c\uad6d", 4), ("e\u0301", 1), ("a\u2026", 2)])
-def test_widths(text, width):
-    assert ccproxy.text_width(text) == width
-
-
-@pytest.mark.parametrize("width, lines", [
-    (0, ["id            n", "moonshotai  100", "\ud55c            2"]),
-    (10, ["id       n", "moon\u2026  100", "\ud55c       2"]),
-    (4, ["id      n", "moo\u2026  100", "\ud55c      2"])])     # no table is that narrow
-def test_tables(width, lines):
-    rows = [("moonshotai", "100"), ("\ud55c", "2")]
-    assert ccproxy.table_lines(("id", "n"), rows, "lr", width) == lines
-
-
 @pytest.mark.skipif(pty is None, reason="no pseudo terminals here")
 def test_a_real_terminal(monkeypatch):
     """The width is the terminal's own, and standard output that is one counts as one."""
