@@ -2270,9 +2270,9 @@ def id_of(key: RingKey) -> str:
 def check_key_id(given: Any) -> str:
     """An id for a key.  Raises ProxyError `invalid`."""
     if not isinstance(given, str) or not re.fullmatch(r"[!-~]([ -~]{0,62}[!-~])?", given) or \
-            KEY_LIKE.search(given) or given.startswith("key:"):
+            KEY_LIKE.search(given) or given.startswith("key:") or given in (".", ".."):
         raise ProxyError("invalid", "id must be a name of 1 to 64 printable ASCII characters that "
-                         "does not look like a key.", param="id")
+                         "looks neither like a key nor like a way in a path.", param="id")
     return given
 
 
@@ -7515,6 +7515,17 @@ def check_writer(fields: Fields, admin_key: str) -> None:
                          "Bearer ...`.")
 
 
+def check_admin_key(config: Config) -> None:
+    """Refuse an adminKey that callers have too: whoever has it can lead their keys elsewhere.
+    Raises ProxyError `config`."""
+    if KEY_PATTERN.search(config.admin_key):
+        raise ProxyError("config", "adminKey looks like a Command Code key (user_...): choose "
+                         "another, which no caller sends", param="adminKey")
+    if config.admin_key and config.admin_key == config.client_key:
+        raise ProxyError("config", "adminKey must not be the clientKey: every caller could change "
+                         "everything", param="adminKey")
+
+
 # === CONFIG CHANGES (pure) ==================================================
 # The config file's entries changed over HTTP: what is asked for is read, merged
 # and told of, secrets never.  Options with `at_start` keep the value that the
@@ -10967,6 +10978,7 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
 
 
 def config_path(given: Optional[str]) -> str:
+    check_admin_key(config)
     """Where the config file is, or would be."""
     return given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 

@@ -1,9 +1,11 @@
 """ADMIN ACCESS: who may read and change, tried from other origins, names and proxies."""
 from __future__ import annotations
 
+import json
+
 import pytest
 from fake_upstream import FakeUpstream
-from harness import Proxy, ccproxy
+from harness import Proxy, ccproxy, run_program
 
 ADMIN = "adm1n-key"
 BEARER = {"authorization": "Bearer " + ADMIN}
@@ -71,3 +73,30 @@ def test_who_comes_through_a_proxy_is_no_user_of_this_machine(name):
     assert ccproxy.loopback_fault(fields, "127.0.0.1", "GET") == ""
     fields[name.lower()] = "x"
     assert "another machine" in ccproxy.loopback_fault(fields, "127.0.0.1", "GET")
+
+
+@pytest.mark.parametrize("given,refused", [
+    ({"adminKey": "one", "clientKey": "other"}, False), ({"adminKey": "", "clientKey": ""}, False),
+    ({"adminKey": "user_5ecr3t"}, True), ({"adminKey": "x-user_5ecr3t"}, True),
+    ({"adminKey": "5ecr3t", "clientKey": "5ecr3t"}, True)])
+def test_an_admin_key_is_no_callers_key(given, refused):
+    config, _ = ccproxy.read_config({}, {}, given, "config.json")
+    if not refused:
+        ccproxy.check_admin_key(config)
+        return
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        ccproxy.check_admin_key(config)
+    assert (caught.value.kind, caught.value.param) == ("config", "adminKey")
+    assert "5ecr3t" not in caught.value.message
+
+
+def test_nor_does_a_program_start_with_one_or_take_it_over_http(start_program, tmp_path):
+    bad = run_program("--demo", "--port", "0", environment={"CC_ADMIN_KEY": "word", "CC_CLIENT_KEY": "word"})
+    assert bad.returncode == 2 and "adminKey must not be" in bad.stderr
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"adminKey": ADMIN}))
+    program = start_program("--config", str(path))
+    for changes in ({"clientKey": ADMIN}, {"adminKey": "user_5ecr3t"}):
+        answer = program.request("PUT", "/admin/config", changes, BEARER, None)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "adminKey")
+    assert json.loads(path.read_text()) == {"adminKey": ADMIN}

@@ -174,7 +174,7 @@ def test_models_are_listed_with_what_is_off(place):
 
 def test_a_preflight_allows_the_methods(make_proxy):
     proxy = make_proxy(corsOrigin="https://page.example")
-    fields = proxy.request("OPTIONS", "/admin/config", None, {
+    fields = proxy.request("OPTIONS", "/v1/messages", None, {
         "origin": "https://page.example", "access-control-request-method": "PUT"}).fields
     assert {"PUT", "PATCH", "DELETE"} <= set(fields["access-control-allow-methods"].split(", "))
     foreign = proxy.request("OPTIONS", "/admin/config", None, {"origin": "https://other.example"})

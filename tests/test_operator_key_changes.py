@@ -71,6 +71,7 @@ def refusal(work, *given):
     ({"id": "n", "apiKey": "sk-" + NEW}, (400, "apiKey")), ({"apiKey": NEW}, (400, "id")),
     ({"id": "", "apiKey": NEW}, (400, "id")), ({"id": NEW, "apiKey": NEW}, (400, "id")),
     ({"id": "n\x07", "apiKey": NEW}, (400, "id")), ({"id": "\ud55c", "apiKey": NEW}, (400, "id")),
+    ({"id": "..", "apiKey": NEW}, (400, "id")), ({"id": ".", "apiKey": NEW}, (400, "id")),
     ({"id": "n" * 65, "apiKey": NEW}, (400, "id")), ({"id": "key:abcdef", "apiKey": NEW}, (400, "id")),
     ({"id": "n", "apiKey": NEW, "weight": 0}, (400, "weight")),
     ({"id": "n", "apiKey": NEW, "enabled": "yes"}, (400, "enabled")),
