@@ -13918,7 +13918,7 @@ async def remove_key(app: App, exchange: Exchange) -> None:
 # The board is made before the fork, and a worker started anew reads what the one
 # before it left.  Without workers there is none.
 
-BOARD_HALF_BYTES = 512 * KIB        # pages that nobody writes to cost nothing
+BOARD_HALF_BYTES = 2 * MIB          # twice the most; pages that nobody writes to cost nothing
 BOARD_HEAD = struct.Struct("<QII")  # number, length, checksum
 BOARD_STALE_SECONDS = 5.0           # what is older was left by a worker that is gone
 

@@ -1,6 +1,7 @@
 """WORKER BOARD: memory in which each worker shows the others what it has."""
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -50,6 +51,33 @@ def test_a_worker_killed_in_mid_write_spoils_nothing(board, writes, damage, wher
     board.memory[older[1] + where:older[1] + where + len(damage)] = damage
     assert board.read(1) == b"content %d" % (writes - 1)
     assert board.write(1, b"next") and board.read(1) == b"next"
+
+
+def test_whatever_clients_send_has_room(make_proxy):
+    """All that a worker shows, each part of it as long as it can be: what did not fit would stand
+    still, for the others and for a worker that takes its place."""
+    long, app = "\\" * 200, make_proxy().app
+    record = ccproxy.Record(
+        1e9, "responses", "claude-code", long, long, "key:abcdef", 500, True, *[10 ** 18] * 4, *[1.0] * 3, 9,
+        "\\" * ccproxy.MAX_NOTE_BYTES, '"' * 500, "\\" * 64)
+    models = ccproxy.index_models([ccproxy.Model("%s%d" % (long[:99], number), "") for number in range(10)] + [
+        ccproxy.Model("%s%03d" % (long[:97], number), "") for number in range(300)], [])
+    app.recent.extend([record] * ccproxy.MAX_RECORDS)
+    for number in range(ccproxy.HISTORY_MINUTES):
+        app.minutes[number] = ccproxy.Minute(*[10 ** 15] * 5, {step: 10 ** 6 for step in range(-142, 183)})
+    for model in models.known.values():
+        for status in (200, 400, 499, 500):
+            ccproxy.measure_record(app.metrics, record._replace(model=model.id, status=status), models)
+    live = {"id": 10 ** 9, "at": 1e9, "api": "responses", "client": "claude-code", "asked": long, "model": long,
+            "key": "key:abcdef", "stream": True, "seconds": 1e4, "phase": "answering", "output_chars": 10 ** 9}
+
+    async def own_state():
+        return ccproxy.own_state(app)
+
+    state = {**asyncio.run(own_state()), "live": [live] * ccproxy.SHARED_LIVE}
+    shown = {"state": state, "metrics": {"counts": ccproxy.count_rows(app.metrics.counts), "gauges": []}}
+    assert len(app.metrics.models) == ccproxy.MAX_MODEL_LABELS
+    assert ccproxy.Board(1).write(0, ccproxy.to_json(shown))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded")      # what other tests left running
