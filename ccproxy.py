@@ -17842,7 +17842,8 @@ def describe_config(config: Config, sources: Mapping[str, str]) -> str:
     rows = []
     for option in OPTIONS:
         value = getattr(config, snake_case(option.name))
-        shown = '"(secret)"' if option.kind == "secret" and value else json.dumps(value)
+        secret = option.kind == "secret" and value
+        shown = '"(secret)"' if secret else redact(json.dumps(value))
         rows.append((option.name, shown, sources[option.name]))
     width = max(len(name) for name, _, _ in rows)
     return "".join("%s  %s  (%s)\n" % (name.ljust(width), value, source)
