@@ -14417,22 +14417,20 @@ def make_schema(db: Any) -> None:
 
 
 def make_private(path: str) -> None:
-    """Make the file and its folder, or its mode, so that nobody else can read it.  SQLite gives
-    its two side files the mode of the first.  Raises OSError."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        for name in (path, path + "-wal", path + "-shm"):
-            if readable_by_others(name):
-                os.chmod(name, 0o600)
+    """Let nobody else read a file that turned out to be ours; SQLite gives its two side files the
+    mode of the first.  Raises OSError."""
+    for name in (path, path + "-wal", path + "-shm"):
+        if readable_by_others(name):
+            os.chmod(name, 0o600)
 
 
 def open_usage(path: str, seconds: float) -> Any:
     """The database to write to, made where there is none.  Raises OSError, ValueError,
     sqlite3.Error."""
     import sqlite3
-    make_private(path)
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    if not os.path.exists(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     db = sqlite3.connect(path, timeout=seconds, isolation_level=None)
     try:
         make_schema(db)
@@ -14445,6 +14443,7 @@ def open_usage(path: str, seconds: float) -> Any:
         db.close()
         raise
     return db
+        make_private(path)
 
 
 class UsageLog:

@@ -78,6 +78,27 @@ def test_nobody_else_can_read_it(make_logged, path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs modes")
+@pytest.mark.parametrize("foreign", ["text", "database"])
+def test_a_file_of_another_program_stays_as_it_is(make_logged, path, foreign):
+    os.makedirs(os.path.dirname(path), 0o700)
+    if foreign == "text":
+        with open(path, "w") as file:
+            file.write("alias ll='ls -l'\n" * 100)
+    else:
+        db = sqlite3.connect(path)
+        db.execute("CREATE TABLE theirs (x)")
+        db.close()
+    os.chmod(path, 0o644)
+    with open(path, "rb") as file:
+        before = file.read()
+    proxy = make_logged()
+    wait_until(lambda: said(proxy, "ERROR"))
+    with open(path, "rb") as file:
+        assert file.read() == before
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o644
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
 def test_its_folder_is_made_private(make_logged, path):
     proxy = make_logged()
     proxy.post(CHAT)
