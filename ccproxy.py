@@ -7555,6 +7555,12 @@ def encode_json_file(value: Any) -> bytes:
         return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def holds_secret(text: bytes) -> bool:
+    """Whether a secret option is named in the text of a config file."""
+    return any(b'"%b"' % option.name.encode() in text for option in OPTIONS
+               if option.kind == "secret")
+
+
 def read_changes(body: Json) -> Json:
     """What a request wants the config file's entries to be, each in its option's own type; null
     is for taking one out.  Raises ProxyError `config`."""
@@ -10972,13 +10978,13 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     """The settings that these entries of a config file make, with everything checked that the
     start asks for.  Raises ProxyError `config`."""
     config, sources = read_config(flags, os.environ, entries, file_name)
+    check_admin_key(config)
     operator = read_operator(config)
     return Settings(config, sources, flags, file_name, entries, operator,
                     check_operator(operator, config.host), given)
 
 
 def config_path(given: Optional[str]) -> str:
-    check_admin_key(config)
     """Where the config file is, or would be."""
     return given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
@@ -11157,9 +11163,10 @@ def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(fresh, mode)
-        if like is not None and hasattr(os, "chown") and os.geteuid() == 0:
-            os.chown(fresh, like.st_uid, like.st_gid)      # root's changes leave it its owner's
+            if os.name == "posix":      # by descriptor: the folder's owner may exchange the name
+                if like is not None and os.geteuid() == 0:      # root leaves it its owner's
+                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
+                os.fchmod(file.fileno(), mode)
         os.replace(fresh, target)
     except BaseException:
         os.unlink(fresh)
@@ -11169,8 +11176,9 @@ def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode:
 def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] = None) -> None:
     """Give a file the content that `edit` makes of its present one (b"" for none).
 
-    The previous file is kept beside it as a hidden one and the mode is kept, unless a mode is
-    given, as for secrets.  Raises ProxyError 409 where it cannot be written, and what edit does.
+    The previous file is kept beside it as a hidden one and the mode is kept (but that other
+    accounts read a secret option), unless a mode is given, as for keys.  Raises ProxyError 409
+    where it cannot be written, and what edit does.
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
@@ -11185,7 +11193,8 @@ def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] =
         new = edit(old)
         if new == old:
             return
-        kept = mode or (like.st_mode & 0o777 if like is not None else 0o600)
+        open_to = 0o770 if holds_secret(old + new) else 0o777
+        kept = mode or (like.st_mode & open_to if like is not None else 0o600)
         if old and mode is None:
             replace_file(os.path.join(folder, ".%s.previous" % name), old, like, kept)
         replace_file(target, new, like, kept)
@@ -14434,6 +14443,7 @@ def open_usage(path: str, seconds: float) -> Any:
     db = sqlite3.connect(path, timeout=seconds, isolation_level=None)
     try:
         make_schema(db)
+        make_private(path)
         try:
             db.execute("PRAGMA journal_mode = WAL").fetchone()
         except sqlite3.OperationalError:    # another process is just doing it, and it lasts
@@ -14443,7 +14453,6 @@ def open_usage(path: str, seconds: float) -> Any:
         db.close()
         raise
     return db
-        make_private(path)
 
 
 class UsageLog:

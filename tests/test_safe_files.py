@@ -30,6 +30,42 @@ def test_a_change_keeps_the_previous_file_and_the_mode(tmp_path):
 
 
 @needs_modes
+@pytest.mark.parametrize("old,new,mode", [
+    ('{"port": 1}', '{"port": 2}', 0o664), ('{"port": 1}', '{"adminKey": "a"}', 0o660),
+    ('{"clientKey": "a"}', "{}", 0o660), ('{"alertWebhookUrl": "a"}', '{"alertWebhookUrl": "b"}', 0o660)])
+def test_other_accounts_read_no_secret_option(tmp_path, old, new, mode):
+    """Neither in the file nor in the previous one, whoever could read it before."""
+    path = tmp_path / "config.json"
+    path.write_text(old)
+    os.chmod(str(path), 0o664)
+    ccproxy.change_file(str(path), lambda data: new.encode())
+    assert {stat.S_IMODE(os.stat(str(tmp_path / name)).st_mode) for name in names_in(tmp_path)} == {mode}
+
+
+@needs_modes
+def test_the_folders_owner_cannot_turn_mode_and_owner_to_another_file(tmp_path, monkeypatch):
+    """Root changes a file in a person's folder, where the new file's name can be made a link."""
+    path, victim, given = tmp_path / "x", tmp_path / "victim", []
+    path.write_text("one")
+    victim.write_text("v")
+    os.chmod(str(path), 0o640)
+    os.chmod(str(victim), 0o600)
+
+    def exchange(number):
+        fresh = [name for name in names_in(tmp_path) if name.startswith(".x.")]
+        os.unlink(str(tmp_path / fresh[0]))
+        os.symlink(str(victim), str(tmp_path / fresh[0]))
+
+    monkeypatch.setattr(os, "fsync", exchange)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for name in ("chown", "fchown"):
+        monkeypatch.setattr(os, name, lambda target, *who: given.append(target))
+    ccproxy.replace_file(str(path), b"two", os.stat(str(path)), 0o640)
+    assert [type(target) for target in given] == [int]
+    assert stat.S_IMODE(os.stat(str(victim)).st_mode) == 0o600
+
+
+@needs_modes
 def test_a_new_file_is_private(tmp_path):
     ccproxy.change_file(str(tmp_path / "x"), lambda old: b"new" + old)
     assert (tmp_path / "x").read_text() == "new" and names_in(tmp_path) == ["x"]
