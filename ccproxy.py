@@ -17043,7 +17043,7 @@ def run_service(invocation: Invocation) -> int:
 
 # === SELFTEST FEATURES ======================================================
 # What `ccproxy.py selftest` tries, a function a feature, over real sockets and
-# with nothing but Python: the README's feature table made executable.
+# with nothing but Python: what the program promises to do, made executable.
 
 PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5E"
          "rkJggg==")
