@@ -11385,6 +11385,7 @@ class Channel:
             self.sock.close()
             self.wake()
             self.protocol.connection_lost(None)
+            del self.protocol       # each knows the other: a cycle would wait for the collector
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Go on over TLS, the server's name checked.  Raises OSError."""
@@ -14934,6 +14935,7 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         await show_error(app, exchange, internal_error(fault))
     finally:
         app.exchanges.discard(exchange)
+        exchange.relay = None       # which knows the exchange: a cycle would wait for the collector
         release_body(app, exchange)
         keep_record(app, exchange)
         log_exchange(app, exchange)

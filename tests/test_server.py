@@ -1,6 +1,7 @@
 """The server as a whole: many connections, bounds, what a fault does, and the orderly stop."""
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import signal
@@ -390,3 +391,26 @@ def test_keep_alive_of_http_client(proxy):
         answer.read()
         assert answer.status == expected
     connection.close()
+
+
+# What a request leaves behind.
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, "/v1/responses"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_nothing_of_a_request_waits_for_the_garbage_collector(proxy, upstream, path, streaming):
+    # Memory that comes back at once is used again while it is warm.
+    upstream.default = stream(text_answer("Hi"))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            proxy.post(path, stream=streaming)
+        proxy.wait_quiet()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = {type(one).__name__ for one in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left & {"Exchange", "Relay", "Answer", "Prompt", "Job", "Wire", "Channel"}
