@@ -244,7 +244,8 @@ DEFAULT_MODEL = "deepseek/deepseek-v4-flash"    # the vendor's own default, on e
 DEFAULT_SIGNATURE = "ccproxy"       # SDKs want a string where the upstream signed nothing
 
 KEY_PATTERN = re.compile(r"user_[A-Za-z0-9_-]+")
-KEY_LIKE = re.compile(r"user_(?!id(?![A-Za-z0-9_-]))[A-Za-z0-9_-]+")     # but not the word user_id
+KEY_LIKE = re.compile(      # also percent-encoded, however often; but not the word user_id
+    r"user(?:_|%(?:25)*5[Ff])(?!id(?![A-Za-z0-9_-]))[A-Za-z0-9_-]+")
 VERSION_PATTERN = re.compile(r"[0-9]+(\.[0-9]+){1,3}([-+.][0-9A-Za-z.-]+)?")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -824,7 +825,7 @@ def redact(text: str) -> str:
 
 def printable(text: str, most: int) -> str:
     """Text as printable ASCII, redacted and at most so many characters."""
-    if len(text) <= most and text.isascii() and text.isprintable() and "user_" not in text:
+    if len(text) <= most and text.isascii() and text.isprintable() and "user" not in text:
         return text             # nearly always: several in each request's record and log line
     shown = redact(text[:4 * most]).encode("ascii", "backslashreplace").decode()
     shown = re.sub(r"[\x00-\x1f\x7f]", "?", shown)
@@ -1813,7 +1814,7 @@ def check_allowed(name: str, model: Optional[Model], models: Models, config: Con
     allowed = {one.lower() for one in config.allowed_models}
     if allowed and (model.id if model else name).lower() not in allowed:
         raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), ", ".join(config.allowed_models[:20])), param="model")
+            printable(name, 100), redact(", ".join(config.allowed_models[:20]))), param="model")
     if model is None and not config.allow_unknown_models:
         raise unknown_model(name, served_ids(models, config))
 

@@ -100,3 +100,8 @@ def test_nor_does_a_program_start_with_one_or_take_it_over_http(start_program, t
         answer = program.request("PUT", "/admin/config", changes, BEARER, None)
         assert (answer.status, answer.json["error"]["param"]) == (400, "adminKey")
     assert json.loads(path.read_text()) == {"adminKey": ADMIN}
+
+
+def test_a_key_among_the_models_is_told_to_no_caller(make_proxy):
+    answer = make_proxy(allowedModels=["user_5ecr3t"]).post("/v1/messages", model="kimi")
+    assert answer.status == 404 and b"5ecr3t" not in answer.body

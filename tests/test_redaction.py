@@ -24,6 +24,7 @@ def test_a_key_is_shown_as_six_digits_of_its_digest():
     ('{"key":"%s"}' % KEY, '{"key":"%s"}' % NAME),
     ("a" + KEY + " b", "a" + NAME + " b"), ("x=%s&y" % KEY, "x=%s&y" % NAME),
     (KEY + "\n" + KEY, NAME + "\n" + NAME), ("user_", "user_"), ("user name", "user name"),
+    ("/x/user%5FAbc", "/x/" + ccproxy.key_name("user%5FAbc")), ("user%25255fAbc;", ccproxy.key_name("user%25255fAbc") + ";"),
 ])
 def test_redaction(text, expected):
     assert ccproxy.redact(text) == expected

@@ -95,6 +95,8 @@ REQUESTS = {
     "as the method": with_head("%s / HTTP/1.1" % KEY[:31]),
     "in a bad request line": with_head("GET /%s HTTP/1.1 x" % KEY),
     "in the path": with_head("GET /v1/%s HTTP/1.1" % KEY),
+    "in the path, encoded twice": with_head("GET /v1/user%%255f%s HTTP/1.1" % SECRET),
+    "as an operator's key": with_head("DELETE /admin/keys/user%%25255F%s HTTP/1.1" % SECRET),
     "in the path, encoded": with_head("GET /v1/user%%5F%s HTTP/1.1" % SECRET),
     "in the path, wrong method": with_head("PUT /v1/models/%s HTTP/1.1" % KEY),
     "as a model's id": with_head("GET /v1/models/%s HTTP/1.1" % KEY),
