@@ -38,7 +38,7 @@ def test_the_whole_screen():
                             "key:123456"]
     assert live_head.split()[0] == "running" and recent_head.split()[0] == "last"
     assert recent.split()[1:] == ["200", "zai/GLM", "codex", "chat", "key:123456", "1k", "900", "7",
-                                  "0.50s", "2.00s"]
+                                  "500ms", "2.00s"]
 
 
 def test_figures_go_on_in_a_second_line_where_the_first_is_full():

@@ -125,7 +125,7 @@ def test_the_three_forms_tell_the_same(path):
     assert lines[0].split() == ["model", "requests", "errors", "in", "out", "cached", "share",
                                 "cost", "$", "first", "p50", "p95", "total", "p50", "p95"]
     assert lines[1].split() == ["moonshotai/Kimi-K3", "20", "0", "20k", "1k", "12k", "60%",
-                                "5.0000", "1.00s", "1.90s", "10.00s", "19.00s"]
+                                "5.0000", "1.00s", "1.90s", "10.0s", "19.0s"]
     assert lines[-2].split()[:3] == ["total", "27", "2"] and path in lines[-1]
 
 
