@@ -597,7 +597,7 @@ class Origin(NamedTuple):
 
     @property
     def authority(self) -> str:
-        host = "[%s]" % self.host if ":" in self.host else self.host
+        host = bracketed(self.host)
         default = 443 if self.scheme == "https" else 80
         return host if self.port == default else "%s:%d" % (host, self.port)
 
@@ -611,6 +611,19 @@ def parse_origin(url: str) -> Origin:
         raise ValueError("must hold only scheme, host, port and path")
     port = parts.port or (443 if parts.scheme == "https" else 80)     # raises ValueError too
     return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in a URL."""
+    return "[%s]" % host if ":" in host else host
+
+
+def local_address(config: Config) -> str:
+    """The address at which programs of this machine reach the proxy; its port is PORT where any
+    free one will do."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(
+        config.host, config.host)
+    return "http://%s:%s" % (bracketed(host), config.port or "PORT")
 
 
 def read_span(given: str) -> Any:
@@ -8036,36 +8049,31 @@ def window_finding(shown: str, figures: Figures, now: float) -> Finding:
         if waits else Finding(True, text)
 
 
+def origin_of(url: str) -> Optional[Origin]:
+    """The origin of an address that a person wrote, None for what is none."""
+    try:
+        return parse_origin(url.strip())
+    except ValueError:
+        return None
+
+
 def shown_address(url: str) -> str:
     """Scheme, host and port of an address alone: its other parts may hold a secret."""
-    try:
-        origin = parse_origin(url.strip())
-    except ValueError:
-        return "no http(s) address"
-    return printable("%s://%s" % (origin.scheme, origin.authority), 100)
+    origin = origin_of(url)
+    return "no http(s) address" if origin is None else printable(
+        "%s://%s" % (origin.scheme, origin.authority), 100)
 
 
 def points_here(url: str, config: Config) -> bool:
     """Whether an address is where this proxy listens, or will."""
-    try:
-        origin = parse_origin(url.strip())
-    except ValueError:
-        return False
-    return origin.port == config.port and (
+    origin = origin_of(url)
+    return origin is not None and origin.port == config.port and (
         LOOPBACK.fullmatch(origin.host) is not None or origin.host == config.host)
 
 
 def is_loopback_address(url: str) -> bool:
-    try:
-        return LOOPBACK.fullmatch(parse_origin(url.strip()).host) is not None
-    except ValueError:
-        return False
-
-
-def own_address(config: Config) -> str:
-    """The address to give to clients on this machine."""
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    return "http://%s:%s" % ("[%s]" % host if ":" in host else host, config.port or "PORT")
+    origin = origin_of(url)
+    return origin is not None and LOOPBACK.fullmatch(origin.host) is not None
 
 
 def environment_findings(environment: Mapping[str, str], place: str, config: Config,
@@ -8078,7 +8086,7 @@ def environment_findings(environment: Mapping[str, str], place: str, config: Con
         if value and not leads_here(value):
             findings.append(Finding(
                 False, "%s in %s is %s" % (name, place, shown_address(value)),
-                "Set it to %s%s, or remove it" % (own_address(config), path)))
+                "Set it to %s%s, or remove it" % (local_address(config), path)))
             continue
         wrong = [one for one in keys if value and environment.get(one)
                  and not KEY_PATTERN.search(environment[one])
@@ -8119,7 +8127,7 @@ def codex_finding(text: str, environment: Mapping[str, str], config: Config,
         return Finding(None, words + (", at " + shown_address(base) if base else ""))
     if not leads_here(base):
         return Finding(False, "%s, at %s" % (words, shown_address(base)),
-                       "Set its base_url to %s/v1 in config.toml" % own_address(config))
+                       "Set its base_url to %s/v1 in config.toml" % local_address(config))
     if variable and not environment.get(variable):
         return Finding(False, "%s, whose env_key %s is not set" % (words, printable(variable, 40)),
                        "Set it to your user_... key")
@@ -12003,8 +12011,7 @@ async def connect_wire(app: App, wire: Wire) -> None:
 
 async def open_tunnel(app: App, wire: Wire) -> None:
     """CONNECT through the proxy (RFC 9110 9.3.6)."""
-    host = "[%s]" % app.origin.host if ":" in app.origin.host else app.origin.host
-    target = "%s:%d" % (host, app.origin.port)
+    target = "%s:%d" % (bracketed(app.origin.host), app.origin.port)
     fields = [("host", target)]
     if app.proxy_authorization:
         fields.append(("proxy-authorization", app.proxy_authorization))
@@ -15634,6 +15641,32 @@ def plain_reason(error: Exception) -> str:
     return printable(str(getattr(error, "strerror", None) or error), 200) or type(error).__name__
 
 
+def local_base(config: Config) -> str:
+    """The address at which clients of this machine reach the proxy.  Raises ProxyError."""
+    if not config.port:
+        raise ProxyError("config", "port 0 is a different one at every start: give --port")
+    return local_address(config)
+
+
+def read_health(base: str) -> Optional[Json]:
+    """What a ccproxy says of itself at an address: {} for another program, None for nobody."""
+    import http.client
+    origin = parse_origin(base)
+    connection = http.client.HTTPConnection(origin.host, origin.port, timeout=2.0)
+    try:
+        connection.connect()
+    except OSError:
+        return None
+    try:
+        connection.request("GET", "/health")
+        health = json.loads(connection.getresponse().read(MIB))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        return {}
+    finally:
+        connection.close()
+    return health if isinstance(health, dict) and "open_streams" in health else {}
+
+
 # === MODELS COMMAND =========================================================
 # `ccproxy.py models`: the catalogue as a table, live where the upstream tells it
 # within a few seconds, else built-in; what would be refused here is marked.
@@ -16000,36 +16033,18 @@ def check_operator_keys(scene: Scene) -> List[Finding]:
     return findings
 
 
-def who_listens(host: str, port: int) -> Optional[str]:
-    """The version of the ccproxy that answers there, "" for another program, None for nobody."""
-    import http.client
-    connection = http.client.HTTPConnection(host, port, timeout=3)
-    try:
-        connection.connect()
-    except OSError:
-        return None
-    try:
-        connection.request("GET", "/health")
-        health = json.loads(connection.getresponse().read(MIB))
-        ours = isinstance(health, dict) and "open_streams" in health
-        return printable(str(health["version"]), 20) if ours else ""
-    except (OSError, ValueError, KeyError, RecursionError, http.client.HTTPException):
-        return ""
-    finally:
-        connection.close()
-
-
 def check_port(scene: Scene) -> List[Finding]:
     """Whether the proxy could listen, or does already."""
     config = scene.settings.config
     host, port = config.host, config.port
     if not port:
         return [Finding(None, "0: any free one is taken at start")]
-    version = who_listens({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
-    if version:
+    health = read_health(local_address(config))
+    if health:
+        version = printable(str(health.get("version")), 20)
         same = "" if version == __version__ else " (this file is %s: restart it)" % __version__
         return [Finding(True, "ccproxy %s answers on %s:%d%s" % (version, host, port, same))]
-    if version == "":
+    if health is not None:
         return [Finding(False, "another program holds port %d" % port,
                         "Stop that, or choose another: --port %d" % (port % 65535 + 1))]
     try:
@@ -16094,10 +16109,8 @@ def check_client_settings(scene: Scene) -> List[Finding]:
 
     def leads_here(url: str) -> bool:
         """Also where a ccproxy answers that was started with another port."""
-        if points_here(url, config):
-            return True
-        origin = parse_origin(url.strip()) if is_loopback_address(url) else None
-        return origin is not None and bool(who_listens(origin.host, origin.port))
+        return points_here(url, config) or (
+            is_loopback_address(url) and bool(read_health(url.strip())))
 
     findings = environment_findings(os.environ, "the environment", config, leads_here)
     text = read_home_file("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json")
@@ -16203,40 +16216,24 @@ def check_names(scene: Scene) -> List[Finding]:
     return [Finding(True, "%s is %s" % (first.host, ", ".join(addresses[:4])))]
 
 
-def open_socket(scene: Scene) -> socket.socket:
-    """A connection to the upstream's port, perhaps through the proxy.  Raises OSError."""
-    first, origin = first_hop(scene), scene.origin
-    sock = socket.create_connection((first.host, first.port),
-                                    scene.settings.config.upstream_connect_seconds)
-    if scene.proxy is None:
-        return sock
-    host = "[%s]" % origin.host if ":" in origin.host else origin.host
-    target = "%s:%d" % (host, origin.port)
-    fields = [("host", target)]
-    if scene.proxy_authorization:
-        fields.append(("proxy-authorization", scene.proxy_authorization))
-    try:
-        sock.sendall(head_bytes("CONNECT %s HTTP/1.1" % target, fields))
-        head = b""
-        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            piece = sock.recv(1)        # not a byte of the TLS behind it
-            if not piece:
-                break
-            head += piece
-        if not re.match(rb"HTTP/1\.[01] 200\b", head):
-            raise OSError("the proxy answered %s to CONNECT" % printable(
-                head.partition(b"\r\n")[0].decode("latin-1") or "nothing", 80))
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
 def shake_hands(scene: Scene, context: ssl.SSLContext) -> bytes:
-    """The upstream's certificate after a TLS handshake.  Raises OSError."""
-    with open_socket(scene) as sock:
-        with context.wrap_socket(sock, server_hostname=scene.origin.host) as tls:
-            return tls.getpeercert(True) or b""
+    """The upstream's certificate after a TLS handshake, perhaps through the proxy.  Raises
+    OSError."""
+    import http.client
+    first, origin = first_hop(scene), scene.origin
+    connection = http.client.HTTPSConnection(
+        first.host, first.port, context=context,
+        timeout=scene.settings.config.upstream_connect_seconds)
+    if scene.proxy is not None:
+        connection.set_tunnel(origin.host, origin.port, {
+            "Proxy-Authorization": scene.proxy_authorization} if scene.proxy_authorization else {})
+    try:
+        connection.connect()
+        return connection.sock.getpeercert(True) or b""
+    except http.client.HTTPException as error:
+        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
+    finally:
+        connection.close()
 
 
 def check_tls(scene: Scene) -> List[Finding]:
@@ -16663,120 +16660,59 @@ def take_event(view: TopView, name: str, data: Any) -> None:
 
 
 # === TOP ====================================================================
-# `ccproxy.py top`: the proxy's events read over a plain socket and drawn anew in
-# place, or, where there is no terminal, its state printed once.  A proxy that
-# is gone is asked again every second.
+# `ccproxy.py top`: the proxy's events, drawn anew in place, or, where there is no
+# terminal, its state printed once.  A proxy that is gone is asked again every
+# second.
 
-TOP_SECONDS = 10.0              # to connect and to answer
-TOP_SILENCE = 45.0              # without a byte, not even a comment: the connection is dead
-REDRAW_SECONDS = 0.5            # for a terminal whose size changed
+TOP_SECONDS = 30.0              # without a byte, not even a comment: the connection is dead
 ALTERNATE, ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"    # screen and cursor
 
 
-class Feed:
-    """A GET whose answer is read piece by piece.  Raises OSError and ProxyError."""
-
-    def __init__(self, origin: Origin, path: str, secret: str) -> None:
-        self.sock = socket.create_connection((origin.host, origin.port), TOP_SECONDS)
+def open_answer(origin: Origin, path: str, secret: str, shown: str = "") -> Any:
+    """The answer to a GET, to be closed; the secret is shown only to a proxy that asks for it.
+    Raises OSError, and ProxyError for a refusal."""
+    import http.client
+    kind = http.client.HTTPSConnection if origin.scheme == "https" else http.client.HTTPConnection
+    fields = {"connection": "close", **({"authorization": "Bearer " + shown} if shown else {})}
+    try:
+        connection = kind(origin.host, origin.port, timeout=TOP_SECONDS)
+        connection.request("GET", origin.base + path, headers=fields)
+        answer = connection.getresponse()
+    except http.client.HTTPException as error:
+        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
+    if answer.status == 200:
+        return answer
+    with answer:
+        if answer.status == 401 and secret and not shown:
+            return open_answer(origin, path, secret, secret)
         try:
-            if origin.scheme == "https":
-                self.sock = ssl.create_default_context().wrap_socket(
-                    self.sock, server_hostname=origin.host)
-            rows = ["GET %s%s HTTP/1.1" % (origin.base, path), "host: " + origin.authority,
-                    "connection: close"] + (["authorization: Bearer " + secret] if secret else [])
-            self.sock.sendall("\r\n".join(rows + ["", ""]).encode("latin-1", "replace"))
-            data = b""
-            while find_head_end(data, 0, upstream_fault) < 0:
-                piece = self.sock.recv(READ_BYTES)
-                if not piece:
-                    raise ConnectionResetError("it closed the connection")
-                data += piece
-            end = find_head_end(data, 0, upstream_fault)
-            self.head = parse_response_head(data[:end])
-            self.body = open_body(self.head.framing, "", upstream_fault)
-            self.first = self.body.feed(data[end:])
-            self.sock.settimeout(REDRAW_SECONDS)
-            self.heard = time.monotonic()
-        except BaseException:
-            self.sock.close()
-            raise
-
-    def read(self) -> Optional[bytes]:
-        """What came; b"" when nothing did within half a second, None at the end."""
-        data, self.first = self.first, b""
-        if data or self.body.done:
-            return data or None
-        try:
-            piece = self.sock.recv(READ_BYTES)
-        except socket.timeout:
-            if time.monotonic() - self.heard > TOP_SILENCE:
-                raise
-            return b""
-        self.heard = time.monotonic()
-        if not piece:
-            self.body.eof()
-            return None
-        return self.body.feed(piece)
-
-    def close(self) -> None:
-        self.sock.close()
+            said = json.loads(answer.read(MIB))["error"]["message"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            said = "that is no ccproxy, or too old a one"
+    raise ProxyError("permission", "status %d: %s" % (answer.status, said))
 
 
-def open_feed(origin: Origin, path: str, secret: str) -> Feed:
-    """The feed of a path; the secret is shown only to a proxy that asks for it.  Raises OSError,
-    and ProxyError for a refusal."""
-    feed = Feed(origin, path, "")
-    if feed.head.status == 401 and secret:
-        feed.close()
-        feed = Feed(origin, path, secret)
-    if feed.head.status == 200:
-        return feed
-    try:
-        said = json.loads(read_whole(feed))["error"]["message"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        said = "that is no ccproxy, or too old a one"
-    raise ProxyError("permission", "status %d: %s" % (feed.head.status, said))
+def read_state(view: TopView, origin: Origin, secret: str) -> None:
+    """Ask for all that there is to know.  Raises OSError, ValueError and ProxyError."""
+    with open_answer(origin, "/admin/state", secret) as answer:
+        take_state(view, json.loads(answer.read()))
 
 
-def read_whole(feed: Feed) -> bytes:
-    """All of a feed that ends; what takes too long is cut off, and then no JSON."""
-    deadline = time.monotonic() + TOP_SECONDS
-    pieces: List[bytes] = []
-    try:
-        piece = feed.read()
-        while piece is not None and time.monotonic() < deadline:
-            pieces.append(piece)
-            piece = feed.read()
-    finally:
-        feed.close()
-    return b"".join(pieces)
-
-
-def read_events(feed: Feed) -> Iterator[Tuple[str, Any]]:
-    """(name, data) of each event; ("", None) whenever something or nothing was read."""
-    lines, name = LineBuffer(b": "), ""
-    try:
-        data = feed.read()
-        while data is not None:
-            for line in lines.feed(data).decode("utf-8", "replace").split("\n"):
-                if line.startswith("event: "):
-                    name = line[len("event: "):]
-                elif line.startswith("data: "):
-                    yield name, json.loads(line[len("data: "):])
-            yield "", None
-            data = feed.read()
-    finally:
-        feed.close()
+def read_events(lines: Iterable[bytes]) -> Iterator[Tuple[str, Any]]:
+    """(name, data) of each event."""
+    name = ""
+    for line in lines:
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if text.startswith("event: "):
+            name = text[len("event: "):]
+        elif text.startswith("data: "):
+            yield name, json.loads(text[len("data: "):])
 
 
 def top_origin(url: Optional[str], config: Config) -> Origin:
     """Where the proxy is.  Raises ProxyError `config`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
-    shown = "[%s]" % host if ":" in host else host
-    if not url and not config.port:
-        raise ProxyError("config", "port is 0, so any: say where the proxy is with --url.")
     try:
-        return parse_origin(url or "http://%s:%d" % (shown, config.port))
+        return parse_origin(url or local_base(config))
     except ValueError as error:
         raise ProxyError("config", "--url: %s" % error) from None
 
@@ -16791,15 +16727,20 @@ def draw(view: TopView) -> None:
 
 
 def follow_top(view: TopView, origin: Origin, secret: str) -> None:
-    """Draw whatever comes, until it ends.  Raises OSError, ValueError and ProxyError."""
-    feed, drawn = open_feed(origin, "/admin/events", secret), 0.0
-    take_state(view, json.loads(read_whole(open_feed(origin, "/admin/state", secret))))
-    for name, data in read_events(feed):
+    """Draw whatever comes, until it ends.  (Each event is followed by a state within a second.)
+    Raises OSError, ValueError and ProxyError."""
+    import http.client
+    with open_answer(origin, "/admin/events", secret) as answer:
+        read_state(view, origin, secret)
         view.trouble = ""
-        take_event(view, name, data)
-        if not name and time.monotonic() - drawn > 0.1:
-            draw(view)
-            drawn = time.monotonic()
+        draw(view)
+        try:
+            for name, data in read_events(answer):
+                take_event(view, name, data)
+                if name == "state":
+                    draw(view)
+        except http.client.HTTPException:
+            pass
     raise ConnectionResetError("it ended the stream")
 
 
@@ -16822,9 +16763,17 @@ def run_top(view: TopView, origin: Origin, secret: str) -> None:
         time.sleep(1.0)
 
 
-def on_screen(work: Callable[[], None]) -> None:
+def on_screen(view: TopView, work: Callable[[], None]) -> None:
     """Run work on the terminal's other screen; whatever ends it, the first one comes back."""
+    def resized(number: int, frame: Any) -> None:
+        try:
+            draw(view)
+        except RuntimeError:        # in the middle of another drawing: the next one will do
+            pass
+
     end_by_signals()
+    if hasattr(signal, "SIGWINCH"):
+        signal.signal(signal.SIGWINCH, resized)
     if sys.platform == "win32":
         os.system("")           # makes its console understand what follows
     say(ALTERNATE)
@@ -16843,7 +16792,7 @@ def show_top(invocation: Invocation) -> int:
     secret = config.admin_key or config.client_key
     view = TopView("%s://%s%s" % (origin.scheme, origin.authority, origin.base))
     try:
-        take_state(view, json.loads(read_whole(open_feed(origin, "/admin/state", secret))))
+        read_state(view, origin, secret)
     except ProxyError as error:
         complain("%s: %s" % (view.address, error.message), 1)
     except (OSError, ValueError, RecursionError) as error:
@@ -16852,7 +16801,7 @@ def show_top(invocation: Invocation) -> int:
     if given.once or not is_terminal(sys.stdout) or os.environ.get("TERM") == "dumb":
         lines = screen_lines(view, terminal_width(), SNAPSHOT_LINES)
         return 0 if say("\n".join(lines) + "\n") else 1
-    on_screen(lambda: run_top(view, origin, secret))
+    on_screen(view, lambda: run_top(view, origin, secret))
     return 0
 
 
@@ -17307,15 +17256,6 @@ OWN_PROXY = {"host": "127.0.0.1", "port": "0", "workers": "1", "drainSeconds": "
              "drainDelaySeconds": "0"}
 
 
-def local_base(config: Config) -> str:
-    """The address at which clients of this machine reach the proxy.  Raises ProxyError."""
-    if not config.port:
-        raise ProxyError("config", "port 0 is a different one at every start: give --port")
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return "http://%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host,
-                             config.port)
-
-
 def ask_key() -> str:
     """The key as a person types it, unseen.  Ends the program where nobody is there to ask."""
     if not is_terminal(sys.stdin):
@@ -17344,28 +17284,13 @@ def find_key(settings: Settings, demo: bool) -> str:
     return key
 
 
-def read_health(base: str) -> Json:
-    """What a proxy at this address says of itself; {} where there is none."""
-    import http.client
-    parts = urlsplit(base)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=1.0)
-    try:
-        connection.request("GET", "/health")
-        health = json.loads(connection.getresponse().read(MAX_ERROR_BODY_BYTES))
-    except (OSError, http.client.HTTPException, ValueError, RecursionError):
-        return {}
-    finally:
-        connection.close()
-    return health if isinstance(health, dict) else {}
-
-
 def find_proxy(settings: Settings, demo: bool) -> str:
     """The address of a running proxy that would do just what one of these settings does, or ""."""
     config = settings.config
     if not config.port:
         return ""
     base = local_base(config)
-    health = read_health(base)
+    health = read_health(base) or {}
     wanted = {"status": "ok", "version": __version__,
               "upstream": "demo" if demo else configured_upstream(config),
               "operator_keys": len(settings.operator.keys)}
@@ -17844,7 +17769,7 @@ def operator_lines(app: App, unused: str) -> List[str]:
 
 def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> str:
     """The start-up screen."""
-    shown = "[%s]" % host if ":" in host else host
+    shown = bracketed(host)
     local = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
     key = "" if app.demo else " -H 'Authorization: Bearer user_...'"
     upstream = "inside this program (--demo)" if app.demo else upstream_address(app)

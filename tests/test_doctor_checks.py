@@ -222,6 +222,6 @@ def test_a_proxy_of_another_port(look, proxy, upstream):
 
 def test_nobody_listens_at_a_dead_port():
     fake = FakeUpstream()
-    assert ccproxy.who_listens("127.0.0.1", fake.port) == ""
-    assert ccproxy.who_listens("127.0.0.1", 1) is None
+    assert ccproxy.read_health(fake.base) == {}
+    assert ccproxy.read_health("http://127.0.0.1:1") is None
     fake.close()
