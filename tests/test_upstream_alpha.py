@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from fake_upstream import ndjson, recorded
@@ -372,6 +373,6 @@ LANES = [   # (kind, bytes, string; None where the ordinary way must be taken)
 
 @pytest.mark.parametrize("kind,line,string", LANES, ids=range(len(LANES)))
 def test_lane_patterns(kind, line, string):
-    found = ccproxy.ALPHA.lanes[kind].match(line)
+    found = re.match(ccproxy.ALPHA.lanes[kind], line)
     assert (found and found.group(2)) == string
     assert found is None or found.end() == len(line)

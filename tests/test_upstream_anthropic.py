@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import laws
 import pytest
@@ -521,7 +522,7 @@ LANES = [       # (kind, line, (mark, string) or None where the ordinary way mus
 
 @pytest.mark.parametrize("kind,data,groups", LANES, ids=range(len(LANES)))
 def test_lane_patterns(kind, data, groups):
-    found = ANTHROPIC.lanes[kind].match(data)
+    found = re.match(ANTHROPIC.lanes[kind], data)
     assert (found and found.groups()) == groups
     assert found is None or found.end() == len(data)
 
