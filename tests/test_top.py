@@ -131,7 +131,7 @@ def test_a_terminal_that_changes_its_size(proxy, open_screen):
     import struct
     import termios
     screen = open_screen("--url", proxy.base, columns=100)
-    screen.shows("last      status")
+    screen.shows("0 open streams")
     fcntl.ioctl(screen.leader, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 40, 0, 0))
     screen.process.send_signal(signal.SIGWINCH)
     wait_until(lambda: screen.read() or max(map(len, screen.text.splitlines())) <= 40, 5)
