@@ -126,7 +126,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ADMIN KEYS
     WORKER BOARD
     SCRAPES
-    DASHBOARD
     STATE
     LIVE EVENTS
     USAGE LOG
@@ -176,7 +175,7 @@ import sys
 import time
 import zlib
 from array import array
-from collections import defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil, log
@@ -1884,6 +1883,18 @@ def anthropic_model(model: Model) -> Json:
     """A model as Anthropic lists it; `created_at` is the epoch because nobody tells."""
     return {"type": "model", "id": model.id, "display_name": model.name,
             "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+
+
+def known_plan(model: Model) -> str:
+    return "" if model.plan in ("-", "hidden") else model.plan
+
+
+def model_entry(model: Model) -> Json:
+    """All that is known of a model, null for what is not."""
+    return {"id": model.id, "name": model.name, "context": model.context or None,
+            "max_output": model.max_output or None, "vision": model.vision,
+            "efforts": None if model.efforts is None else list(model.efforts),
+            "plan": known_plan(model) or None}
 
 
 def openai_model_list(shown: List[Model]) -> Json:
@@ -7212,11 +7223,6 @@ def read_cost(cost: Optional[str]) -> Optional[float]:
     return value if 0 <= value < 1e6 else None
 
 
-def record_entry(record: Record) -> Json:
-    """A record as the page and the events show it."""
-    return record._asdict()
-
-
 # === HISTORY (pure) =========================================================
 # The last hour, minute by minute, counted record by record: what the charts and
 # `top` show.  Times to the first event are counted in steps of 5 %, so that any
@@ -11234,6 +11240,28 @@ def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] =
             os.close(lock)
 
 
+def read_file(path: str) -> Optional[bytes]:
+    """A file's bytes; None for none.  Raises ProxyError `config`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+
+
+def write_file(path: str, data: bytes, like: str, mode: int = 0o600) -> None:
+    """Put a file in its place, with the mode and owner of another where there is that.  Raises
+    ProxyError `config`."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        known = os.stat(like) if os.path.exists(like) else None
+        replace_file(path, data, known, known.st_mode & 0o777 if known else mode)
+    except OSError as error:
+        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
+
+
 def is_writable(path: str) -> bool:
     """Whether a change of a file has a chance."""
     target = os.path.realpath(path)
@@ -12171,31 +12199,20 @@ def give_back(app: App, call: UpstreamCall) -> None:
 # Side calls: the model list, and the version of the vendor's client.
 
 
-def open_url(request: Any, context: Optional[ssl.SSLContext], seconds: float) -> Any:
-    """urllib's answer to its request, whatever its status (blocks): by urllib's handlers for
-    proxies and TLS, without those that follow redirects.  Raises OSError."""
+def ask_url(url: str, context: Optional[ssl.SSLContext], seconds: float, fields: Fields,
+            body: Optional[bytes] = None) -> Tuple[int, Fields, bytes]:
+    """GET, or POST of a body, without following redirects (blocks): status, headers by lower-case
+    name, body.  By urllib's handlers for proxies and TLS alone.  Raises OSError."""
     import http.client
     import urllib.request
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
                     urllib.request.HTTPSHandler(context=context)):
         opener.add_handler(handler)
-    try:
-        return opener.open(request, timeout=seconds)
-    except http.client.HTTPException as error:
-        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
-
-
-def get_url(url: str, context: Optional[ssl.SSLContext], seconds: float,
-            fields: Fields) -> Tuple[int, Fields, bytes]:
-    """GET, without following redirects (blocks): status, headers by lower-case name, body.
-    Raises OSError."""
-    import http.client
-    import urllib.request
-    request = urllib.request.Request(url, headers={
+    request = urllib.request.Request(url, body, {
         "user-agent": "ccproxy/" + __version__, "accept-encoding": "identity", **fields})
     try:
-        with open_url(request, context, seconds) as answer:
+        with opener.open(request, timeout=seconds) as answer:
             told = {name.lower(): value for name, value in answer.headers.items()}
             return answer.status, told, answer.read(8 * MIB)
     except http.client.HTTPException as error:
@@ -12204,7 +12221,7 @@ def get_url(url: str, context: Optional[ssl.SSLContext], seconds: float,
 
 def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> Any:
     """GET a JSON document, without a key (runs in a thread).  Raises OSError, ValueError."""
-    status, _, body = get_url(url, context, seconds, {})
+    status, _, body = ask_url(url, context, seconds, {})
     if status != 200:
         raise OSError("status %d" % status)
     return json.loads(body)
@@ -12476,14 +12493,10 @@ def post_json(target: Tuple[str, str], body: bytes, context: Optional[ssl.SSLCon
               seconds: float) -> int:
     """POST to (URL, token) and give the status (runs in a thread).  A redirect is a status like
     any other: the token goes nowhere else.  Raises OSError."""
-    import urllib.request
     url, token = target
-    fields = {"content-type": "application/json", "user-agent": "ccproxy/" + __version__}
-    if token:
-        fields["authorization"] = "Bearer " + token
-    request = urllib.request.Request(url, body, fields)
-    with open_url(request, context, seconds) as answer:
-        return answer.status
+    fields = {"content-type": "application/json",
+              **({"authorization": "Bearer " + token} if token else {})}
+    return ask_url(url, context, seconds, fields, body)[0]
 
 
 # === RELAY ==================================================================
@@ -13440,7 +13453,8 @@ def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
 
 # === ADMIN ==================================================================
 # What whoever runs the proxy reads and changes over HTTP, below /admin.  Who may
-# is ADMIN ACCESS' decision.
+# is ADMIN ACCESS' decision.  The page itself is without data, so anybody may have
+# it.
 
 
 def admit_reader(app: App, exchange: Exchange) -> None:
@@ -13452,6 +13466,12 @@ def admit_reader(app: App, exchange: Exchange) -> None:
 def admit_writer(app: App, exchange: Exchange) -> None:
     """Let pass who may change something.  Raises ProxyError 401, 403."""
     check_writer(exchange.head.fields, app.config.admin_key)
+
+
+async def serve_dashboard(app: App, exchange: Exchange) -> None:
+    if app.page is None:
+        app.page = build_page()
+    await respond(app, exchange, 200, app.page.body, app.page.fields)
 
 
 def normal_path(path: str) -> str:
@@ -13806,33 +13826,20 @@ async def serve_restart(app: App, exchange: Exchange) -> None:
     begin_restart(app)
 
 
-def admin_model_entry(model: Model, off: FrozenSet[str], requests: Mapping[str, int]) -> Json:
-    return {"id": redact(model.id), "name": redact(model.name), "context": model.context or None,
-            "max_output": model.max_output or None, "vision": model.vision,
-            "efforts": None if model.efforts is None else list(model.efforts),
-            "plan": model.plan if model.plan not in ("", "-") else None,
-            "enabled": model.id.lower() not in off, "requests": requests.get(model.id, 0)}
-
-
 async def show_admin_models(app: App, exchange: Exchange) -> None:
     """All models, those that are switched off among them."""
     admit_reader(app, exchange)
     keep_models_fresh(app)
-    off, requests = switched_off(app.models, app.config), count_names(
-        record.model for record in app.recent)
+    off = switched_off(app.models, app.config)
+    requests = Counter(record.model for record in app.recent)
     listed = list(app.models.listed)
     known = {name.lower() for name in listed}
     listed += [row["id"] for row in app.config.models if row["id"].lower() in off - known]
-    await respond_json(app, exchange, 200, {"models": [admin_model_entry(
-        app.models.known.get(name.lower(), Model(name, name)), off, requests)
-        for name in listed]})
-
-
-def count_names(names: Iterable[str]) -> Dict[str, int]:
-    counts: Dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    shown = [app.models.known.get(name.lower(), Model(name, name)) for name in listed]
+    await respond_json(app, exchange, 200, {"models": [
+        {**model_entry(model), "id": redact(model.id), "name": redact(model.name),
+         "enabled": model.id.lower() not in off, "requests": requests[model.id]}
+        for model in shown]})
 
 
 # === ADMIN KEYS =============================================================
@@ -14098,17 +14105,6 @@ async def serve_metrics(app: App, exchange: Exchange) -> None:
                   [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
 
-# === DASHBOARD ==============================================================
-# The page at /dashboard and /admin.  It is a shell without data, so anybody may
-# have it; what it then asks for is guarded by ADMIN ACCESS.
-
-
-async def serve_dashboard(app: App, exchange: Exchange) -> None:
-    if app.page is None:
-        app.page = build_page()
-    await respond(app, exchange, 200, app.page.body, app.page.fields)
-
-
 # === STATE ==================================================================
 # What the proxy does right now and did lately, once: /admin/state.  Nothing is
 # counted for it while a request runs: it is looked at.  Of several workers each
@@ -14224,7 +14220,7 @@ async def serve_state(app: App, exchange: Exchange) -> None:
     others = read_others(app, "state")
     await respond_json(app, exchange, 200, {
         **state_entry(app, others),
-        "recent": [record_entry(one) for one in all_recent(app, others)],
+        "recent": [one._asdict() for one in all_recent(app, others)],
         "minutes": minute_entries(all_minutes(app, others), time.time())})
 
 
@@ -14290,7 +14286,7 @@ async def watch_state(app: App) -> None:
 
 def tell_record(app: App, record: Record) -> None:
     """Tell all followers of a request that is over."""
-    frame = event_frame("request", record_entry(record))
+    frame = event_frame("request", record._asdict())
     for follower in app.followers:
         follower.frames.append(frame)
         if len(follower.frames) > MAX_UNREAD_EVENTS:
@@ -15711,19 +15707,6 @@ def model_states(models: Models, config: Config) -> List[Tuple[Model, str]]:
     return states
 
 
-def known_plan(model: Model) -> str:
-    return "" if model.plan in ("-", "hidden") else model.plan
-
-
-def model_entry(model: Model, state: str) -> Json:
-    """A model as `models --json` tells it; what is not known is null."""
-    return {"id": model.id, "name": model.name, "context": model.context or None,
-            "max_output": model.max_output or None, "vision": model.vision,
-            "efforts": None if model.efforts is None else list(model.efforts),
-            "plan": known_plan(model) or None, "enabled": state != "off",
-            "allowed": state != "not allowed", "default": state == "default"}
-
-
 def short_efforts(efforts: Optional[Tuple[str, ...]]) -> str:
     """Efforts in words, a run of three and more as low-max; "?" where they are not known."""
     if efforts is None:
@@ -15752,7 +15735,8 @@ def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str
 def models_json(shown: List[Tuple[Model, str]], config: Config, why: str) -> str:
     return json.dumps({
         "source": "built-in" if why else "live", "reason": why or None,
-        "models": [model_entry(model, state) for model, state in shown],
+        "models": [{**model_entry(model), "enabled": state != "off", "allowed": state !=
+                    "not allowed", "default": state == "default"} for model, state in shown],
         "aliases": config.model_aliases}, indent=1) + "\n"
 
 
@@ -16267,7 +16251,7 @@ def ask_upstream(scene: Scene, path: str, key: str = "") -> Tuple[int, bytes]:
                        "x-command-code-version": DEFAULT_CLI_VERSION if config.cli_version == "auto"
                        else config.cli_version})
     context = ssl.create_default_context() if origin.scheme == "https" else None
-    status, told, body = get_url("%s://%s%s%s" % (
+    status, told, body = ask_url("%s://%s%s%s" % (
         origin.scheme, origin.authority, origin.base, path), context, 10.0, fields)
     scene.date, scene.heard = told.get("date", scene.date), time.time()
     return status, body
@@ -16886,47 +16870,28 @@ def unseen_variables(settings: Settings) -> List[str]:
     return sorted(names)
 
 
-def is_own_file(path: str) -> Optional[bool]:
-    """Whether a service's file was written by us; None where there is none.  Raises ProxyError."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return SERVICE_MARK in file.read(MIB)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-
-
-def refuse_foreign(path: str) -> Optional[bool]:
-    """As is_own_file, and ProxyError for one that is another's."""
-    own = is_own_file(path)
-    if own is False:
+def read_own_file(path: str) -> Optional[bytes]:
+    """What a service's file holds, None for none.  Raises ProxyError for one that is another's."""
+    data = read_file(path)
+    if data is not None and SERVICE_MARK.encode() not in data:
         raise ProxyError("config", "%s was not written by ccproxy: move it away first" % path)
-    return own
+    return data
 
 
 def write_step(step: Step) -> int:
     """Write a service's file, at once or not at all, and say what became of it."""
     path, data = step.words[0], step.text.encode("utf-8")
-    before = refuse_foreign(path)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        old = b""
-        if before:
-            with open(path, "rb") as file:
-                old = file.read()
-        if old != data:
-            replace_file(path, data, None, 0o644)
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-    changed = "replaced" if old != data else "unchanged"
-    say("%s: %s\n" % (changed if before else "written", path))
+    before = read_own_file(path)
+    if before != data:
+        write_file(path, data, path, 0o644)
+    changed = "unchanged" if before == data else "written" if before is None else "replaced"
+    say("%s: %s\n" % (changed, path))
     return 0
 
 
 def remove_step(step: Step) -> int:
     path = step.words[0]
-    if refuse_foreign(path) is None:
+    if read_own_file(path) is None:
         say("there is no %s\n" % path)
         return 0
     os.remove(path)
@@ -17528,28 +17493,6 @@ def settings_file(name: str) -> str:
                  if os.path.exists(one + ending)), paths[0])        # what was set up stays so
 
 
-def read_settings_file(path: str) -> Optional[bytes]:
-    """A file's bytes; None for none.  Raises ProxyError `config`."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-
-
-def write_settings_file(path: str, data: bytes, like: str) -> None:
-    """Put a file in its place, with the mode and owner of another where there is that.  Raises
-    ProxyError `config`."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        known = os.stat(like) if os.path.exists(like) else None
-        replace_file(path, data, known, known.st_mode & 0o777 if known else 0o600)
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-
-
 def decode_settings(data: Optional[bytes], path: str) -> Tuple[str, str]:
     """(byte order mark, text).  Raises ProxyError `config`."""
     try:
@@ -17562,8 +17505,8 @@ def decode_settings(data: Optional[bytes], path: str) -> Tuple[str, str]:
 def write_settings(path: str, old: Optional[bytes], new: bytes) -> None:
     """Keep the file as it was, unless that was done, and write it anew."""
     if not os.path.exists(path + BACKUP_ENDING):
-        write_settings_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
-    write_settings_file(path, new, path)
+        write_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
+    write_file(path, new, path)
 
 
 def show_next_steps(name: str, path: str, target: Target) -> None:
@@ -17580,7 +17523,7 @@ def show_next_steps(name: str, path: str, target: Target) -> None:
 
 def undo_setup(name: str, path: str, dry: bool) -> int:
     """Bring a client's settings back to what they were, but for what others changed since."""
-    now, kept = read_settings_file(path), read_settings_file(path + BACKUP_ENDING)
+    now, kept = read_file(path), read_file(path + BACKUP_ENDING)
     if kept is None:
         complain("%s: nothing was set up here (there is no %s)." % (
             path, os.path.basename(path) + BACKUP_ENDING), 1)
@@ -17595,7 +17538,7 @@ def undo_setup(name: str, path: str, dry: bool) -> int:
         if now is not None:
             os.unlink(path)
     elif restored != now:
-        write_settings_file(path, restored, path + BACKUP_ENDING)
+        write_file(path, restored, path + BACKUP_ENDING)
     os.unlink(path + BACKUP_ENDING)
     show_feature(True, "%s: as it was before" % path)
     return 0
@@ -17609,7 +17552,7 @@ def set_up_client(invocation: Invocation) -> int:
         return undo_setup(name, path, dry)
     target = target_of(invocation, local_base(invocation.settings.config), KEY_MARK)._replace(
         models=())
-    old = read_settings_file(path)
+    old = read_file(path)
     mark, text = decode_settings(old, path)
     try:
         entries = set_up.entries(set_up.load(text, path), target, windows)
