@@ -9552,11 +9552,6 @@ to_cursor: In Settings, Models. Cursor's servers make the call, so the address m
 to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal.
   | llm 폴더의 extra-openai-models.yaml에 적고 터미널에서 실행합니다.
   | 写入 llm 文件夹中的 extra-openai-models.yaml，然后在终端运行。
-to_openai: pip install openai | pip install openai | pip install openai
-to_anthropic: pip install anthropic | pip install anthropic | pip install anthropic
-to_openai_js: npm install openai | npm install openai | npm install openai
-to_anthropic_js: npm install @anthropic-ai/sdk | npm install @anthropic-ai/sdk
-  | npm install @anthropic-ai/sdk
 """
 
 
@@ -9622,32 +9617,19 @@ function say(key, values) {
   const words = (WORDS[language] || WORDS.en)[key] || key;
   return words.replace(/\{(\w+)\}/g, (whole, name) => String((values || {})[name] ?? whole));
 }
-function figure(value, digits) {
-  if (value === null || value === undefined) return "–";
-  return new Intl.NumberFormat(language, { maximumFractionDigits: digits ?? 0 }).format(value);
+function format(value, digits, options) {
+  return Number.isFinite(value) ? new Intl.NumberFormat(language, { maximumFractionDigits: digits,
+    ...options }).format(value) : "–";
 }
-function compact(value) {
-  if (value === null || value === undefined) return "–";
-  return new Intl.NumberFormat(language, { notation: "compact", maximumFractionDigits: 1 })
-    .format(value);
-}
-function percent(share) {
-  if (share === null || share === undefined || !Number.isFinite(share)) return "–";
-  return new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 1 })
-    .format(share);
-}
-function money(value) {
-  if (value === null || value === undefined) return "–";
-  return new Intl.NumberFormat(language, { style: "currency", currency: "USD",
-    currencyDisplay: "narrowSymbol",
-    maximumFractionDigits: value && Math.abs(value) < 0.1 ? 4 : 2 }).format(value);
-}
-function unit(value, name, digits) {
-  return new Intl.NumberFormat(language, { style: "unit", unit: name, unitDisplay: "narrow",
-    maximumFractionDigits: digits || 0 }).format(value);
-}
+const figure = (value, digits) => format(value, digits || 0);
+const compact = (value) => format(value, 1, { notation: "compact" });
+const percent = (share) => format(share, 1, { style: "percent" });
+const money = (value) => format(value, value && Math.abs(value) < 0.1 ? 4 : 2, {
+  style: "currency", currency: "USD", currencyDisplay: "narrowSymbol" });
+const unit = (value, name, digits) => format(value, digits || 0, { style: "unit", unit: name,
+  unitDisplay: "narrow" });
 function span(seconds) {
-  if (seconds === null || seconds === undefined) return "–";
+  if (!Number.isFinite(seconds)) return "–";
   if (seconds < 1) return unit(seconds * 1000, "millisecond");
   if (seconds < 60) return unit(seconds, "second", seconds < 10 ? 1 : 0);
   const whole = Math.floor(seconds), parts = [["day", 86400], ["hour", 3600], ["minute", 60],
@@ -9658,18 +9640,15 @@ function span(seconds) {
     .map(([count, name]) => unit(count, name)).join(" ");
 }
 function moment(seconds, options) {
-  return new Intl.DateTimeFormat(language, options || { hour: "2-digit", minute: "2-digit",
-    second: "2-digit", hourCycle: "h23" }).format(new Date(seconds * 1000));
+  return new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit",
+    hourCycle: "h23", ...options }).format(new Date(seconds * 1000));
 }
-function day(seconds) {
-  return moment(seconds, { year: "numeric", month: "short", day: "numeric", hour: "2-digit",
-    minute: "2-digit", second: "2-digit", hourCycle: "h23" });
-}
+const day = (seconds) => moment(seconds, { year: "numeric", month: "short", day: "numeric",
+  second: "2-digit" });
 function until(iso) {
   const seconds = Date.parse(iso) / 1000, left = seconds - Date.now() / 1000;
   if (!Number.isFinite(seconds)) return "–";
-  const when = moment(seconds, { weekday: "short", month: "short", day: "numeric",
-    hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  const when = moment(seconds, { weekday: "short", month: "short", day: "numeric" });
   return left > 0 ? say("until", { when, span: span(left) }) : when;
 }
 
@@ -9736,10 +9715,14 @@ function ask(title, note, fields, yes, danger) {
       given = Object.fromEntries(inputs.map((input) => [input.name,
         input.type === "checkbox" ? input.checked : input.value]));
     });
-    dialog.addEventListener("close", () => { dialog.remove(); resolve(given); });
-    document.body.append(dialog);
-    dialog.showModal();
+    dialog.addEventListener("close", () => resolve(given));
+    open(dialog);
   });
+}
+function open(dialog) {
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
 }
 let toastTimer = 0;
 function toast(text) {
@@ -9943,14 +9926,11 @@ function reload() {
 function translate() {
   document.documentElement.lang = LANGUAGES[language];
   $("language").value = language;
-  for (const node of document.querySelectorAll("[data-word]")) {
-    node.textContent = say(node.dataset.word);
-  }
-  for (const node of document.querySelectorAll("[data-hint]")) {
-    node.placeholder = say(node.dataset.hint);
-  }
-  for (const node of document.querySelectorAll("[data-label-word]")) {
-    node.setAttribute("aria-label", say(node.dataset.labelWord));
+  for (const node of document.querySelectorAll("[data-word], [data-hint], [data-label-word]")) {
+    const { word, hint, labelWord } = node.dataset;
+    if (word) node.textContent = say(word);
+    if (hint) node.placeholder = say(hint);
+    if (labelWord) node.setAttribute("aria-label", say(labelWord));
   }
   showTheme();
   bannersShown = "";
@@ -9963,8 +9943,9 @@ function showTheme() {
   const theme = THEMES.includes(remembered("theme")) ? remembered("theme") : "auto";
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  $("theme").setAttribute("aria-label", say("theme") + ": " + say("theme_" + theme));
-  $("theme").title = say("theme") + ": " + say("theme_" + theme);
+  const label = say("theme") + ": " + say("theme_" + theme);
+  $("theme").setAttribute("aria-label", label);
+  $("theme").title = label;
   return theme;
 }
 function startFrame() {
@@ -9978,7 +9959,8 @@ function startFrame() {
   });
   $("theme").addEventListener("click", () => {
     remember("theme", THEMES[(THEMES.indexOf(showTheme()) + 1) % THEMES.length]);
-    toast(say("theme") + ": " + say("theme_" + showTheme()));
+    showTheme();
+    toast($("theme").title);
   });
   $("lock").addEventListener("click", () => {
     if (!adminKey) { askAdminKey(); return; }
@@ -10071,8 +10053,6 @@ function reading(drawn, slot) {
   return drawn.chart.series.map(([name, , value]) =>
     say(name) + " " + drawn.chart.show(value(slot.minute))).join(" · ");
 }
-const clock = (seconds) => moment(seconds, { hour: "2-digit", minute: "2-digit",
-  hourCycle: "h23" });
 
 function axes(drawn, top, width, x) {
   const { chart, slots } = drawn, parts = [];
@@ -10084,7 +10064,7 @@ function axes(drawn, top, width, x) {
   }
   for (const at of [0, 15, 30, 45, SPAN - 1]) {
     parts.push(draw("text", { x: x(at + 0.5), y: HEIGHT - 6, "text-anchor": at ? (
-      at === SPAN - 1 ? "end" : "middle") : "start" }, clock(slots[at].at)));
+      at === SPAN - 1 ? "end" : "middle") : "start" }, moment(slots[at].at)));
   }
   return parts;
 }
@@ -10123,13 +10103,13 @@ function paint(drawn) {
   plot.setAttribute("viewBox", "0 0 " + width + " " + HEIGHT);
   plot.replaceChildren(...[axes(drawn, top, width, x), marks, cross].flat(3).filter(Boolean));
   const slot = slots[at ?? SPAN - 1];
-  drawn.readout.textContent = clock(slot.at) + " · " + reading(drawn, slot);
+  drawn.readout.textContent = moment(slot.at) + " · " + reading(drawn, slot);
 }
 // What the chart says as words and, opened, as a table.
 function tabulate(drawn) {
   const { chart, slots } = drawn;
   if (!drawn.details.open) { drawn.table.replaceChildren(); return; }
-  const columns = [{ label: say("time"), of: (slot) => clock(slot.at) },
+  const columns = [{ label: say("time"), of: (slot) => moment(slot.at) },
     ...chart.series.map(([name, , value]) => ({ label: say(name), class: "figure",
       of: (slot) => chart.show(value(slot.minute)) }))];
   const table = tableOf(columns, slots.filter((slot) => slot.minute).reverse()
@@ -10151,7 +10131,7 @@ function showCharts() {
     drawn.legend.replaceChildren(...drawn.chart.series.map(([name, kind]) =>
       make("span", null, make("i", { class: kind }), say(name))));
     drawn.plot.setAttribute("aria-label", say(drawn.chart.name) + ", " + say("last_hour") + ". " +
-      (last ? clock(last.at) + ": " + reading(drawn, last) : say("nothing_yet")) +
+      (last ? moment(last.at) + ": " + reading(drawn, last) : say("nothing_yet")) +
       " " + say("read_out"));
     paint(drawn);
     tabulate(drawn);
@@ -10224,14 +10204,13 @@ views.overview = {
   renew: () => { charts = []; $("charts").replaceChildren(); } };
 
 // Requests that are over.
-const STATUS_WORDS = { 499: "client_left" };
 function statusChip(one) {
   const kind = one.status === 499 ? "warn" : one.status >= 400 ? "bad" : "good";
   return make("span.chip", { class: "chip " + kind, title: one.error || null }, one.status === 499 ?
-    say(STATUS_WORDS[499]) : String(one.status));
+    say("client_left") : String(one.status));
 }
 const RECENT_COLUMNS = [
-  { key: "time", class: "fixed", of: (one) => moment(one.at) },
+  { key: "time", class: "fixed", of: (one) => moment(one.at, { second: "2-digit" }) },
   { key: "model", class: "wide", of: (one) => make("button.text", { type: "button",
     "aria-haspopup": "dialog", click: (event) => { event.stopPropagation(); showRecord(one); } },
   one.model || one.asked || "–") },
@@ -10280,10 +10259,8 @@ function showRecord(one) {
       say("field_" + name) : name, shownAs(name, value)])),
     one.trace && make("div.row", null, make("button", { type: "button",
       click: () => copy(one.trace) }, say("copy_trace"))));
-  dialog.addEventListener("close", () => dialog.remove());
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  document.body.append(dialog);
-  dialog.showModal();
+  open(dialog);
 }
 
 // The filter: text, and choices made of what there is.
@@ -10292,6 +10269,10 @@ const STATUS_TESTS = { ok: (status) => status < 400, failed: (status) => status 
 const CHOICES = { model: (one) => one.model || one.asked, client: (one) => one.client,
   api: (one) => one.api };
 let mostShown = 100;
+// Whether a text holds every word of a search field.
+function holdsAll(id, text) {
+  return $(id).value.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word));
+}
 function offer(id, rows) {
   const select = $(id), chosen = select.value;
   const now = JSON.stringify(rows);
@@ -10309,12 +10290,10 @@ function offerChoices() {
   }
 }
 function wanted() {
-  const words = $("filter-text").value.toLowerCase().split(/\s+/).filter(Boolean);
   const status = STATUS_TESTS[$("filter-status").value];
   return shared.recent.filter((one) => (!status || status(one.status)) &&
     Object.entries(CHOICES).every(([name, value]) => ["", value(one)].includes(
-      $("filter-" + name).value)) && words.every((word) => Object.values(one).join("\n")
-      .toLowerCase().includes(word)));
+      $("filter-" + name).value)) && holdsAll("filter-text", Object.values(one).join("\n")));
 }
 views.requests = {
   show: () => {
@@ -10368,9 +10347,7 @@ const MODEL_COLUMNS = [
   { key: "plan", short: true, of: (one) => one.plan || "–" },
   { key: "requests", class: "figure", short: true, of: (one) => figure(one.requests) }];
 function showModels() {
-  const words = $("model-search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = shared.models.filter((one) => words.every((word) =>
-    (one.id + " " + one.name).toLowerCase().includes(word)));
+  const found = shared.models.filter((one) => holdsAll("model-search", one.id + " " + one.name));
   const columns = named(MODEL_COLUMNS);
   fill("model-list", writeNotes(), found.length ? make("div.scroll", null, tableOf(columns,
     found.map((one) => rowOf(columns, one, { class: one.enabled ? null : "off" })),
@@ -10464,11 +10441,10 @@ function optionRow(option) {
 function showOptions() {
   if (!shared.config) return;
   const { file, options, restart } = shared.config;
-  const words = $("option-search").value.toLowerCase().split(/\s+/).filter(Boolean);
   put("config-file", file ? say(shared.config.writable ? "config_in" : "config_fixed", { file }) :
     say("no_config_file"));
-  fill("options", options.filter((one) => words.every((word) =>
-    (one.name + " " + one.help).toLowerCase().includes(word))).map(optionRow));
+  fill("options", options.filter((one) => holdsAll("option-search", one.name + " " + one.help))
+    .map(optionRow));
   $("restart").disabled = !canWrite() || !restart;
   showChanges();
 }
@@ -10727,24 +10703,24 @@ const SNIPPETS = [
     "  api_base: " + quote(base + "/v1"), "  api_key_name: ccproxy", "",
     "# " + say("then"), "llm keys set ccproxy --value " + shell.key,
     "llm -m " + shell.word(model) + ' "Hi"']],
-  ["OpenAI SDK (Python)", "", "to_openai", ({ base, model }) => [
+  ["OpenAI SDK (Python)", "", "pip install openai", ({ base, model }) => [
     "import os", "from openai import OpenAI", "client = OpenAI(base_url=" + quote(base + "/v1") +
     ",", '                api_key=os.environ["' + KEY + '"])',
     "answer = client.chat.completions.create(", "    model=" + quote(model) + ",",
     '    messages=[{"role": "user", "content": "Hi"}])',
     "print(answer.choices[0].message.content)"]],
-  ["Anthropic SDK (Python)", "", "to_anthropic", ({ base, model }) => [
+  ["Anthropic SDK (Python)", "", "pip install anthropic", ({ base, model }) => [
     "import os", "from anthropic import Anthropic", "client = Anthropic(base_url=" + quote(base) +
     ",", '                   api_key=os.environ["' + KEY + '"])',
     "answer = client.messages.create(", "    model=" + quote(model) + ", max_tokens=1000,",
     '    messages=[{"role": "user", "content": "Hi"}])', "print(answer.content[-1].text)"]],
-  ["OpenAI SDK (JavaScript)", "", "to_openai_js", ({ base, model }) => [
+  ["OpenAI SDK (JavaScript)", "", "npm install openai", ({ base, model }) => [
     'import OpenAI from "openai";', "const client = new OpenAI({ baseURL: " + quote(base + "/v1") +
     ",", "  apiKey: process.env." + KEY + " });",
     "const answer = await client.chat.completions.create({", "  model: " + quote(model) + ",",
     '  messages: [{ role: "user", content: "Hi" }] });',
     "console.log(answer.choices[0].message.content);"]],
-  ["Anthropic SDK (JavaScript)", "", "to_anthropic_js", ({ base, model }) => [
+  ["Anthropic SDK (JavaScript)", "", "npm install @anthropic-ai/sdk", ({ base, model }) => [
     'import Anthropic from "@anthropic-ai/sdk";', "const client = new Anthropic({ baseURL: " +
     quote(base) + ",", "  apiKey: process.env." + KEY + " });",
     "const answer = await client.messages.create({", "  model: " + quote(model) +
