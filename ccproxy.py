@@ -10675,7 +10675,7 @@ const SHELLS = {
   ps: { set: (name, value) => "$env:" + name + " = " + value, key: "$env:" + KEY,
     word: (text) => "'" + text.replaceAll("'", "''") + "'" } };
 function claudeNames(model) {
-  const names = /^claude/i.test(model) ? [] : ["OPUS", "SONNET", "HAIKU"];
+  const names = /^claude/i.test(model) ? [] : ["OPUS", "SONNET", "HAIKU", "FABLE"];
   return ["ANTHROPIC_MODEL", ...names.map((name) => "ANTHROPIC_DEFAULT_" + name + "_MODEL")];
 }
 // Each: its name, its run command's name, what to know, and the text.

@@ -200,3 +200,8 @@ def test_a_stranger_gets_the_shell_which_holds_nothing(make_proxy):
     answer = proxy.request("GET", "/dashboard", key=None, fields={"x-forwarded-for": "10.0.0.9"})
     assert answer.body == PAGE.body
     assert proxy.request("POST", "/dashboard", {}, key=None).status == 405
+
+
+def test_claude_code_is_led_with_every_family_of_models():
+    families = re.findall(r"ANTHROPIC_DEFAULT_(\w+)_MODEL", " ".join(ccproxy.CLAUDE_NAMES))
+    assert families and all('"%s"' % one in ccproxy.PAGE_CLIENTS for one in families)
