@@ -1803,10 +1803,12 @@ def served_ids(models: Models, config: Config) -> List[str]:
             if name.lower() not in off and (not allowed or name.lower() in allowed)]
 
 
-def unknown_model(name: str, ids: List[str]) -> ProxyError:
+def unknown_model(name: str, ids: List[str],
+                  words: str = "There is no model %s (GET /v1/models lists them).") -> ProxyError:
+    """A 404 that names the nearest models."""
     near = nearest_ids(name[:200], ids)
-    return ProxyError("model", "There is no model %s (GET /v1/models lists them).%s" % (
-        printable(name, 100), " Nearest: %s." % ", ".join(near) if near else ""), param="model")
+    return ProxyError("model", words % printable(name, 100) + (
+        " Nearest: %s." % ", ".join(near) if near else ""), param="model")
 
 
 def refuse_switched_off(name: str, model: Optional[Model], models: Models,
@@ -1814,10 +1816,8 @@ def refuse_switched_off(name: str, model: Optional[Model], models: Models,
     """Refuse a model that is switched off (404)."""
     found = model.id if model else name
     if config.models and found.lower() in switched_off(models, config):
-        near = nearest_ids(found[:200], served_ids(models, config))
-        raise ProxyError("model", "Model %s is switched off here (the option models).%s" % (
-            printable(found, 100), " Nearest: %s." % ", ".join(near) if near else ""),
-            param="model")
+        raise unknown_model(found, served_ids(models, config),
+                            "Model %s is switched off here (the option models).")
 
 
 def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
@@ -7620,15 +7620,15 @@ def keep_started(config: Config, running: Config) -> Config:
                               for option in OPTIONS if option.at_start})
 
 
-def waiting_options(config: Config, running: Config) -> List[str]:
-    """The options whose new value waits for the next start."""
-    return [option.name for option in OPTIONS if option.at_start and getattr(
-        config, snake_case(option.name)) != getattr(running, snake_case(option.name))]
-
-
 def changed_options(config: Config, before: Config) -> List[str]:
     return [option.name for option in OPTIONS if getattr(
         config, snake_case(option.name)) != getattr(before, snake_case(option.name))]
+
+
+def waiting_options(config: Config, running: Config) -> List[str]:
+    """The options whose new value waits for the next start."""
+    at_start = {option.name for option in OPTIONS if option.at_start}
+    return [name for name in changed_options(config, running) if name in at_start]
 
 
 def change_report(names: Iterable[str], waiting: Iterable[str],
@@ -13719,12 +13719,15 @@ def watched_files(settings: Settings) -> List[str]:
 
 async def watch_files(app: App) -> None:
     """--watch: start again when the program, its config or the operator's keys change."""
+    def look() -> Dict[str, Any]:
+        return file_marks(watched_files(app.settings))
+
     while True:
         await asyncio.sleep(app.limits.watch)
-        if app.watched is None or file_marks(watched_files(app.settings)) == app.watched:
+        if app.watched is None or await in_thread(look) == app.watched:
             continue
         await asyncio.sleep(app.limits.watch / 2)       # let the writer end, or tell us
-        marks, known = file_marks(watched_files(app.settings)), app.watched
+        marks, known = look(), app.watched
         changed = [path for path, mark in marks.items() if mark != known.get(path)]
         app.watched = marks
         if changed:
@@ -13865,21 +13868,22 @@ def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[s
 
     What would not do at a start is not written.  Raises ProxyError.
     """
-    path, made = config.credentials_file, ["", Operator()]
+    path = config.credentials_file
+    made: List[Tuple[str, Operator]] = []
 
     def rewrite(old: bytes) -> bytes:
         try:
             value, rows = open_credentials(old.decode(), path)
         except UnicodeDecodeError:
             raise credential_fault(path, "is not", "UTF-8") from None
-        made[0] = edit(rows, path)
+        name = edit(rows, path)
         new = encode_json_file(value)
-        made[1] = read_operator(config, new.decode())
-        check_operator(made[1], config.host)
+        made.append((name, read_operator(config, new.decode())))
+        check_operator(made[0][1], config.host)
         return new
 
     change_file(path, rewrite, 0o600)
-    return made[0], made[1]         # type: ignore[return-value]
+    return made[0]
 
 
 async def edit_keys(app: App, exchange: Exchange, status: int,
@@ -15670,16 +15674,14 @@ def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
 def model_states(models: Models, config: Config) -> List[Tuple[Model, str]]:
     """Every listed model, and what is to be said of it here: why it is not served, or that it is
     the default."""
-    allowed = {one.lower() for one in config.allowed_models}
-    off = switched_off(models, config)
+    served, off = served_ids(models, config), switched_off(models, config)
     named = match_alias(config.default_model, config.model_aliases) or config.default_model
     default = find_model(named, models)
     states = []
     for name in models.listed:
-        refused = "not allowed" if allowed and name.lower() not in allowed else ""
         chosen = "default" if default and default.id.lower() == name.lower() else ""
-        states.append((models.known[name.lower()],
-                       "off" if name.lower() in off else refused or chosen))
+        states.append((models.known[name.lower()], chosen if name in served else
+                       "off" if name.lower() in off else "not allowed"))
     return states
 
 
@@ -17748,12 +17750,6 @@ def make_app(settings: Settings) -> App:
     return app
 
 
-def refuse_watch(app: App) -> None:
-    if not can_restart(app):
-        raise ProxyError("config", "--watch: this platform cannot start a program again in its "
-                         "place.")
-
-
 def serve(invocation: Invocation) -> int:
     """Run the proxy until a signal ends it."""
     settings, demo = invocation.settings, invocation.given.demo
@@ -17761,7 +17757,9 @@ def serve(invocation: Invocation) -> int:
     groups, app.restartable = take_over(config), True
     hear_of_children()
     if invocation.given.watch:
-        refuse_watch(app)
+        if not can_restart(app):
+            raise ProxyError("config", "--watch: this platform cannot start a program again in "
+                             "its place.")
         app.watched = file_marks(watched_files(settings))
     source = settings.file_name if settings.entries else "none (all defaults)"
 
