@@ -13686,7 +13686,7 @@ def begin_restart(app: App) -> None:
     """Drain and start again; a worker leaves that to its parent."""
     if app.worker:
         tell_parent(app, signal.SIGUSR2)
-    elif not app.leaving:
+    elif not app.stop.is_set():
         app.restarting = True
         app.stop.set()
 
@@ -15235,7 +15235,8 @@ def watch_signals(app: App) -> None:
     def received() -> None:
         if app.restarting:
             app.restarting = False
-            app.server.close()
+            if app.leaving:         # else stop_taking comes, and finds a stop
+                app.server.close()
         else:
             (app.hurry if app.stop.is_set() else app.stop).set()
 
@@ -15247,7 +15248,7 @@ def watch_signals(app: App) -> None:
 
     def restart() -> None:
         if app.worker:
-            app.restarting = True
+            app.restarting = not app.stop.is_set()
             app.stop.set()
         else:
             spawn(app, restart_if_sound(app, "SIGUSR2"))

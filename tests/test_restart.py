@@ -279,7 +279,7 @@ def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upst
         assert restart(program).status == 202
         wait_until(lambda: "stopping: 1 requests" in program.log)
         program.process.send_signal(signal.SIGTERM)
-        with pytest.raises(ConnectionRefusedError):     # the signal has arrived, but ends no answer
+        with pytest.raises(ConnectionError):    # the signal has arrived, but ends no answer
             while True:
                 program.connect().close()
         go.set()
@@ -321,6 +321,35 @@ def test_a_full_disk_behind_standard_output_and_error(config, workers):
     finally:
         process.kill()
         process.wait()
+
+
+BOTH_AT_ONCE = '''
+import asyncio, signal, sys
+sys.path.insert(0, %r)
+import ccproxy
+actions, add = {}, asyncio.SelectorEventLoop.add_signal_handler
+def note(loop, number, action):
+    actions[number] = action
+    add(loop, number, action)
+asyncio.SelectorEventLoop.add_signal_handler = note
+begin = ccproxy.begin_restart
+def begin_and_stop(app):
+    %s
+ccproxy.begin_restart = begin_and_stop
+ccproxy.leave(ccproxy.main())
+'''
+
+
+@pytest.mark.parametrize("order", ["begin(app); actions[signal.SIGTERM]()",
+                                   "actions[signal.SIGTERM](); begin(app)"])
+def test_a_restart_and_a_stop_at_once_are_a_stop(start_program, config, tmp_path, order):
+    """Before the program has come to either."""
+    script = tmp_path / "both.py"
+    script.write_text(BOTH_AT_ONCE % (os.path.dirname(PROGRAM), order))
+    program = start_program("--config", config(), program=str(script))
+    assert restart(program).status == 202
+    code, words = program.wait()
+    assert code == 0 and "Traceback" not in words and program.screen.count(" on http") == 1
 
 
 def test_who_may(start_program, config):
