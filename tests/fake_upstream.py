@@ -5,6 +5,7 @@ function of (socket, request); the makers below cover what tests want most.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -174,6 +175,13 @@ def chunked(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def close_listener(listener: socket.socket) -> None:
+    """Also for the thread that waits in accept()."""
+    with contextlib.suppress(OSError):      # as macOS has it
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
 class FakeUpstream:
     """The listening socket and what arrived there."""
 
@@ -259,7 +267,7 @@ class FakeUpstream:
         return sock.fileno() >= 0
 
     def close(self) -> None:
-        self.socket.close()
+        close_listener(self.socket)
 
 
 class FakeProxy:
@@ -319,7 +327,7 @@ class FakeProxy:
         pump(sock, other)
 
     def close(self) -> None:
-        self.socket.close()
+        close_listener(self.socket)
 
 
 def pump(source: socket.socket, sink: socket.socket) -> None:

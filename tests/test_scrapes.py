@@ -28,6 +28,7 @@ def scrape(proxy):
 
 
 def test_a_fresh_proxy(proxy):
+    wait_until(lambda: scrape(proxy)['uptime_seconds{worker="1"}'] > 0)
     values = scrape(proxy)
     version = 'build_info{version="%s"' % ccproxy.__version__
     assert [value for name, value in values.items() if name.startswith(version)] == [1]
