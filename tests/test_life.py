@@ -6,16 +6,19 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 import signal
 import socket
 import struct
+import threading
 import time
 
 import ccproxy
 import pytest
 import soak
-from fake_upstream import CHUNKED_HEAD, chunked, ndjson, stall, status, stream, text_answer
-from harness import (CHAT, FAST, MESSAGES, PROGRAM, FakeClock, full_listener, parse_answers,
+from fake_upstream import (CHUNKED_HEAD, api_of, chunked, ndjson, say_in, stall, status, stream,
+                           text_answer)
+from harness import (CHAT, FAST, MESSAGES, UPSTREAM_API, FakeClock, full_listener, parse_answers,
                      post_bytes, read_all, read_until, wait_until)
 
 APIS = {"chat": CHAT, "messages": MESSAGES, "responses": "/v1/responses"}
@@ -188,6 +191,8 @@ def test_clients_that_do_not_read(make_proxy, upstream):
 
 # A small soak, at every log level.
 
+soaks = pytest.mark.skipif(bool(UPSTREAM_API), reason="its own upstream speaks one API only")
+
 SMALL = soak.Plan(streams=60, requests=300, rounds=1, keys=40, warm=40)
 TINY = soak.Plan(streams=0, requests=30, rounds=1, keys=20, warm=0)
 
@@ -202,6 +207,7 @@ def soaked():
         return {name: one.result() for name, one in found.items()}
 
 
+@soaks
 @needs_proc
 def test_a_small_soak():
     """Every answer right, every key its caller's, nothing left behind."""
@@ -212,6 +218,7 @@ def test_a_small_soak():
     assert set(found.acts) == {act.__name__ for act in soak.ACTS}
 
 
+@soaks
 @needs_proc
 @pytest.mark.parametrize("level", ccproxy.LOG_LEVELS)
 def test_nothing_is_left_unretrieved(level):
@@ -245,25 +252,8 @@ def test_the_soak_notices():
 
 # Descriptors.
 
-PREPARED = """import os, resource, runpy, sys
-%s
-sys.argv[0] = %r
-runpy.run_path(%r, run_name="__main__")
-"""
-
-
-@pytest.fixture
-def start_prepared(start_program, tmp_path):
-    """The program in a process where something was done before."""
-    def start(statement, *arguments, **options):
-        path = tmp_path / "prepared.py"
-        path.write_text(PREPARED % (statement, PROGRAM, PROGRAM))
-        return start_program(*arguments, program=str(path), **options)
-    return start
-
-
 def few_descriptors(count):
-    return "resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d))" % (count, count)
+    return "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d))" % (count, count)
 
 
 def connect_many(program, count):
@@ -285,9 +275,9 @@ def refusals(socks):
 
 
 @pytest.mark.parametrize("limit, served", [(96, 16), (40, 1)])
-def test_few_descriptors(start_prepared, limit, served):
+def test_few_descriptors(start_program, limit, served):
     """More connections than descriptors: those beyond are told so, the others are served."""
-    program = start_prepared(few_descriptors(limit), "--log-level", "debug")
+    program = start_program("--log-level", "debug", before=few_descriptors(limit))
     socks = []
     for _ in range(served + 10):
         socks.append(program.connect())
@@ -305,9 +295,9 @@ def test_few_descriptors(start_prepared, limit, served):
     assert code == 0 and "Traceback" not in log and "ERROR" not in log
 
 
-def test_a_crowd_at_once(start_prepared):
+def test_a_crowd_at_once(start_program):
     """All stand at the door before the first is let in: asyncio accepts them in one go."""
-    program = start_prepared(few_descriptors(96))
+    program = start_program(before=few_descriptors(96))
     program.process.send_signal(signal.SIGSTOP)
     socks = connect_many(program, 200)
     program.process.send_signal(signal.SIGCONT)
@@ -323,11 +313,11 @@ def test_a_crowd_at_once(start_prepared):
 # The log.
 
 
-def test_a_log_file_that_becomes_full(start_prepared, tmp_path):
+def test_a_log_file_that_becomes_full(start_program, tmp_path):
     """What does not fit is lost, which is said once; requests are served."""
     path = tmp_path / "proxy.log"
-    program = start_prepared("resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))",
-                             "--log-file", str(path))
+    program = start_program("--log-file", str(path), before=(
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"))
     assert [program.post(CHAT).status for _ in range(12)] == [200] * 12
     code, words = program.stop()
     assert code == 0 and 0 < path.stat().st_size <= 1000
@@ -335,12 +325,12 @@ def test_a_log_file_that_becomes_full(start_prepared, tmp_path):
     assert len(words.splitlines()) == 1 and "lines are lost" in words
 
 
-CLOSED_PIPE = "r, w = os.pipe(); os.dup2(w, 2); os.close(r)"
+CLOSED_PIPE = "import os; r, w = os.pipe(); os.dup2(w, 2); os.close(r)"
 
 
-def test_a_log_that_nobody_reads(start_prepared):
+def test_a_log_that_nobody_reads(start_program):
     """Standard error is a pipe whose reader is gone."""
-    program = start_prepared(CLOSED_PIPE, "--log-level", "debug")
+    program = start_program("--log-level", "debug", before=CLOSED_PIPE)
     assert [program.post(CHAT).status for _ in range(3)] == [200] * 3
     assert program.stop()[0] == 0
 
@@ -354,17 +344,29 @@ CLOCKS = [0.0, -1e9, 1.0, 2e9, 4e9, 1e11]
 def test_a_clock_that_jumps(make_proxy, upstream, monkeypatch, api):
     """While a stream runs: no timer goes off, nothing is asked anew, the stream ends well."""
     clock = FakeClock(monkeypatch)
-    events = text_answer(*["part%d " % number for number in range(len(CLOCKS))])
-    upstream.default = stream(events, cut=60, pause=0.01)
+    events = text_answer(*["part%d " % number for number in range(len(CLOCKS) + 1)])
+    go = threading.Semaphore(0)
+
+    def one_part_each(sock, request):
+        spoken = api_of(request.line)
+        sock.sendall(CHUNKED_HEAD)
+        for piece in re.split(rb"(?<=\n)(?=[^\n]*part[1-9])",
+                              say_in(spoken, events) if spoken else events):
+            sock.sendall(chunked(piece))
+            go.acquire(timeout=10)
+        sock.sendall(b"0\r\n\r\n")
+    upstream.default = one_part_each
     proxy = make_proxy(upstreamIdleSeconds=5, limits=FAST._replace(sweep=0.01))
     idle = proxy.connect()
     sock = send_to(proxy, api)
-    read_until(sock, b"part0")
-    for now in CLOCKS:
+    for number, now in enumerate(CLOCKS):
+        read_until(sock, b"part%d" % number)
         clock.now = now
         time.sleep(0.03)        # a sweep at least
+        go.release()
+    go.release()
     data = read_until(sock, b"\r\n0\r\n\r\n")
-    assert b"part5" in data and soak.ENDS[api] in data and b"waiting" not in data
+    assert soak.ENDS[api] in data and b"waiting" not in data
     idle.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
     read_until(idle, b"HTTP/1.1 200")
     assert len(upstream.side_requests) == 1
