@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,7 +30,7 @@ UPSTREAM_API = os.environ.get("CCPROXY_TEST_UPSTREAM", "")     # see tests/fake_
 if UPSTREAM_API:
     ccproxy.UPSTREAMS["provider"] = lambda model, endpoints: {
         "openai": ccproxy.OPENAI, "anthropic": ccproxy.ANTHROPIC}[UPSTREAM_API]
-FAST = ccproxy.Limits(backoff=(0.01, 0.02), sweep=0.05, linger=0.5)
+FAST = ccproxy.Limits(backoff=(0.01, 0.02), sweep=0.05, linger=0.5, news=0.05)
 
 
 def make_config(**options: Any) -> Any:
@@ -337,13 +338,28 @@ def clean_environment(**more: str) -> Dict[str, str]:
     return {**kept, "PYTHONPYCACHEPREFIX": COMPILED, **more}
 
 
-def command_of(program: str) -> List[str]:
-    """How a program is started: the one that is tested as an import, for Python compiles a script
-    anew at every start (test_command_line.py starts the script itself)."""
-    if program != PROGRAM:
+STARTER = """import sys
+sys.path[0] = %r
+import ccproxy
+ccproxy.Limits.__new__.__defaults__ = tuple(
+    ccproxy.Limits(sweep=0.1, watch=0.1, board=0.1, news=0.1))
+api = %r
+if api:
+    known = {"openai": ccproxy.OPENAI, "anthropic": ccproxy.ANTHROPIC}[api]
+    ccproxy.UPSTREAMS["provider"] = lambda model, endpoints: known
+%s
+ccproxy.leave(ccproxy.main())"""
+
+
+def command_of(program: str, before: str = "") -> List[str]:
+    """How a program is started: the one that is tested, or that in another folder, as an import
+    with shorter intervals, for Python compiles a script anew at every start (test_command_line.py
+    starts the script itself).  Without site: it needs nothing of site-packages.  `before` is a
+    statement that is done first."""
+    if program != PROGRAM and not os.path.isdir(program):
         return [sys.executable, program]
-    return [sys.executable, "-c", "import sys; sys.path[0] = %r; import ccproxy; "
-            "ccproxy.leave(ccproxy.main())" % os.path.dirname(os.path.abspath(PROGRAM))]
+    folder = os.path.dirname(os.path.abspath(program)) if program == PROGRAM else program
+    return [sys.executable, "-S", "-c", STARTER % (folder, UPSTREAM_API, before)]
 
 
 def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
@@ -354,15 +370,31 @@ def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
+def call_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
+                 ) -> "subprocess.CompletedProcess[str]":
+    """As run_program, but main() in this process: where nothing depends on one of its own."""
+    out, errors = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, clean_environment(**(environment or {})), clear=True), \
+            open(os.devnull) as nothing, mock.patch.object(sys, "stdin", nothing), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = ccproxy.main(list(arguments))
+        except SystemExit as ended:
+            status = ended.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
+
+
 class Program:
     """ccproxy.py in a process of its own, listening on a free port."""
 
     def __init__(self, *arguments: str, environment: Optional[Dict[str, str]] = None,
-                 program: str = PROGRAM, until: str = "note") -> None:
-        """`until` stands on the last line of the start-up screen."""
+                 program: str = PROGRAM, until: str = "note", before: str = "") -> None:
+        """`until` stands on the last line of the start-up screen.  `before`: see command_of."""
+        if UPSTREAM_API and not {"--demo", "--cli-version"} & set(arguments):   # alpha's alone
+            arguments = ("--upstream", "provider", *arguments)
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [*command_of(program), "--port", "0", *arguments], stdin=subprocess.DEVNULL,
+            [*command_of(program, before), "--port", "0", *arguments], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
             env=clean_environment(**(environment or {})))
         self.screen = ""

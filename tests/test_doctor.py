@@ -11,7 +11,8 @@ import sys
 import pytest
 from doctoring import Clinic
 from fake_upstream import stall, status
-from harness import PROGRAM, ccproxy, clean_environment, command_of, run_program, wait_until
+from harness import (PROGRAM, call_program, ccproxy, clean_environment, command_of, run_program,
+                     wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 
@@ -32,14 +33,14 @@ def bare_machine(tmp_path):
             "PATH": str(tmp_path)}
 
 
-def doctor(clinic, tmp_path, *arguments, **environment):
+def doctor(clinic, tmp_path, *arguments, run=call_program, **environment):
     """The command on a machine with nothing else on it."""
-    return run_program("doctor", "--port", "0", "--api-base", clinic.base, *arguments,
+    return run("doctor", "--port", "0", "--api-base", clinic.base, *arguments,
                        environment={**bare_machine(tmp_path), **environment})
 
 
 def test_lines_and_status(clinic, tmp_path):
-    done = doctor(clinic, tmp_path, COMMANDCODE_KEY="user_good")
+    done = doctor(clinic, tmp_path, run=run_program, COMMANDCODE_KEY="user_good")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line[0] for line in lines].count("\u2717") == 0
@@ -72,11 +73,11 @@ def test_settings_that_are_wrong(clinic, tmp_path, text, word):
     assert rows["configuration"]["works"] is False and word in rows["configuration"]["words"]
     assert rows["upstream"]["works"] is True        # the flags hold all the same
     assert "python" in rows and "models" in rows and done.stderr == ""
-    assert run_program("models", "--config", str(path)).returncode == 2
+    assert call_program("models", "--config", str(path)).returncode == 2
 
 
 def test_a_terminal_that_knows_no_ticks(clinic, tmp_path):
-    done = doctor(clinic, tmp_path, PYTHONIOENCODING="ascii", COMMANDCODE_KEY="user_bad")
+    done = doctor(clinic, tmp_path, run=run_program, PYTHONIOENCODING="ascii", COMMANDCODE_KEY="user_bad")
     assert "\nFAIL keys " in done.stdout and done.stdout.startswith("ok   python ")
     assert done.returncode == 1 and done.stderr == ""
 

@@ -14,7 +14,7 @@ import tempfile
 import urllib.request
 
 import pytest
-from harness import KEY, PROGRAM, ccproxy, clean_environment, command_of, wait_until
+from harness import KEY, PROGRAM, call_program, ccproxy, clean_environment, command_of, wait_until
 
 SECRET = "user_5ecr3tPartOfAKey0123456789"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and fake programs are POSIX here")
@@ -22,8 +22,8 @@ every_client = pytest.mark.parametrize("name", ccproxy.CLIENTS)
 pytestmark = POSIX
 
 # Tells its arguments, environment, files and the machine's processes, then does as FAKE_DOES says.
-FAKE = r'''#!%s
-import json, os, signal, subprocess, sys, time, urllib.request
+FAKE = r'''#!%s -SE
+import json, os, signal, socket, subprocess, sys, time
 def addresses(value):
     import re
     return re.findall(r"http://127[\w.:]+", value)
@@ -35,8 +35,11 @@ for path in extensions + ([folder + "/extra-openai-models.yaml"] if folder else 
     with open(path) as file:
         files[path] = file.read()
 base = addresses(given + json.dumps(files))[-1:]
-health = json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-    base[0] + "/health")) if base else {}
+health = {}
+if base:
+    with socket.create_connection(base[0][len("http://"):].split(":")) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        health = json.loads(sock.makefile("rb").read().partition(b"\r\n\r\n")[2])
 report = {"argv": sys.argv[1:], "env": dict(os.environ), "files": files, "base": "".join(base),
           "health": health, "pid": os.getpid(), "linked": sorted(os.listdir(folder or "/")),
           "ps": subprocess.run(["ps", "-eo", "pid,ppid,args"], stdout=subprocess.PIPE,
@@ -53,10 +56,12 @@ exec(os.environ.get("FAKE_DOES", ""))
 
 
 class Bench:
-    """Fake programs on the PATH, and a folder for all they leave."""
+    """Fake programs on the PATH, and a folder for all they leave.  `python` stands for Python when a
+    launcher starts its proxy: a compiled program, where the script would be compiled each time."""
 
     def __init__(self, folder):
         self.folder, self.report_path = folder, str(folder / "report.json")
+        self.python = str(folder / "python")
         self.temporary = folder / "tmp"
         self.home = folder / "home"
         for made in (self.temporary, self.home, folder / "bin"):
@@ -65,6 +70,9 @@ class Bench:
             path = folder / "bin" / name
             path.write_text(FAKE % sys.executable)
             path.chmod(0o755)
+        python = folder / "python"
+        python.write_text("#!/bin/sh\nshift\nexec %s \"$@\"\n" % shlex.join(command_of(PROGRAM)))
+        python.chmod(0o755)
 
     def environment(self, **more):
         given = {"PATH": "%s:/usr/bin:/bin" % (self.folder / "bin"), "HOME": str(self.home),
@@ -76,12 +84,16 @@ class Bench:
         return {name: value for name, value in kept.items() if value is not None}
 
     def command(self, *arguments):
-        return [*command_of(PROGRAM), *arguments]
+        return [*command_of(PROGRAM, "sys.executable = %r" % self.python), *arguments]
 
     def run(self, *arguments, **more):
         return subprocess.run(self.command(*arguments), env=self.environment(**more), timeout=60,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, encoding="utf-8", cwd=self.folder)
+
+    def call(self, *arguments, **more):
+        """What starts nothing, in this process."""
+        return call_program(*arguments, environment=self.environment(**more))
 
     def start(self, *arguments, **more):
         return subprocess.Popen(self.command(*arguments), env=self.environment(**more),
@@ -226,12 +238,14 @@ def test_a_stranger_on_the_port_gets_no_key(bench, answer):
 
 
 def test_flags_reach_the_proxy_of_its_own_unseen(bench, upstream):
+    bench.python = sys.executable           # as with anybody
     done = bench.run("run", "claude", "--api-base", upstream.base, "--admin-key", "planted-admin",
                      COMMANDCODE_KEY=KEY, FAKE_DOES="time.sleep(0)")
     assert done.returncode == 0, done.stderr
     assert bench.report["health"]["upstream"] == upstream.base + "/alpha/generate"
-    row = [line for line in bench.report["ps"].splitlines() if "--while-stdin" in line]
-    assert len(row) == 1 and "planted-admin" not in row[0]
+    assert len(own_proxies(bench.report)) == 1
+    assert "planted-admin" not in "".join(
+        line for line in bench.report["ps"].splitlines() if "--while-stdin" in line)
 
 
 def test_a_proxy_that_cannot_start_says_why(bench):
@@ -250,7 +264,7 @@ def test_a_proxy_that_dies_is_told_of(bench):
 
 
 def test_what_the_proxy_logs_never_reaches_the_screen(bench):
-    ask = ("urllib.request.urlopen(urllib.request.Request(base[0] + '/v1/chat/completions', "
+    ask = ("import urllib.request\nurllib.request.urlopen(urllib.request.Request(base[0] + '/v1/chat/completions', "
            "b'{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}'))")
     done = bench.run("run", "claude", "--demo", "--log-level", "debug", FAKE_DOES=ask)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the client speaks\n", "")
@@ -290,7 +304,7 @@ def test_a_planted_key_is_seen_nowhere(bench, name):
 
 
 def test_env_shows_no_planted_key(bench):
-    shown = bench.run("env", "claude", COMMANDCODE_KEY=SECRET, COMMANDCODE_API_KEY=SECRET,
+    shown = bench.call("env", "claude", COMMANDCODE_KEY=SECRET, COMMANDCODE_API_KEY=SECRET,
                       ANTHROPIC_API_KEY=SECRET)
     assert shown.returncode == 0 and SECRET not in shown.stdout + shown.stderr
 
@@ -358,7 +372,7 @@ def test_an_exit_status_is_known_where_the_ends_of_children_are_ignored(bench):
 def test_a_missing_client_is_told_with_its_package(bench):
     for name, package in (("claude", "@anthropic-ai/claude-code"), ("aider", "aider-chat")):
         os.unlink(bench.folder / "bin" / name)
-        done = bench.run("run", name, "--demo")
+        done = bench.call("run", name, "--demo")
         assert done.returncode == 127 and package in done.stderr
         assert "not installed" in done.stderr
 
@@ -463,7 +477,7 @@ def test_a_proxy_bound_to_standard_input_ends_with_it():
 
 
 def test_env_takes_address_and_model_from_the_settings(bench):
-    done = bench.run("env", "claude", "--port", "4000", "--host", "0.0.0.0", "--model", "kimi",
+    done = bench.call("env", "claude", "--port", "4000", "--host", "0.0.0.0", "--model", "kimi",
                      SHELL="/usr/bin/fish")
     assert done.returncode == 0
     assert "set -gx ANTHROPIC_BASE_URL 'http://127.0.0.1:4000'" in done.stdout
@@ -474,7 +488,7 @@ def test_env_takes_address_and_model_from_the_settings(bench):
     (("env",), "required"), (("env", "vim"), "vim"), (("run", "claude", "-p"), "unrecognized"),
     (("env", "pi", "--shell", "tcsh"), "tcsh"), (("env", "pi", "--model", "a b"), "model must be")])
 def test_what_is_not_understood_is_said(bench, arguments, told):
-    done = bench.run(*arguments)
+    done = bench.call(*arguments)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -482,7 +496,7 @@ def test_what_is_not_understood_is_said(bench, arguments, told):
     ("run", 'ccproxy.py run claude --demo -- -p "Say hello."'),
     ("env", "ccproxy.py env claude --shell fish")])
 def test_help_has_an_example(bench, command, example):
-    shown = " ".join(bench.run(command, "--help").stdout.split())
+    shown = " ".join(bench.call(command, "--help").stdout.split())
     assert example in shown and "claude|codex|opencode|aider|llm|pi" in shown
 
 
@@ -505,7 +519,7 @@ def real_program(name):
     ("claude", ("-p", "hello")), ("codex", ("exec", "--skip-git-repo-check", "hello"))])
 def test_real_clients_run_against_the_demo(bench, name, words):
     os.unlink(bench.folder / "bin" / name)
-    program = real_program(name)
+    bench.python, program = sys.executable, real_program(name)
     done = bench.run("run", name, "--demo", "--", *words, DISABLE_AUTOUPDATER="1",
                      CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                      PATH="%s:%s" % (os.path.dirname(program), os.environ["PATH"]))

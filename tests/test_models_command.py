@@ -9,13 +9,13 @@ import sys
 
 import pytest
 from fake_upstream import raw, stall, status
-from harness import PROGRAM, ccproxy, clean_environment, command_of, run_program
+from harness import PROGRAM, call_program, ccproxy, clean_environment, command_of, run_program
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 
 
 def listed(upstream, *arguments, **options):
-    done = run_program("models", "--json", "--api-base", getattr(upstream, "base", upstream),
+    done = call_program("models", "--json", "--api-base", getattr(upstream, "base", upstream),
                        *arguments, **options)
     assert (done.returncode, done.stderr) == (0, ""), done
     return json.loads(done.stdout)
@@ -138,7 +138,7 @@ def test_no_key_is_shown(upstream):
     for text in ("Invalid user_" + SECRET, ""):
         upstream.side_script = status(401, {"error": text}) if text else None
         for arguments in ((), ("--json",)):
-            done = run_program("models", "--api-base", upstream.base, *arguments, environment={
+            done = call_program("models", "--api-base", upstream.base, *arguments, environment={
                 "COMMANDCODE_API_KEY": "user_" + SECRET, "BRIDGE_API_KEY": "client-" + SECRET,
                 "CC_ADMIN_KEY": "admin-" + SECRET})
             assert done.returncode == 0 and SECRET not in done.stdout + done.stderr

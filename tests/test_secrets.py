@@ -8,8 +8,8 @@ import threading
 
 import pytest
 from fake_upstream import FakeUpstream, ndjson, raw, status, stream
-from harness import (CHAT, FAST, MESSAGES, Program, Proxy, post_bytes, read_all, read_until,
-                     run_program, wait_until)
+from harness import (CHAT, FAST, MESSAGES, Program, Proxy, call_program, post_bytes, read_all,
+                     read_until, wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 KEY = "user_" + SECRET
@@ -359,6 +359,6 @@ def test_the_database_and_what_is_read_from_it(tmp_path):
     assert files[-1].count(b"key:") >= 5 * len(PLANTED) and not any(map(holds_secret, files))
     for by in ("model", "key", "client", "status"):
         for form in ([], ["--json"], ["--csv"]):
-            done = run_program("usage", "--usage-db", str(path), "--by", by, *form)
+            done = call_program("usage", "--usage-db", str(path), "--by", by, *form)
             assert done.returncode == 0 and not holds_secret(done.stdout + done.stderr)
     assert not holds_secret(proxy.log.getvalue())

@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from harness import PROGRAM, ccproxy, run_program
+from harness import PROGRAM, call_program, ccproxy, run_program
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 UNIT = ".config/systemd/user/ccproxy.service"
@@ -37,8 +37,8 @@ class Machine:
                             'exit 0\n' % name)
             path.chmod(0o755)
 
-    def run(self, *arguments, **environment):
-        return run_program("service", *arguments, environment={
+    def run(self, *arguments, run=call_program, **environment):
+        return run("service", *arguments, environment={
             "HOME": str(self.home), "PATH": "%s:/usr/bin:/bin" % self.bin, "XDG_CONFIG_HOME": "",
             "XDG_STATE_HOME": "", "SSL_CERT_DIR": "", "SSL_CERT_FILE": "", **environment})
 
@@ -64,7 +64,7 @@ INSTALLED = ["systemctl --user daemon-reload", "systemctl --user enable ccproxy.
 
 
 def test_install_again_and_uninstall(machine):
-    done = machine.run("install", "--port", "8080")
+    done = machine.run("install", "--port", "8080", run=run_program)
     assert (done.returncode, done.stderr) == (0, "") and machine.calls == INSTALLED
     assert done.stdout.startswith("written: %s\n" % (machine.home / UNIT))
     assert "loginctl enable-linger" in done.stdout
@@ -114,7 +114,7 @@ def test_the_exit_status_is_passed_on(machine, action, word, call, status):
 
 
 def test_arguments_for_the_manager(machine):
-    assert machine.run("logs", "--", "-f", "--since", "today").returncode == 0
+    assert machine.run("logs", "--", "-f", "--since", "today", run=run_program).returncode == 0
     assert machine.calls == [
         "journalctl --user --no-pager -u ccproxy.service -f --since today"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import pytest
-from harness import KEY, ccproxy, clean_environment, run_program
+from harness import KEY, call_program, ccproxy, clean_environment
 from test_launchers import Bench, real_program
 
 SECRET = "user_5ecr3tPartOfAKey0123456789"
@@ -289,7 +289,7 @@ def test_what_cannot_be_set_up_is_said(home, arguments, told):
 
 
 def test_help_has_an_example():
-    shown = " ".join(run_program("setup", "--help").stdout.split())
+    shown = " ".join(call_program("setup", "--help").stdout.split())
     assert "ccproxy.py setup claude --dry-run" in shown and "--undo" in shown
 
 

@@ -13,8 +13,8 @@ import time
 
 import pytest
 from fake_upstream import status, stream, text_answer
-from harness import (CHAT, PROGRAM, Proxy, ccproxy, clean_environment, command_of, make_config,
-                     run_program, wait_until)
+from harness import (CHAT, PROGRAM, Proxy, call_program, ccproxy, clean_environment, command_of,
+                     make_config, run_program, wait_until)
 
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminals here")
 
@@ -155,14 +155,14 @@ def test_it_survives_the_end_of_the_proxy(upstream, make_proxy, open_screen):
         second.close()
 
 
-def top(*arguments, **environment):
-    return run_program("top", *arguments, environment=environment)
+def top(*arguments, run=call_program, **environment):
+    return run("top", *arguments, environment=environment)
 
 
 def test_a_pipe_gets_it_once_as_plain_text(proxy):
     proxy.post(CHAT, model="kimi")
     for arguments in ((), ("--once",)):
-        run = top("--url", proxy.base, *arguments)
+        run = top("--url", proxy.base, *arguments, run=run_program)
         assert run.returncode == 0 and run.stderr == ""
         assert "0 open streams" in run.stdout and "Kimi" in run.stdout
         assert "\x1b" not in run.stdout

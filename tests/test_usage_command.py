@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 from fake_upstream import ndjson, stream
-from harness import CHAT, ccproxy, clean_environment, run_program, wait_until
+from harness import CHAT, call_program, ccproxy, clean_environment, run_program, wait_until
 
 NOW = time.time()
 RECORD = ccproxy.Record(NOW - 60, "chat", "codex", "kimi", "moonshotai/Kimi-K3", "key:123456", 200,
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, arguments, words
         db.execute(statement)
         db.close()
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-    done = run_program("usage", *arguments)
+    done = call_program("usage", *arguments)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert words in done.stderr and done.stdout == ""
     after = set(os.listdir(tmp_path)) - {"newer.db-wal", "newer.db-shm"}    # SQLite's own
@@ -224,7 +224,7 @@ def test_while_the_proxy_writes(start_program, upstream, tmp_path):
 
 
 def test_help_has_an_example():
-    done = run_program("usage", "--help")
+    done = call_program("usage", "--help")
     assert done.returncode == 0 and "Example: python3 ccproxy.py usage" in \
         " ".join(done.stdout.split())
 
