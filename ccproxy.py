@@ -177,7 +177,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, log
 from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
@@ -7093,32 +7093,18 @@ def alert_text(alert: Alert, state: str) -> str:
                                      alert.kind, alert.limit)
 
 
-def compare_account(key: RingKey, figures: Optional[Figures], kind: str, limit: float,
-                    now: float) -> Tuple[Optional[Alert], bool]:
-    """(what an alert would say of an account, whether it is one); (None, False) when it is not
-    known."""
-    rule = ALERT_RULES[kind]
-    fresh = figures is not None and now - figures.at <= STALE_SECONDS
-    value = rule.figure(figures, now) if figures is not None and fresh else None
-    if value is None:
-        return None, False
-    alert = Alert(key.shown, key.name, kind, round(value, 6), limit, now)
-    return alert, (value - limit) * rule.sign > 0
-
-
-def judge_alert(old: Optional[Standing], alert: Alert, beyond: bool, repeat: float,
+def judge_alert(old: Optional[Standing], alert: Alert, repeat: float,
                 now: float) -> Tuple[Optional[Standing], Optional[News]]:
     """(what stands, what is told) of one account and limit whose figure is known."""
-    below = ALERT_RULES[alert.kind].sign < 0
+    sign = ALERT_RULES[alert.kind].sign
+    side = "below" if sign < 0 else "above"
     if old is not None:
         alert = alert._replace(since=old.alert.since)
-    if not beyond:
-        return None, old and News("resolved", alert, alert_text(
-            alert, "no more %s" % ("below" if below else "above")))
+    if (alert.value - alert.limit) * sign <= 0:
+        return None, old and News("resolved", alert, alert_text(alert, "no more " + side))
     if old is not None and not (repeat and not 0 <= now - old.told < repeat):
         return Standing(alert, old.told), None
-    return Standing(alert, now), News("alert", alert, alert_text(
-        alert, "below" if below else "above"))
+    return Standing(alert, now), News("alert", alert, alert_text(alert, side))
 
 
 def judge_alerts(standing: Mapping[str, Standing],
@@ -7133,15 +7119,15 @@ def judge_alerts(standing: Mapping[str, Standing],
     news: List[Optional[News]] = []
     left = dict(standing)
     for key, figures in accounts:
+        fresh = figures if figures is not None and now - figures.at <= STALE_SECONDS else None
         for kind, limit in limits.items():
             place = "%s %s" % (key.digest, kind)
-            old = left.pop(place, None)
-            alert, beyond = compare_account(key, figures, kind, limit, now)
-            if alert is not None:
-                kept, told = judge_alert(old, alert, beyond, repeat, now)
+            old = kept = left.pop(place, None)
+            value = ALERT_RULES[kind].figure(fresh, now) if fresh is not None else None
+            if value is not None:
+                alert = Alert(key.shown, key.name, kind, round(value, 6), limit, now)
+                kept, told = judge_alert(old, alert, repeat, now)
                 news.append(told)
-            else:
-                kept = old
             if kept is not None:
                 stand[place] = kept
     news += [News("resolved", old.alert, alert_text(old.alert, "not watched any more with"))
@@ -8993,7 +8979,6 @@ main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0
 .banner.bad { background: var(--bad-soft); color: var(--bad); }
 .banner.good { background: var(--good-soft); color: var(--good); }
 .banner.info { background: var(--soft); color: var(--text); }
-.banner code { color: inherit; }
 /* Controls. */
 button, select, input, textarea { font: inherit; color: inherit; }
 input, select, textarea { background: var(--card); border: 1px solid var(--edge);
@@ -9057,7 +9042,6 @@ tr.off td { color: var(--dim); }
 .chart figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: baseline; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-left: auto; font-size: 13px;
   color: var(--dim); }
-.legend b { font-weight: 600; color: var(--text); }
 .legend i { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 5px;
   background: var(--accent); }
 .legend i.second { background: var(--second); }
@@ -9082,7 +9066,6 @@ details summary { cursor: pointer; color: var(--dim); font-size: 13px; }
 .meter rect { fill: var(--accent); }
 .meter .warn { fill: var(--warn); }
 .meter .bad { fill: var(--bad); }
-.meter .second { fill: var(--second); }
 .between { display: flex; justify-content: space-between; gap: 10px; flex-wrap: wrap; }
 .big { font-size: 26px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.2; }
 .pair { display: grid; gap: 4px 16px; grid-template-columns: max-content minmax(0, 1fr);
@@ -16328,20 +16311,12 @@ def check_keys(scene: Scene) -> List[Finding]:
     return findings
 
 
-def figures_findings(scene: Scene, finding: Callable[[str, Figures, float], Finding],
-                     nothing: str) -> List[Finding]:
+def figures_findings(finding: Callable[[str, Figures, float], Finding], nothing: str,
+                     scene: Scene) -> List[Finding]:
     """A finding for each account of which there are figures."""
     known = [(key_words(one.key), one.figures) for one in scene.accounts if one.figures]
     return [finding(shown, figures, time.time()) for shown, figures in known] or [
         Finding(None, nothing)]
-
-
-def check_plans(scene: Scene) -> List[Finding]:
-    return figures_findings(scene, plan_finding, "no plan is known")
-
-
-def check_windows(scene: Scene) -> List[Finding]:
-    return figures_findings(scene, window_finding, "no usage windows are known")
 
 
 def check_models(scene: Scene) -> List[Finding]:
@@ -16382,8 +16357,10 @@ DOCTOR_CHECKS = (
     Check("network", check_network, ("proxy",)), Check("names", check_names, ("network",), 10.0),
     Check("tls", check_tls, ("names", "authorities"), 25.0),
     Check("upstream", check_upstream, ("tls",), 12.0), Check("clock", check_clock),
-    Check("keys", check_keys, ("upstream",), 40.0), Check("plan", check_plans, ("upstream",)),
-    Check("windows", check_windows, ("upstream",)),
+    Check("keys", check_keys, ("upstream",), 40.0),
+    Check("plan", partial(figures_findings, plan_finding, "no plan is known"), ("upstream",)),
+    Check("windows", partial(figures_findings, window_finding, "no usage windows are known"),
+          ("upstream",)),
     Check("models", check_models), Check("clients", check_clients),
     Check("client settings", check_client_settings))
 
@@ -16709,10 +16686,6 @@ def follow_top(view: TopView, origin: Origin, secret: str) -> None:
     raise ConnectionResetError("it ended the stream")
 
 
-def fault_words(error: Exception) -> str:
-    return printable(error.message if isinstance(error, ProxyError) else plain_reason(error), 200)
-
-
 def run_top(view: TopView, origin: Origin, secret: str) -> None:
     """Show the proxy until Ctrl-C, however often it goes and comes back."""
     draw(view)
@@ -16723,7 +16696,7 @@ def run_top(view: TopView, origin: Origin, secret: str) -> None:
             if not view.trouble:
                 view.lost = time.strftime("%H:%M:%S")
             view.trouble = "no answer since %s (%s), asking again every second" % (
-                view.lost, fault_words(error))
+                view.lost, plain_reason(error))
         draw(view)
         time.sleep(1.0)
 
