@@ -139,7 +139,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     USAGE COMMAND
     DOCTOR CHECKS
     DOCTOR UPSTREAM
-    DOCTOR ACCOUNTS
     DOCTOR
     TOP SCREEN
     TOP
@@ -8315,7 +8314,6 @@ Path = Tuple[str, ...]
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-
 class Member(NamedTuple):
     """One member of a JSON object, as places in its text."""
 
@@ -8331,8 +8329,7 @@ def load_object(text: str, path: str) -> Json:
 
 
 def skip_space(text: str, at: int) -> int:
-    found = JSON_SPACE.match(text, at)
-    return found.end() if found else at
+    return JSON_SPACE.match(text, at).end()         # type: ignore[union-attr]
 
 
 def read_members(text: str, at: int) -> Tuple[List[Member], int]:
@@ -8352,9 +8349,8 @@ def read_members(text: str, at: int) -> Tuple[List[Member], int]:
 
 def indentation(text: str, at: int) -> str:
     """The white space with which the line of this place begins."""
-    start = text.rfind("\n", 0, at) + 1
-    found = re.match(r"[ \t]*", text[start:at])
-    return found[0] if found else ""
+    line = text[text.rfind("\n", 0, at) + 1:at]
+    return line[:len(line) - len(line.lstrip(" \t"))]
 
 
 def indent_unit(text: str) -> str:
@@ -16245,9 +16241,11 @@ def check_clock(scene: Scene) -> List[Finding]:
     return [clock_finding(scene.date, scene.heard)]
 
 
-# === DOCTOR ACCOUNTS ========================================================
-# What the upstream says of each key and its account, and whether the models that
-# are wanted are among its own.
+# === DOCTOR =================================================================
+# `ccproxy.py doctor`: what the upstream says of keys, accounts and models; and
+# all checks in their order, a line or more each, exit status 0 when nothing is
+# wrong.  What needs something that failed is not tried, so that one cause gives
+# one cross.
 
 MAX_ASKED_KEYS = 32
 
@@ -16333,12 +16331,6 @@ def check_models(scene: Scene) -> List[Finding]:
         return [Finding(False, "%s; defaultModel %s is not one of them" % (words, default.id),
                         "Choose another" + (", such as %s" % ", ".join(near) if near else ""))]
     return [Finding(True, "%s; defaultModel is %s" % (words, default.id))]
-
-
-# === DOCTOR =================================================================
-# `ccproxy.py doctor`: the checks in their order, a line or more each, exit
-# status 0 when nothing is wrong.  What needs something that failed is not tried,
-# so that one cause gives one cross.
 
 
 class Check(NamedTuple):
@@ -17454,13 +17446,6 @@ def decode_settings(data: Optional[bytes], path: str) -> Tuple[str, str]:
     return ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
 
 
-def write_settings(path: str, old: Optional[bytes], new: bytes) -> None:
-    """Keep the file as it was, unless that was done, and write it anew."""
-    if not os.path.exists(path + BACKUP_ENDING):
-        write_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
-    write_file(path, new, path)
-
-
 def show_next_steps(name: str, path: str, target: Target) -> None:
     """What is left to do, and what would undo it."""
     show_feature(True, "%s: %s is led to %s, model %s" % (path, name, target.base,
@@ -17518,7 +17503,9 @@ def set_up_client(invocation: Invocation) -> int:
         say("%s:\n%s" % (path, "".join("  %s\n" % line for line in change_lines(entries))))
         return 0
     if new != old:
-        write_settings(path, old, new)
+        if not os.path.exists(path + BACKUP_ENDING):
+            write_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
+        write_file(path, new, path)
     show_next_steps(name, path, target)
     return 0
 

@@ -1,4 +1,4 @@
-"""DOCTOR UPSTREAM and DOCTOR ACCOUNTS: the way to the upstream, keys, figures and models."""
+"""DOCTOR UPSTREAM and DOCTOR: the way to the upstream, keys, figures and models."""
 from __future__ import annotations
 
 import os
