@@ -178,7 +178,8 @@ class Page:
         return self.run("document.documentElement.outerHTML")
 
     def click(self, selector: str) -> None:
-        """A real press of the mouse in the middle of an element."""
+        """A real press of the mouse in the middle of an element, as soon as it is there."""
+        self.wait("document.querySelector(%s)" % json.dumps(selector))
         place = self.run("""(() => { const node = document.querySelector(%s);
             if (!node) return null;
             node.scrollIntoView({block: "center", behavior: "instant"});
@@ -191,6 +192,7 @@ class Page:
 
     def type(self, selector: str, text: str) -> None:
         """Put text into a field as a person does."""
+        self.wait("document.querySelector(%s)" % json.dumps(selector))
         self.run("(() => { const node = document.querySelector(%s); node.focus(); node.select(); "
                  "})()" % json.dumps(selector))
         self.send("Input.insertText", text=text)
