@@ -12408,16 +12408,15 @@ async def send_posts(app: App, posts: Deque[Json]) -> None:
     """Post all that waits, in order.  What a webhook does not take after some attempts is lost,
     and so is what waits behind it: they would only fail one after the other."""
     while posts:
+        body = to_json(posts.popleft())
         try:
-            fault = await try_post(app, to_json(posts[0]))
+            fault = await try_post(app, body)
         except ProxyError:      # the proxy stops, and waits for nobody
             return
         if fault:
             app.log.warning("alerts not delivered to %s: %s; lost: %d", urlsplit(
-                app.config.alert_webhook_url).hostname, fault, len(posts))
+                app.config.alert_webhook_url).hostname, fault, len(posts) + 1)
             posts.clear()
-        else:
-            posts.popleft()
 
 
 async def try_post(app: App, body: bytes) -> str:

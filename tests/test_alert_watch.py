@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import threading
+from collections import deque
 
 import pytest
 from fake_upstream import FakeProxy, FakeUpstream, raw, reset, stall, status
@@ -301,3 +302,18 @@ def test_a_trust_that_cannot_be_read_is_one_line(place, monkeypatch, tmp_path):
     place.start(alertWebhookUrl="https://127.0.0.1:1/5lackSecret", **LIMITS)
     wait_until(lambda: place.logged("not delivered"))
     assert len(place.logged("not delivered")) == 1
+
+
+def test_news_that_push_others_out_while_one_is_posted(monkeypatch):
+    """What is posted goes from the queue first, or the next one would in its place."""
+    posts, sent = deque([{"n": 1}, {"n": 2}], maxlen=2), []
+
+    async def post(app, body):
+        sent.append(json.loads(body)["n"])
+        if len(sent) == 1:
+            posts.append({"n": 3})
+        return ""
+
+    monkeypatch.setattr(ccproxy, "try_post", post)
+    asyncio.run(ccproxy.send_posts(None, posts))
+    assert sent == [1, 2, 3]
