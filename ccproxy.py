@@ -16618,10 +16618,12 @@ def open_answer(origin: Origin, path: str, secret: str, shown: str = "") -> Any:
     with answer:
         if answer.status == 401 and secret and not shown:
             return open_answer(origin, path, secret, secret)
+        said = "that is no ccproxy, or too old a one"
         try:
-            said = json.loads(answer.read(MIB))["error"]["message"]
+            if answer.status != 404:
+                said = json.loads(answer.read(MIB))["error"]["message"]
         except (ValueError, TypeError, KeyError, RecursionError):
-            said = "that is no ccproxy, or too old a one"
+            pass
     raise ProxyError("permission", "status %d: %s" % (answer.status, said))
 
 

@@ -208,6 +208,12 @@ def test_another_server_than_ccproxy(upstream):
     assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
 
 
+def test_a_proxy_that_is_too_old(proxy):
+    """One that has no such path says so in its own way, which helps nobody."""
+    run = top("--url", proxy.base + "/elsewhere")
+    assert run.returncode == 1 and "status 404: that is no ccproxy, or too old a one" in run.stderr
+
+
 ADMIN = "an-admin-key-of-some-length"
 
 
