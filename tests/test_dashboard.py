@@ -605,7 +605,7 @@ def test_a_restart_is_survived(start_program, tmp_path, open_page):
 
 def test_a_hidden_tab_lets_go(proxy, open_page, browser):
     page = browser.open()
-    page.send("Page.addScriptToEvaluateOnNewDocument", source="""
+    script = page.send("Page.addScriptToEvaluateOnNewDocument", source="""
         const later = window.setTimeout;
         window.setTimeout = (work, wait) => later(work, wait === 60000 ? 20 : wait);
         window.hide = (value) => { Object.defineProperty(document, 'hidden', {configurable: true,
@@ -620,4 +620,5 @@ def test_a_hidden_tab_lets_go(proxy, open_page, browser):
     page.wait(READY)
     wait_until(lambda: len(proxy.app.followers) == 1)
     assert page.said == []
+    page.send("Page.removeScriptToEvaluateOnNewDocument", **script)
     page.close()
