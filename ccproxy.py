@@ -13619,11 +13619,12 @@ def check_program() -> None:
     import subprocess
     refused = "The program would not start again, so nothing was done: "
     try:
-        with open(os.path.abspath(__file__), "rb") as file:
-            compile(file.read(), "ccproxy.py", "exec", dont_inherit=True)
         done = subprocess.run([sys.executable, *own_arguments(), "--check"], timeout=CHECK_SECONDS,
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE)
+        if done.returncode:     # where it does not compile, this tells the line
+            with open(os.path.abspath(__file__), "rb") as file:
+                compile(file.read(), "ccproxy.py", "exec", dont_inherit=True)
     except (OSError, SyntaxError, ValueError, subprocess.TimeoutExpired) as error:
         raise ProxyError("invalid", refused + printable(str(error), 300), status=409) from None
     if done.returncode:

@@ -39,9 +39,22 @@ def config(tmp_path):
 
 
 def with_version(text, version):
-    """The program's text as another version of it."""
+    """The program's text as another version of it, and of another size: by that and by the second
+    Python knows what it has compiled."""
     line = next(line for line in text.splitlines() if line.startswith("__version__"))
-    return text.replace(line, line.replace(ccproxy.__version__, version))
+    return text.replace(line, line.replace(ccproxy.__version__, version) + "  # another")
+
+
+@pytest.fixture
+def start_copy(start_program, tmp_path):
+    """(a program, the file of its own that it was started from)."""
+    def start(*arguments):
+        path = tmp_path / "copy" / "ccproxy.py"
+        path.parent.mkdir()
+        shutil.copy(PROGRAM, path)
+        return start_program(*arguments, program=str(path.parent), environment={
+            "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}), path
+    return start
 
 
 def restart(program):
@@ -158,11 +171,9 @@ def test_a_stream_that_runs_is_finished(start_program, config, upstream, workers
 
 
 @COUNTS
-def test_new_code_and_a_new_configuration_are_in_effect(start_program, config, tmp_path, workers):
+def test_new_code_and_a_new_configuration_are_in_effect(start_copy, config, workers):
     """Also what waits for a start, such as the number of workers."""
-    program_file = tmp_path / "ccproxy.py"
-    shutil.copy(PROGRAM, program_file)
-    program = start_program("--config", config(workers=workers), program=str(program_file))
+    program, program_file = start_copy("--config", config(workers=workers))
     seen = screens(program)
     pid = program.process.pid
     assert program.request("GET", "/health").json["version"] == ccproxy.__version__
@@ -183,14 +194,13 @@ def test_new_code_and_a_new_configuration_are_in_effect(start_program, config, t
     assert [program.post(CHAT).status for _ in range(6)] == [200] * 6
 
 
-def test_what_would_not_start_is_not_tried(start_program, config, tmp_path):
-    program_file = tmp_path / "ccproxy.py"
-    shutil.copy(PROGRAM, program_file)
-    program = start_program("--config", config(), program=str(program_file))
+def test_what_would_not_start_is_not_tried(start_copy, config):
+    program, program_file = start_copy("--config", config())
     good = program_file.read_text()
     program_file.write_text(good.replace("def main(", "def main(("))
     answer = restart(program)
     assert answer.status == 409 and "would not start again" in answer.json["error"]["message"]
+    assert "(ccproxy.py, line " in answer.json["error"]["message"]
     program_file.write_text(good.replace("def main(", "raise SystemExit('no luck')\ndef main("))
     answer = restart(program)
     assert answer.status == 409 and "no luck" in answer.json["error"]["message"]
@@ -367,14 +377,13 @@ def test_a_proxy_that_another_program_runs_cannot(make_proxy):
 # --watch.
 
 
-def test_watch(start_program, config, tmp_path):
+def test_watch(start_copy, config, tmp_path):
     """The program, its config and the operator's keys: each change starts it again, once."""
-    program_file, keys = tmp_path / "ccproxy.py", tmp_path / "keys.json"
-    shutil.copy(PROGRAM, program_file)
+    keys = tmp_path / "keys.json"
     keys.write_text('["user_one1111"]')
     os.chmod(str(keys), 0o600)
     entries = {"clientKey": "word", "credentialsFile": str(keys)}
-    program = start_program("--watch", "--config", config(**entries), program=str(program_file))
+    program, program_file = start_copy("--watch", "--config", config(**entries))
     seen = screens(program)
     config(defaultModel="glm", **entries)
     started(seen, 1)
@@ -395,7 +404,7 @@ def test_watch(start_program, config, tmp_path):
 def test_what_is_written_over_http_is_no_change_to_watch(start_program, config):
     program = start_program("--watch", "--config", config())
     assert program.request("PUT", "/admin/config", {"logLevel": "debug"}, BEARER, None).status == 200
-    time.sleep(1.5)         # twice as long as it would need
+    time.sleep(0.4)         # twice as long as it would need
     assert "has changed" not in program.log
 
 
