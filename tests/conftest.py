@@ -11,6 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from fake_upstream import FakeUpstream  # noqa: E402
 from harness import PROXY_NAMES, Program, Proxy  # noqa: E402
+from side_by_side import pytest_runtestloop  # noqa: E402,F401
 
 
 def pytest_collection_finish():
