@@ -158,28 +158,26 @@ def choose_rows(function, api):
     return function
 
 
-def own_fixture(fixture):
-    """A fixture of the module as one of a class."""
-    made = inspect.unwrap(fixture)
-
-    def run(self):
+def own_fixture(name):
+    """The fixture of this name as one of the class that asks for it."""
+    def run(request):
+        made = inspect.unwrap(vars(FAULTS[request.cls.api])[name])
         if inspect.isgeneratorfunction(made):
             yield from made()
         else:
             yield made()
-    return pytest.fixture(scope="module")(run)
+    return pytest.fixture(scope="class", name=name)(run)
 
 
 def fault_class(api):
     """A class of all fault tests over this API."""
-    module = FAULTS[api]
-    tests = {name: staticmethod(choose_rows(value, api)) for name, value in vars(module).items()
-             if name.startswith("test_")}
+    tests = {name: staticmethod(choose_rows(value, api)) for name, value in
+             vars(FAULTS[api]).items() if name.startswith("test_")}
     assert len(tests) > 25
-    return type("TestFaults", (), {**tests, **{name: own_fixture(vars(module)[name])
-                                               for name in FIXTURES}})
+    return type("TestFaults", (), {"api": api, **tests})
 
 
+globals().update({"own_" + name: own_fixture(name) for name in FIXTURES})
 if "openai" in FORMATS:
     TestFaultsInOpenAI = fault_class("openai")
 if "anthropic" in FORMATS:
@@ -193,14 +191,20 @@ each_format = pytest.mark.parametrize("api", FORMATS)
 only_by_name = pytest.mark.skipif(bool(UPSTREAM_API), reason="one format serves all models now")
 
 
-@pytest.fixture(scope="module")
-def bed():
-    fake = FakeUpstream()
-    proxy = Proxy(QUICK, apiBase=fake.base, upstream="provider", useProviderModels=False)
-    yield proxy, fake
-    proxy.close()
-    fake.close()
-    assert "Traceback" not in proxy.log.getvalue(), proxy.log.getvalue()
+def bed_of(upstream):
+    """A fixture: a proxy with this option, and its upstream."""
+    @pytest.fixture(scope="module")
+    def run():
+        fake = FakeUpstream()
+        proxy = Proxy(QUICK, apiBase=fake.base, upstream=upstream, useProviderModels=False)
+        yield proxy, fake
+        proxy.close()
+        fake.close()
+        assert "Traceback" not in proxy.log.getvalue(), proxy.log.getvalue()
+    return run
+
+
+bed = bed_of("provider")
 
 
 def answer_of(bed, api, way, *scripts, always=None, tries=1, **members):
@@ -457,17 +461,7 @@ def choose(proxy, way, word, key=None, **members):
     return ask(Choosing, way, key or next(KEYS), **members)
 
 
-@pytest.fixture(scope="module")
-def plain_bed():
-    """A proxy whose option says alpha."""
-    fake = FakeUpstream()
-    proxy = Proxy(QUICK, apiBase=fake.base, upstream="alpha", useProviderModels=False)
-    yield proxy, fake
-    proxy.close()
-    fake.close()
-    assert "Traceback" not in proxy.log.getvalue(), proxy.log.getvalue()
-
-
+plain_bed = bed_of("alpha")
 ALPHA = "/alpha/generate"
 CHOICES = [     # the header, and what it makes of a proxy set to alpha and of one set to provider
     ("provider", "provider", "provider"), ("alpha", "alpha", "alpha"),
