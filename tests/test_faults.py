@@ -831,7 +831,7 @@ def test_silence(silences, way, name, text):
     assert "0.5 seconds (upstreamIdleSeconds)" in message
 
 
-def later(script, seconds=0.35):
+def later(script, seconds=0.7):
     def run(sock, request):
         time.sleep(seconds)
         script(sock, request)
@@ -848,7 +848,7 @@ def silences():
     """Both tables at the same time: most of it is waiting."""
     found = {}
     tables = [({row[0]: row[1] for row in STALLS}, 0.5, QUICK),
-              (WAITING, 0.6, QUICK._replace(silence=0.1))]
+              (WAITING, 1.2, QUICK._replace(silence=0.1))]
     threads = [threading.Thread(target=lambda scripts, idle, limits: found.update(run_all(
         scripts, upstreamIdleSeconds=idle, limits=limits)), args=row) for row in tables]
     for thread in threads:
