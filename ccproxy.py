@@ -17167,6 +17167,7 @@ async def selftest(app: App) -> bool:
 KEY_SOURCES = (KEY_VARIABLE, "COMMANDCODE_API_KEY")
 OWN_PROXY = {"host": "127.0.0.1", "port": "0", "workers": "1", "drainSeconds": "1",
              "drainDelaySeconds": "0"}
+START_SECONDS = 60.0            # a quarter of one is common
 
 
 def ask_key() -> str:
@@ -17232,12 +17233,17 @@ def start_proxy(invocation: Invocation, log: Any) -> Tuple[Any, str]:
     show_progress("starting a proxy \u2026")
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=log, **apart)
-    found = re.search(rb" on (http://\S+)", process.stdout.readline())     # type: ignore
+    told = ""
+    try:
+        line = with_deadline(START_SECONDS, process.stdout.readline)        # type: ignore
+    except TimeoutError as error:
+        line, told = b"", str(error)
+    found = re.search(rb" on (http://\S+)", line)
     show_progress("")
     if found is None:
         process.kill()
         process.wait()
-        told = " ".join(log_faults(log, "")[-3:])
+        told = " ".join(log_faults(log, "")[-3:]) or told
         complain("the proxy did not start: " + re.sub("^ccproxy: ", "", told), 1)
         return process, ""
     return process, found[1].decode()

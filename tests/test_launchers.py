@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, folder):
         self.folder, self.report_path = folder, str(folder / "report.json")
-        self.python = str(folder / "python")
+        self.python, self.before = str(folder / "python"), ""
         self.temporary = folder / "tmp"
         self.home = folder / "home"
         for made in (self.temporary, self.home, folder / "bin"):
@@ -84,7 +84,8 @@ class Bench:
         return {name: value for name, value in kept.items() if value is not None}
 
     def command(self, *arguments):
-        return [*command_of(PROGRAM, "sys.executable = %r" % self.python), *arguments]
+        return [*command_of(PROGRAM, "sys.executable = %r%s" % (self.python, self.before)),
+                *arguments]
 
     def run(self, *arguments, **more):
         return subprocess.run(self.command(*arguments), env=self.environment(**more), timeout=60,
@@ -252,6 +253,16 @@ def test_a_proxy_that_cannot_start_says_why(bench):
     done = bench.run("run", "claude", "--demo", "--log-file", str(bench.folder / "no" / "log"))
     assert done.returncode == 1 and "the proxy did not start: logFile" in done.stderr, done.stderr
     assert not os.path.exists(bench.report_path) and os.listdir(bench.temporary) == []
+
+
+def test_a_proxy_that_never_listens_is_not_waited_for(bench):
+    with open(bench.python, "w") as file:
+        file.write("#!/bin/sh\necho $$ >%s\nexec sleep 60\n" % shlex.quote(bench.report_path))
+    bench.before = "\nccproxy.START_SECONDS = 0.5"
+    done = bench.run("run", "llm", "--demo")
+    assert (done.returncode, done.stderr) == (
+        1, "ccproxy: the proxy did not start: no answer within 0.5 seconds\n")
+    assert is_gone(bench.report) and os.listdir(bench.temporary) == []
 
 
 def test_a_proxy_that_dies_is_told_of(bench):
