@@ -2166,6 +2166,9 @@ def credential_rows(text: str, source: str) -> List[Any]:
     value = decode_credentials(text, source)
     if isinstance(value, dict):
         alone = [value["apiKey"]] if value.get("apiKey") else []
+        known = {"credentials", "apiKeys", "apiKey"} & set(value)
+        if not known and re.search("user_[A-Za-z0-9]{16}", text):       # no user_name
+            raise credential_fault(source, "holds a key, but not", 'in a list under "credentials"')
         value = value.get("credentials", value.get("apiKeys", alone))
     if not isinstance(value, list):
         raise credential_fault(source, "must hold", "a list of credentials")

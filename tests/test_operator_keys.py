@@ -133,7 +133,8 @@ BAD = {
     "models": '[{"apiKey": "%s", "allowedModels": "x"}]' % A,
     "id": '[{"apiKey": "user_x", "id": "%s"}]' % A, "two ids": '[{"apiKey": "%s", "id": "x"},'
     '{"apiKey": "%s", "id": "x"}]' % (A, B), "an object": '{"credentials": {"a": "%s"}}' % A,
-    "words around": "my key is %s" % A, "deep": "[" * 20000, "too many": ",".join(
+    "an unknown name": '{"keys": ["%s"]}' % A, "words around": "my key is %s" % A,
+    "deep": "[" * 20000, "too many": ",".join(
         "user_%d%s" % (number, SECRET) for number in range(257)),
     "a key as a name": "%s=%s" % (A, B)}
 
