@@ -7,6 +7,7 @@ import ssl
 import time
 from email.utils import formatdate
 
+import pytest
 from fake_upstream import MODELS, FakeUpstream
 from harness import ccproxy
 
@@ -15,6 +16,19 @@ CREDITS = {"credits": {"monthlyCredits": 8.54, "purchasedCredits": 0, "freeCredi
            "windowLimits": {"limited": True, "fiveHour": {"used": 0.02, "cap": 3, "resetAt": 0},
                             "weekly": {"used": 1.45, "cap": 6, "resetAt": 0}}}
 PLAN = {"data": {"planId": "individual-go", "status": "active"}}
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A machine with nothing on it: no clients, keys, proxies or authorities; its home and its
+    programs are a folder `home`."""
+    for name in list(os.environ):
+        if name.startswith(("CC_", "COMMANDCODE_", "ANTHROPIC_", "OPENAI_", "AIDER_", "CODEX_",
+                            "CLAUDE_", "BRIDGE_", "SSL_CERT")):
+            monkeypatch.delenv(name)
+    for name in ("HOME", "USERPROFILE", "PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
 
 
 def settings_of(tmp_path, **entries):

@@ -28,7 +28,7 @@ from fake_provider import say_in  # noqa: E402
 from fake_upstream import recorded, text_answer  # noqa: E402
 from harness import ccproxy  # noqa: E402
 from pure import (ALL_FACES, CONFIG, MODELS, NAMES, PNG, check_frames, check_params,  # noqa: E402
-                  cut_bytes, random_cuts, refusal)
+                  cut_bytes, random_cuts)
 from pure_formats import UPSTREAMS, make_answer, new_answer  # noqa: E402
 
 SLOW = 50               # times the median per byte: worth a look

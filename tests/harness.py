@@ -370,6 +370,23 @@ def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
+def run_on_terminal(*arguments: str, **environment: str) -> Tuple[int, str]:
+    """(exit status, all that it wrote on its terminal); ends lines with a carriage return too."""
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        [*command_of(PROGRAM), *arguments], stdin=subprocess.DEVNULL, stdout=follower,
+        stderr=follower, env=clean_environment(TERM="xterm", **environment))
+    os.close(follower)
+    data = b""
+    try:
+        while True:
+            data += os.read(leader, 65536)
+    except OSError:         # Linux says the end of a terminal so
+        pass
+    os.close(leader)
+    return process.wait(20), data.decode().replace("\r\n", "\n")
+
+
 def call_program(*arguments: str, environment: Optional[Dict[str, str]] = None,
                  ) -> "subprocess.CompletedProcess[str]":
     """As run_program, but main() in this process: where nothing depends on one of its own."""

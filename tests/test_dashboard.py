@@ -8,8 +8,8 @@ import time
 
 import pytest
 from chromium import Chromium, find_chromium
-from fake_upstream import CHUNKED_HEAD, chunked, ndjson, status, stream, text_answer
-from harness import CHAT, KEY, MESSAGES, Proxy, ccproxy, read_until, wait_until
+from fake_upstream import CHUNKED_HEAD, chunked, status, stream, text_answer
+from harness import CHAT, KEY, MESSAGES, ccproxy, read_until, wait_until
 
 PROGRAM = find_chromium()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome is installed")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,8 @@ import sys
 import pytest
 from doctoring import Clinic
 from fake_upstream import stall, status
-from harness import (PROGRAM, call_program, ccproxy, clean_environment, command_of, run_program,
-                     wait_until)
+from harness import (PROGRAM, call_program, ccproxy, clean_environment, command_of, run_on_terminal,
+                     run_program, wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 
@@ -84,23 +83,10 @@ def test_a_terminal_that_knows_no_ticks(clinic, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminals on Windows")
 def test_progress_on_a_terminal(clinic):
-    leader, follower = os.openpty()
-    process = subprocess.Popen(
-        [*command_of(PROGRAM), "doctor", "--port", "0", "--api-base", clinic.base],
-        stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
-        env=clean_environment(TERM="xterm", COLUMNS="70", PATH="/nonexistent", NO_COLOR=""))
-    os.close(follower)
-    data = b""
-    try:
-        while True:
-            data += os.read(leader, 65536)
-    except OSError:         # Linux says the end of a terminal so
-        pass
-    os.close(leader)
-    process.wait(20)
-    text = data.decode()
+    _, text = run_on_terminal("doctor", "--port", "0", "--api-base", clinic.base,
+                              COLUMNS="70", PATH="/nonexistent", NO_COLOR="")
     assert "checking: upstream\u2026" in text and "\x1b[32m\u2713\x1b[0m upstream" in text
-    shown = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+    shown = [line.rpartition("\r")[2] for line in text.split("\n")]
     assert not any("checking" in line for line in shown)
 
 

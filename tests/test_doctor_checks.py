@@ -9,23 +9,12 @@ import sys
 import threading
 
 import pytest
-from doctoring import scene_of, settings_of
+from doctoring import bare, scene_of, settings_of  # noqa: F401
 from fake_upstream import FakeUpstream
 from harness import ccproxy
 
+pytestmark = pytest.mark.usefixtures("bare")
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and scripts as POSIX has them")
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch, tmp_path):
-    """A machine with nothing on it."""
-    for name in list(os.environ):
-        if name.startswith(("CC_", "COMMANDCODE_", "ANTHROPIC_", "OPENAI_", "AIDER_", "CODEX_",
-                            "CLAUDE_", "BRIDGE_")):
-            monkeypatch.delenv(name)
-    for name in ("HOME", "USERPROFILE", "PATH"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
 
 
 @pytest.fixture

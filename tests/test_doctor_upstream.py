@@ -6,23 +6,13 @@ import ssl
 import time
 
 import pytest
-from doctoring import CERTS, Clinic, examine, scene_of, settings_of, tls_of
+from doctoring import CERTS, Clinic, bare, examine, scene_of, settings_of, tls_of  # noqa: F401
 from fake_upstream import FakeProxy, raw, reset, stall
 from harness import ccproxy, full_listener
 
+pytestmark = pytest.mark.usefixtures("bare")
 SECRET = "5ecr3tPartOfAKey0123456789"
 AUTHORITY, INSPECTOR = (os.path.join(CERTS, name) for name in ("ca.pem", "inspector.pem"))
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch, tmp_path):
-    """A machine without clients, keys, proxies and authorities of its own."""
-    for name in list(os.environ):
-        if name.startswith(("CC_", "COMMANDCODE_", "ANTHROPIC_", "OPENAI_", "AIDER_", "CODEX_",
-                            "CLAUDE_", "SSL_CERT")):
-            monkeypatch.delenv(name)
-    for name in ("HOME", "USERPROFILE", "PATH"):
-        monkeypatch.setenv(name, str(tmp_path))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import random
 import fuzz
 import pytest
 from harness import ccproxy
+from pure import refusal
 
 CASES = 60              # of each target and seed; `python3 tests/fuzz.py --minutes N` goes on
 TARGETS = {target.name: target for target in fuzz.all_targets()}
@@ -40,7 +41,7 @@ def test_the_seeds_themselves_are_good():
         assert fuzz.unchunk(data, None) == fuzz.unchunk(data, "bytewise")
     for face, bodies in fuzz.REQUESTS.items():
         for body in bodies:
-            assert fuzz.refusal(face, body) is None, body
+            assert refusal(face, body) is None, body
 
 
 @pytest.mark.parametrize("fault", [ValueError, RecursionError, AssertionError])

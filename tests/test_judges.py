@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 from fake_upstream import (CHUNKED_HEAD, MODELS, FakeUpstream, Request, chunked, ndjson, pieces_of,
-                           raw, recorded, reset, stall, status, stream, text_answer)
+                           raw, reset, stall, status, stream, text_answer)
 from harness import (CHAT, FAST, KEY, MESSAGES, Proxy, parse_answers, read_all, wait_until)
 
 try:

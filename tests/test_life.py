@@ -16,8 +16,7 @@ import time
 import ccproxy
 import pytest
 import soak
-from fake_upstream import (CHUNKED_HEAD, api_of, chunked, ndjson, say_in, stall, status, stream,
-                           text_answer)
+from fake_upstream import CHUNKED_HEAD, api_of, chunked, ndjson, say_in, stall, status, text_answer
 from harness import (CHAT, FAST, MESSAGES, UPSTREAM_API, FakeClock, full_listener, parse_answers,
                      post_bytes, read_all, read_until, wait_until)
 

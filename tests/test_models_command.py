@@ -2,14 +2,12 @@
 from __future__ import annotations
 
 import json
-import os
 import select
-import subprocess
 import sys
 
 import pytest
 from fake_upstream import raw, stall, status
-from harness import PROGRAM, call_program, ccproxy, clean_environment, command_of, run_program
+from harness import call_program, ccproxy, run_on_terminal, run_program
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 
@@ -111,22 +109,9 @@ def test_short_efforts(efforts, text):
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_on_a_terminal(upstream, columns):
     """The table fits, and nothing is left of the progress line."""
-    leader, follower = os.openpty()
-    process = subprocess.Popen(
-        [*command_of(PROGRAM), "models", "--api-base", upstream.base], stdin=subprocess.DEVNULL,
-        stdout=follower, stderr=follower, env=clean_environment(
-            COLUMNS=str(columns), TERM="xterm", NO_COLOR="1"))
-    os.close(follower)
-    data = b""
-    try:
-        while True:
-            data += os.read(leader, 65536)
-    except OSError:         # Linux says the end of a terminal so
-        pass
-    os.close(leader)
-    assert process.wait(20) == 0
-    text = data.decode().replace("\r\n", "\n")
-    assert "asking the upstream\u2026" in text
+    status, text = run_on_terminal("models", "--api-base", upstream.base, COLUMNS=str(columns),
+                                   NO_COLOR="1")
+    assert status == 0 and "asking the upstream\u2026" in text
     progress, _, table = text.rpartition("\r")
     assert "models, live" not in progress and "asking" not in table
     lines = table.splitlines()

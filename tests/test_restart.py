@@ -13,7 +13,6 @@ import threading
 import time
 
 import pytest
-from fake_upstream import text_answer
 from harness import (CHAT, KEY, PROGRAM, Program, ccproxy, clean_environment, parse_answers, post_bytes,
                      read_all, read_until, wait_until)
 
@@ -36,6 +35,19 @@ def config(tmp_path):
     write()
     write.path = path
     return write
+
+
+@pytest.fixture
+def go(upstream):
+    """The upstream gives its `answer` from when this is set."""
+    go = threading.Event()
+    go.answer = upstream.default
+
+    def late(sock, request):
+        go.wait(20)
+        go.answer(sock, request)
+    upstream.default = late
+    return go
 
 
 def with_version(text, version):
@@ -147,13 +159,7 @@ def test_no_connection_is_refused_or_reset(start_program, config, workers):
 
 
 @COUNTS
-def test_a_stream_that_runs_is_finished(start_program, config, upstream, workers):
-    go = threading.Event()
-
-    def late(sock, request):
-        go.wait(20)
-        answer(sock, request)
-    answer, upstream.default = upstream.default, late
+def test_a_stream_that_runs_is_finished(start_program, config, upstream, go, workers):
     program = start_program("--config", config(), "--workers", str(workers))
     seen = screens(program)
     with program.send_post(CHAT, stream=True) as sock:
@@ -162,7 +168,7 @@ def test_a_stream_that_runs_is_finished(start_program, config, upstream, workers
         wait_until(lambda: "stopping: 1 requests" in program.log)
         with program.connect() as other:        # waits in the system, for the new program
             other.sendall(post_bytes("/v1/models", {}, {"connection": "close"}).replace(b"POST", b"GET"))
-            upstream.default = answer
+            upstream.default = go.answer
             go.set()
             data = read_until(sock, b"0\r\n\r\n")
             assert b"[DONE]" in data
@@ -276,13 +282,7 @@ def test_a_signal_starts_again_too(start_program, config, workers):
 
 
 @COUNTS
-def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upstream, workers):
-    go = threading.Event()
-
-    def late(sock, request):
-        go.wait(20)
-        answer(sock, request)
-    answer, upstream.default = upstream.default, late
+def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upstream, go, workers):
     program = start_program("--config", config(), "--workers", str(workers))
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)

@@ -6,7 +6,6 @@ import io
 import logging
 import re
 import subprocess
-import sys
 
 import ccproxy
 import pytest
