@@ -17627,8 +17627,9 @@ def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[s
 def meant(word: str, known: Iterable[str]) -> str:
     """A question after what a mistyped word is nearest to; nothing where nothing is near."""
     import difflib
-    near = difflib.get_close_matches(word[:50], list(known), 1)
-    return " (did you mean %s?)" % near[0] if near else ""
+    bare = {one.lstrip("-"): one for one in known}      # dashes would make all flags look alike
+    near = difflib.get_close_matches(word.lstrip("-")[:50], list(bare), 1)
+    return " (did you mean %s?)" % bare[near[0]] if near else ""
 
 
 def refuse_arguments(message: str) -> None:
