@@ -7861,11 +7861,12 @@ SHELLS = {
     "sh": Shell("export %s=%s", "unset %s", '"${%s}"',
                 lambda text: "'%s'" % text.replace("'", "'\\''"), 'eval "$(%s)"'),
     "fish": Shell("set -gx %s %s", "set -e %s", '"$%s"',
-                  lambda text: "'%s'" % re.sub(r"([\\'])", r"\\\1", text), "%s | source"),
+                  lambda text: "'%s'" % re.sub(r"([\\'])", r"\\\1", text),
+                  "%s --shell fish | source"),
     # PowerShell takes curly quotes for straight ones.
     "powershell": Shell("$env:%s = %s", "Remove-Item Env:%s", "$env:%s",
                         lambda text: "'%s'" % re.sub("(['\u2018-\u201b])", r"\1\1", text),
-                        "%s | Out-String | Invoke-Expression")}
+                        "%s --shell powershell | Out-String | Invoke-Expression")}
 
 
 def shell_of(variables: Mapping[str, str], windows: bool) -> str:
