@@ -18,7 +18,8 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Un
 from fake_provider import api_of, params_of, say_in
 
 # Set to openai or anthropic, all that is made here is said in that API from the start, and
-# tests/harness.py asks for it: whole files of tests then run over the documented upstream.
+# tests/harness.py asks for it.  test_provider_upstream.py is meant to run so, and whatever else
+# does not look into what alpha is sent (test_life.py, test_restart.py, test_secrets.py, ...).
 DIALECT = os.environ.get("CCPROXY_TEST_UPSTREAM", "")
 STREAMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "streams")
 MODELS = {"object": "list", "data": [
