@@ -47,7 +47,8 @@ class Chromium:
         self.process = subprocess.Popen(
             [program, *FLAGS, "--user-data-dir=" + self.folder, "about:blank"],
             preexec_fn=place, close_fds=False, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": self.folder})
         os.close(source)
         os.close(target)
         self.number = 0
@@ -110,8 +111,13 @@ class Chromium:
         return page
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
+        """Let it end by itself: its processes would go on writing where it is killed."""
+        try:
+            self.send("Browser.close")
+            self.process.wait(10)
+        except (OSError, AssertionError, queue.Empty, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait(10)
         self.reader.join(10)
         os.close(self.command)
         os.close(self.answers)

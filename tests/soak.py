@@ -588,7 +588,7 @@ class Soak:
         self.plan, self.wrong, self.rounds = plan, [], []     # type: ignore[var-annotated]
         self.acts: Dict[str, int] = collections.Counter()
         self.full: Dict[str, Any] = {}
-        self.log_file = tempfile.NamedTemporaryFile()
+        self.log_file, self.logged = tempfile.NamedTemporaryFile(), ""
         self.errors = tempfile.TemporaryFile()
         self.upstream, self.upstream_port = self.start(["--upstream"], r"^([0-9]+)$")
         self.proxy, self.port = self.start(
@@ -610,8 +610,10 @@ class Soak:
     def log(self) -> str:
         """All that the proxy, or either process on standard error, ever said."""
         said = os.pread(self.errors.fileno(), 1 << 26, 0).decode()
-        with open(self.log_file.name, encoding="utf-8") as file:
-            return said + file.read()
+        if not self.log_file.closed:
+            with open(self.log_file.name, encoding="utf-8") as file:
+                self.logged = file.read()
+        return said + self.logged
 
     def said(self) -> str:
         """The log without what asyncio's debug mode tells, at level debug, of each reset."""
@@ -731,6 +733,8 @@ class Soak:
                 process.kill()
                 process.wait(10)
             process.stdout.close()
+        self.log()              # is kept
+        self.log_file.close()
 
     def faults(self) -> List[str]:
         """Everything that is not as it should be."""
