@@ -1,4 +1,4 @@
-"""Runs the test files side by side, in as many processes as there are processors.
+"""Runs the test files side by side, in as many processes as there are processors, four at most.
 
 Each process is a fork of the one that collected the tests.  It runs file after file and hands
 the reports back, and they are given to pytest a file at a time, as if there were one process.
@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Tuple
 import pytest
 
 FEWEST = 200            # tests: fewer are not worth a fork, and what failed is tried again alone
+MOST = 4                # processes: a container may see more processors than it may use
 
 File = List[pytest.Item]
 Told = List[Tuple[str, Any]]            # what a process reported of a file, in order
@@ -151,7 +152,7 @@ def pytest_runtestloop(session: pytest.Session) -> Any:
         processes.append(Process(session, files, processes))
         processes[-1].run(files, waiting.pop())
     try:
-        for _ in range(min(len(os.sched_getaffinity(0)), len(files))):
+        for _ in range(min(len(os.sched_getaffinity(0)), len(files), MOST)):
             start()
         while processes:
             ready = wait([process.connection for process in processes])
