@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import traceback
 import warnings
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -58,10 +59,12 @@ class Process:
             process.connection.close()
         try:
             run_files(session, files, theirs)
-        except (EOFError, OSError, KeyboardInterrupt):      # nobody waits for the rest
-            pass
-        finally:
+        except (EOFError, ConnectionError, KeyboardInterrupt):      # nobody waits for the rest
             os._exit(0)
+        except BaseException:           # which test it was, the other side says
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
     def run(self, files: List[File], index: int) -> None:
         self.file, self.told = files[index], []
@@ -118,12 +121,12 @@ def fail_the_rest(session: pytest.Session, process: Process, status: int) -> Non
     """The process died: the test that it was running failed, and those behind it did not run."""
     reports = [data for kind, data in process.told if kind == "report"]
     done = {data["nodeid"] for data in reports if data["when"] == "teardown"}
-    left = [item for item in process.file if item.nodeid not in done]
+    left = [item for item in process.file if item.nodeid not in done] or process.file[-1:]
     pass_on(session, [(kind, data) for kind, data in process.told
                       if kind == "warning" or data["nodeid"] in done])
     for item in left:
-        why = "not run: the process died before" if item is not left[0] else (
-            "the process that ran it died, wait status %d" % status)
+        why = "the process that ran it died, wait status %d" % status if item is left[0] else \
+            "not run: the process died before"
         session.config.hook.pytest_runtest_logreport(report=pytest.TestReport(
             item.nodeid, item.location, {}, "failed", why, "call"))
 

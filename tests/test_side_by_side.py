@@ -96,6 +96,19 @@ def test_a_process_that_dies_fails_its_test_and_those_behind(tmp_path):
     assert "FAILED test_2.py::test_behind" in output and "not run: the process died" in output
 
 
+@pytest.mark.parametrize("deed, told", [
+    ("pytest.exit('enough')", "enough"), ("raise MemoryError('outside of any test')", "outside")])
+def test_what_ends_a_process_is_told(tmp_path, deed, told):
+    """Also what no test itself raises."""
+    (tmp_path / "beside.py").write_text(
+        "import pytest\ndef pytest_runtest_protocol(item):\n"
+        "    if 'deadly' in item.nodeid: %s\n" % deed)
+    status, output = run(tmp_path, {"test_1.py": ORDINARY, "test_2.py": DEADLY,
+                                    "test_3.py": ORDINARY}, "-q", "-p", "beside")
+    assert status == 1 and "4 failed, 13 passed" in output and "wait status 256" in output
+    assert told in output and "Traceback" in output
+
+
 def test_ctrl_c_puts_everything_away(tmp_path):
     process = start(tmp_path, {"test_1.py": ORDINARY, "test_2.py": SLOW})
     try:
