@@ -616,12 +616,11 @@ def bracketed(host: str) -> str:
     return "[%s]" % host if ":" in host else host
 
 
-def local_address(config: Config) -> str:
-    """The address at which programs of this machine reach the proxy; its port is PORT where any
-    free one will do."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(
-        config.host, config.host)
-    return "http://%s:%s" % (bracketed(host), config.port or "PORT")
+def local_address(host: str, port: int) -> str:
+    """The address at which programs of this machine reach a proxy that listens there; its port is
+    PORT where any free one will do."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return "http://%s:%s" % (bracketed(host), port or "PORT")
 
 
 def read_span(given: str) -> Any:
@@ -8083,7 +8082,7 @@ def environment_findings(environment: Mapping[str, str], place: str, config: Con
         if value and not leads_here(value):
             findings.append(Finding(
                 False, "%s in %s is %s" % (name, place, shown_address(value)),
-                "Set it to %s%s, or remove it" % (local_address(config), path)))
+                "Set it to %s%s, or remove it" % (local_address(config.host, config.port), path)))
             continue
         wrong = [one for one in keys if value and environment.get(one)
                  and not KEY_PATTERN.search(environment[one])
@@ -8124,7 +8123,8 @@ def codex_finding(text: str, environment: Mapping[str, str], config: Config,
         return Finding(None, words + (", at " + shown_address(base) if base else ""))
     if not leads_here(base):
         return Finding(False, "%s, at %s" % (words, shown_address(base)),
-                       "Set its base_url to %s/v1 in config.toml" % local_address(config))
+                       "Set its base_url to %s/v1 in config.toml" % local_address(
+                           config.host, config.port))
     if variable and not environment.get(variable):
         return Finding(False, "%s, whose env_key %s is not set" % (words, printable(variable, 40)),
                        "Set it to your user_... key")
@@ -15607,7 +15607,7 @@ def local_base(config: Config) -> str:
     """The address at which clients of this machine reach the proxy.  Raises ProxyError."""
     if not config.port:
         raise ProxyError("config", "port 0 is a different one at every start: give --port")
-    return local_address(config)
+    return local_address(config.host, config.port)
 
 
 def read_health(base: str) -> Optional[Json]:
@@ -15987,7 +15987,7 @@ def check_port(scene: Scene) -> List[Finding]:
     host, port = config.host, config.port
     if not port:
         return [Finding(None, "0: any free one is taken at start")]
-    health = read_health(local_address(config))
+    health = read_health(local_address(config.host, config.port))
     if health:
         version = printable(str(health.get("version")), 20)
         same = "" if version == __version__ else " (this file is %s: restart it)" % __version__
@@ -17666,15 +17666,14 @@ def operator_lines(app: App, unused: str) -> List[str]:
 
 def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> str:
     """The start-up screen."""
-    shown = bracketed(host)
-    local = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+    local = local_address(host, port)
     key = "" if app.demo else " -H 'Authorization: Bearer user_...'"
     upstream = "inside this program (--demo)" if app.demo else upstream_address(app)
     lines = [
-        "ccproxy %s on http://%s:%d" % (__version__, shown, port),
+        "ccproxy %s on http://%s:%d" % (__version__, bracketed(host), port),
         "  upstream  " + upstream, "  config    " + source,
-        "  page      http://%s:%d/dashboard" % (local, port),
-        "  try       curl http://%s:%d/v1/chat/completions%s \\" % (local, port, key),
+        "  page      %s/dashboard" % local,
+        "  try       curl %s/v1/chat/completions%s \\" % (local, key),
         "              -H 'Content-Type: application/json' \\",
         "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",
         *operator_lines(app, unused)]

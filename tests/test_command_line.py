@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import urllib.request
 from unittest import mock
 
 import ccproxy
@@ -312,6 +313,15 @@ def test_a_mistyped_word_is_told_from_what_was_meant(arguments, words):
 # The start-up screen.
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+            return True
+    except OSError:
+        return False
+
+
 def test_the_screen(start_program, upstream, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"projectSlug": "x"}')
@@ -326,9 +336,13 @@ def test_the_screen(start_program, upstream, tmp_path):
     assert code == 0 and "warning" not in program.screen.lower()
 
 
-def test_the_curl_line_works(start_program):
+@pytest.mark.parametrize("host, local", [
+    ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_the_curl_line_works(start_program, host, local):
     """What the screen says to copy is a request that is answered."""
-    program = start_program()
+    if host == "::" and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    program = start_program("--host", host)
     lines = program.screen[program.screen.index("curl"):].split("\n")
     wanted = []
     for line in lines:
@@ -338,13 +352,14 @@ def test_the_curl_line_works(start_program):
     words = shlex.split(" ".join(wanted))
     assert words[0] == "curl"
     address = next(word for word in words if word.startswith("http"))
-    assert address == "http://127.0.0.1:%d%s" % (program.port, CHAT)
+    assert address == "http://%s:%d%s" % (local, program.port, CHAT)
     options = list(zip(words, words[1:]))
     fields = dict(value.replace("user_...", KEY).split(": ", 1)
                   for flag, value in options if flag == "-H")
     body = next(value for flag, value in options if flag == "-d")
-    answer = program.request("POST", CHAT, body.encode(), fields, key=None)
-    assert answer.json["choices"][0]["message"]["content"] == "Hello there"
+    request = urllib.request.Request(address, body.encode(), fields)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert json.load(answer)["choices"][0]["message"]["content"] == "Hello there"
 
 
 @pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("localhost", False)])
