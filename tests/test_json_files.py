@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from harness import ccproxy
@@ -41,12 +42,12 @@ def test_entries_are_edited_in_place(text, entries, expected):
 @pytest.mark.parametrize("text, told", [
     ("{", "not JSON"), ("[]", "one JSON object"), ('{"a": 1,}', "not JSON"),
     ('// comment\n{"a": 1}', "not JSON"), ('{"a": 1 /* c */}', "not JSON"), ("nul", "not JSON"),
-    ("[" * 100_000, "f: is not "),          # usable, or JSON where the stack is deep enough to see
+    ("[" * 100_000, "is not (usable|JSON)"),        # as far as this Python's stack lets it look
     ('{"a": "x"}', "a is not an object")])
 def test_what_does_not_parse_is_refused(text, told):
     with pytest.raises(ccproxy.ProxyError) as raised:
         edit(text, {("a", "b"): 1})
-    assert told in raised.value.message and raised.value.message.startswith("f: ")
+    assert re.search(told, raised.value.message) and raised.value.message.startswith("f: ")
 
 
 def random_value(chance, depth=3):
