@@ -499,8 +499,6 @@ OPTIONS = (
            ("REQUEST_BODY_LIMIT_BYTES",), (1024, 1024 * MIB)),
     Option("maxConnections", "int", 4096, "client connections at once; more get a 503", (),
            (1, 1_000_000)),
-    Option("workers", "int", 1, "processes that share the port (not on Windows); limits hold for "
-           "each of them", (), (1, 256), at_start=True),
     Option("upstreamConnectSeconds", "seconds", 10, "time to connect to the upstream", (),
            (0.01, 3600)),
     Option("upstreamIdleSeconds", "seconds", 300, "an upstream silent for this long is given up",
@@ -560,6 +558,10 @@ OPTIONS = (
            "contents (auto: in the state folder)", at_start=True),
     Option("usageDays", "int", 90, "how long it keeps them", (), (1, 36_500)),
 )
+
+# Options of earlier versions: `help` says what to do instead.  A source that still sets one gets
+# a warning, whatever the value is.
+REMOVED_OPTIONS = (Option("workers", "removed", None, "see README, several processes"),)
 
 
 # === CONFIG (pure) ==========================================================
@@ -782,14 +784,23 @@ def read_value(option: Option, given: Any, source: str) -> Any:
 
 def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
     """Refuse a config file's entries that name no option, or say nothing about one."""
-    unknown = sorted(set(entries) - {option.name for option in OPTIONS})
+    removed = {option.name for option in REMOVED_OPTIONS}
+    unknown = sorted(set(entries) - removed - {option.name for option in OPTIONS})
     if unknown:
         raise ProxyError("config", "%s: unknown option %s (--help lists them)"
                          % (file_name, ", ".join(unknown)), param=unknown[0])
-    empty = [name for name, value in entries.items() if value is None]
+    empty = [name for name, value in entries.items() if value is None and name not in removed]
     if empty:
         raise ProxyError("config", "%s: %s must not be null (leave it out)"
                          % (file_name, empty[0]), param=empty[0])
+
+
+def removed_warnings(flags: Mapping[str, str], environment: Mapping[str, str],
+                     entries: Mapping[str, Any]) -> Tuple[str, ...]:
+    """One warning for each removed option that any of the sources still sets."""
+    return tuple("%s was removed: %s" % (option.name, option.help) for option in REMOVED_OPTIONS
+                 if option.name in flags or option.name in entries
+                 or any(map(environment.get, environment_names(option))))
 
 
 def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
@@ -7584,13 +7595,18 @@ def holds_secret(text: bytes) -> bool:
 
 def read_changes(body: Json) -> Json:
     """What a request wants the config file's entries to be, each in its option's own type; null
-    is for taking one out.  Raises ProxyError `config`."""
+    is for taking one out, all that can be done with a removed option.  Raises ProxyError
+    `config`."""
     options = {option.name: option for option in OPTIONS}
     check_entries({name: "" for name in body}, "the request")
-    changes = {}
+    changes: Json = {}
     for name, given in body.items():
-        value = None if given is None else read_value(options[name], given, "the request")
-        changes[name] = int(value) if isinstance(value, float) and value == int(value) else value
+        if given is None:
+            changes[name] = None
+        elif name in options:
+            value = read_value(options[name], given, "the request")
+            whole = isinstance(value, float) and value == int(value)
+            changes[name] = int(value) if whole else value
     return changes
 
 
@@ -7622,7 +7638,7 @@ def change_report(names: Iterable[str], waiting: Iterable[str],
                   sources: Mapping[str, str]) -> Json:
     """What became of each of the options that were to change."""
     stronger = {name: sources[name] for name in names
-                if sources[name].startswith(("--", "environment "))}
+                if sources.get(name, "").startswith(("--", "environment "))}
     left = [name for name in names if name not in stronger]
     return {"applied": [name for name in left if name not in waiting],
             "restart_needed": [name for name in left if name in waiting], "overridden": stronger}
@@ -9321,7 +9337,6 @@ state: State | 상태 | 状态
 version: Version | 버전 | 版本
 upstream: Upstream | 업스트림 | 上游
 uptime: Uptime | 가동 시간 | 运行时间
-worker: Worker | 워커 | 工作进程
 open_streams: Open streams | 열린 스트림 | 打开的流
 connections: Connections | 연결 수 | 连接数
 last_hour: last 60 minutes | 최근 60분 | 最近 60 分钟
@@ -10136,14 +10151,13 @@ function median(values) {
 }
 function showFacts() {
   const state = shared.state, passed = (performance.now() - shared.at) / 1000;
-  const kind = state.upstream.kind, worker = state.workers > 1 && [say("worker"),
-    state.worker + " / " + state.workers];
+  const kind = state.upstream.kind;
   fill("facts", [[say("state"), make("span.chip", { class: "chip " + (state.status === "ok" ?
     "good" : "warn") }, say("link_" + state.status))], [say("version"), state.version],
   [say("upstream"), kind + " · " + state.upstream.address],
   [say("uptime"), span(Math.floor((state.uptime_seconds || 0) + passed))],
   [say("open_streams"), figure(state.open_streams)], [say("connections"), figure(state.clients)],
-  [say("operator_keys"), figure(state.operator_keys)], worker].filter(Boolean)
+  [say("operator_keys"), figure(state.operator_keys)]]
     .map(([name, value]) => make("div", null, make("dt", null, name), make("dd", null, value))));
 }
 function showTiles() {
@@ -10948,6 +10962,7 @@ class Settings:
     unused: str = ""                    # why the operator's keys lie unused
     given: Optional[str] = None         # --config
     fault: str = ""                     # what is wrong, where all is at its default therefore
+    warnings: Tuple[str, ...] = ()      # about removed options that are still set
 
     @property
     def path(self) -> str:
@@ -10969,7 +10984,8 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     check_admin_key(config)
     operator = read_operator(config)
     return Settings(config, sources, flags, file_name, entries, operator,
-                    check_operator(operator, config.host), given)
+                    check_operator(operator, config.host), given,
+                    warnings=removed_warnings(flags, os.environ, entries))
 
 
 def config_path(given: Optional[str]) -> str:
@@ -11080,10 +11096,7 @@ def open_log(config: Config) -> logging.Logger:
         except OSError as error:
             raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
                 from None
-    words = "%(asctime)s %(levelname)s %(message)s"
-    if config.workers > 1:
-        words = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
-    formatter = logging.Formatter(words, "%Y-%m-%dT%H:%M:%SZ")
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     handler.handleError = lost_line(config.log_file)
@@ -11104,9 +11117,6 @@ def check_surroundings(config: Config) -> None:
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.path.isfile(path):
         raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
-    if config.workers > 1 and not hasattr(os, "fork"):
-        raise ProxyError("config", "workers: this platform has no fork; only 1 can run.",
-                         param="workers")
     place = config.log_file and os.path.dirname(os.path.abspath(config.log_file))
     if place and (not os.path.isdir(place) or os.path.isdir(config.log_file) or not os.access(
             config.log_file if os.path.exists(config.log_file) else place, os.W_OK)):
@@ -13545,6 +13555,11 @@ def log_change(app: App, origin: str, changed: List[str]) -> None:
                  "; restart for " + ", ".join(waiting) if waiting else "")
 
 
+def log_warnings(app: App, warnings: Iterable[str]) -> None:
+    for text in warnings:
+        app.log.warning("%s", text)
+
+
 def check_fresh(app: App, settings: Settings) -> None:
     """What new settings need, now and at the next start.  Raises ProxyError `config`."""
     check_surroundings(settings.config)
@@ -13566,6 +13581,7 @@ def reload_settings(app: App) -> None:
         return
     changed = apply_settings(app, fresh)
     if not app.worker:
+        log_warnings(app, fresh.warnings)
         log_change(app, "read again", changed)
 
 
@@ -13772,10 +13788,14 @@ async def change_config(app: App, exchange: Exchange) -> None:
         fresh = await change_in_turn(app, lambda: write_config(app, settings, changes))
     except ProxyError as error:
         raise as_refusal(error) from None
+    asked = {name: given for name, given in body.items() if given is not None}
+    warnings = removed_warnings(settings.flags, os.environ, {**fresh.entries, **asked})
+    log_warnings(app, warnings)
     log_change(app, "written over HTTP", apply_settings(app, fresh))
     tell_workers(app)
-    waiting = waiting_options(fresh.config, app.config)
-    await respond_json(app, exchange, 200, change_report(changes, waiting, fresh.sources))
+    report = change_report(changes, waiting_options(fresh.config, app.config), fresh.sources)
+    await respond_json(app, exchange, 200,
+                       {**report, "warnings": list(warnings)} if warnings else report)
 
 
 async def serve_restart(app: App, exchange: Exchange) -> None:
@@ -14093,7 +14113,7 @@ def live_entry(app: App, exchange: Exchange, seconds: float) -> Json:
     """A running request as the page and `top` show it."""
     if not exchange.number:
         app.numbered += 1
-        exchange.number = app.numbered * app.config.workers + app.worker   # no other worker's
+        exchange.number = app.numbered
     record, relay = exchange.record, exchange.relay
     return {"id": exchange.number, "at": round(time.time() - seconds, 1), "api": record["api"],
             "client": client_family(exchange.head.fields.get("user-agent", "")),
@@ -14172,7 +14192,6 @@ def state_entry(app: App, every: Others) -> Json:
         "open_streams": sum((shown["open_streams"] for shown in others), len(app.relays)),
         "in_flight": sum((shown["in_flight"] for shown in others), app.in_flight),
         "clients": sum((shown["clients"] for shown in others), app.clients),
-        "worker": app.worker or 1, "workers": app.config.workers,
         "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
         "live": live[:MAX_LIVE], "alerts": app.alerts}
 
@@ -14706,7 +14725,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "status": "draining" if app.leaving else "ok", "version": __version__,
         "upstream": upstream_address(app),
         "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
-        "worker": app.worker or 1, "workers": app.config.workers,
+        "worker": 1, "workers": 1,      # there were several once: for what still reads these
         "operator_keys": len(app.operator.keys), "routing_policy": app.config.routing_policy,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
@@ -15955,7 +15974,7 @@ def check_configuration(scene: Scene) -> List[Finding]:
     if settings.fault:
         return [Finding(False, settings.fault, "Mend it; what follows does without")]
     findings = [Finding(True, setting_sources(settings))]
-    names = {name for option in OPTIONS for name in environment_names(option)}
+    names = {name for option in OPTIONS + REMOVED_OPTIONS for name in environment_names(option)}
     strange = sorted(name for name in set(os.environ) - names
                      if name.startswith("CC_") and nearest_ids(name, names))
     if strange:
@@ -16511,8 +16530,6 @@ def proxy_words(view: TopView) -> List[str]:
     words = ["ccproxy " + text_in(state, "version", 20), text_in(state, "status", 20),
              "up " + short_span(number_in(state, "uptime_seconds")), view.address,
              "upstream " + upstream]
-    if number_in(state, "workers") > 1:
-        words.append("%d workers" % number_in(state, "workers"))
     return [word for word in words if word]
 
 
@@ -17169,8 +17186,7 @@ async def selftest(app: App) -> bool:
 # where none runs.  That one ends with whoever started it, however that ends.
 
 KEY_SOURCES = (KEY_VARIABLE, "COMMANDCODE_API_KEY")
-OWN_PROXY = {"host": "127.0.0.1", "port": "0", "workers": "1", "drainSeconds": "1",
-             "drainDelaySeconds": "0"}
+OWN_PROXY = {"host": "127.0.0.1", "port": "0", "drainSeconds": "1", "drainDelaySeconds": "0"}
 START_SECONDS = 60.0            # a quarter of one is common
 
 
@@ -17222,9 +17238,11 @@ def own_proxy_command(invocation: Invocation) -> Tuple[List[str], Dict[str, str]
     command = [sys.executable, os.path.abspath(__file__), "--while-stdin"]
     command += ["--demo"] if invocation.given.demo else []
     command += ["--config", os.path.abspath(settings.given)] if settings.given else []
-    names = {option.name: environment_names(option)[0] for option in OPTIONS}
     flags = {**settings.flags, **OWN_PROXY}
-    return command, {**os.environ, **{names[name]: value for name, value in flags.items()}}
+    removed = {name for option in REMOVED_OPTIONS for name in environment_names(option)}
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
+    return command, {**kept, **{environment_names(option)[0]: flags[option.name]
+                                for option in OPTIONS if option.name in flags}}
 
 
 def start_proxy(invocation: Invocation, log: Any) -> Tuple[Any, str]:
@@ -17599,6 +17617,9 @@ def add_options(parser: Any, shown: bool) -> None:
                             metavar="|".join(option.choices) if option.kind == "choice"
                             else option.kind.upper(),
                             **({"nargs": "?", "const": "true"} if option.kind == "bool" else {}))
+    for option in REMOVED_OPTIONS:
+        parser.add_argument(flag_name(option), dest="option " + option.name, nargs="?", const="",
+                            help=argparse.SUPPRESS)
 
 
 def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[str]]:
@@ -17620,7 +17641,7 @@ def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[s
     add_options(parser, shown=not name)
     given = parser.parse_args(argv)
     every = vars(given)
-    flags = {option.name: every["option " + option.name] for option in OPTIONS
+    flags = {option.name: every["option " + option.name] for option in OPTIONS + REMOVED_OPTIONS
              if every["option " + option.name] is not None}
     return name, flags, given, rest
 
@@ -17728,6 +17749,7 @@ def serve(invocation: Invocation) -> int:
     settings, demo = invocation.settings, invocation.given.demo
     config, app = settings.config, make_app(settings)
     groups, app.restartable = take_over(config), True
+    log_warnings(app, settings.warnings)
     hear_of_children()
     if invocation.given.watch:
         if not can_restart(app):
@@ -17743,7 +17765,7 @@ def serve(invocation: Invocation) -> int:
         end_with_stdin()
     give_memory_back()
     try:
-        (run_workers if config.workers > 1 else run_alone)(app, demo, announce, groups)
+        run_alone(app, demo, announce, groups)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (
@@ -17809,6 +17831,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         lenient = bool(name) and COMMANDS[name].lenient
         settings = (read_what_holds if lenient else read_settings)(flags, given.config)
+        if name or given.check:         # else they are logged
+            for text in settings.warnings:
+                warn("ccproxy: warning: %s\n" % text)
         if not name and given.check:
             check_surroundings(settings.config)
             return 0 if say(describe_config(settings.config, settings.sources)) else 1

@@ -74,6 +74,26 @@ def test_a_change_is_written_and_counts_at_once(place):
     assert "configuration written over HTTP: changed " in proxy.log.getvalue()
 
 
+def test_a_removed_option_is_told_of_and_not_written(place):
+    proxy, path = place
+    words = "workers was removed: see README, several processes"
+    before = path.read_text()
+    for value in (4, "x", {}, False):
+        assert put(place, {"workers": value}).json == {
+            "applied": [], "restart_needed": [], "overridden": {}, "warnings": [words]}
+    assert path.read_text() == before and proxy.log.getvalue().count("WARNING " + words) == 4
+    entries = {**json.loads(before), "workers": 2}
+    path.write_text(json.dumps(entries))
+    answer = put(place, {"defaultModel": "glm", "workers": 3})       # once, also where both hold it
+    assert answer.json == {"applied": ["defaultModel"], "restart_needed": [], "overridden": {},
+                           "warnings": [words]}
+    assert json.loads(path.read_text()) == {**entries, "defaultModel": "glm"}
+    answer = put(place, {"workers": None})
+    assert answer.json == {"applied": ["workers"], "restart_needed": [], "overridden": {}}
+    assert "workers" not in path.read_text() and proxy.log.getvalue().count(words) == 5
+    assert put(place, {"workers": 1, "nonsense": 1}).json["error"]["param"] == "nonsense"
+
+
 @pytest.mark.parametrize("body, param, words", [
     ({"port": 70000}, "port", "must be from 0 to 65535"),
     ({"models": [{"id": "x"}]}, "models", "entry 1"), ({"nonsense": 1}, "nonsense", "unknown option"),

@@ -41,11 +41,10 @@ class Place:
             "/alpha/billing/credits": {"credits": {"monthlyCredits": left, "freeCredits": 0}},
         }.get(path, {"data": None}))(sock, request)
 
-    def start(self, keys="home=%s,work=%s" % (A, B), worker=0, limits=HOOK, **options):
+    def start(self, keys="home=%s,work=%s" % (A, B), limits=HOOK, **options):
         options = {"alertWebhookUrl": self.hook.base + "/hook/5lackSecret",
                    "alertWebhookToken": TOKEN, "useProviderModels": False, **options}
         self.proxy = Proxy(limits, apiBase=self.upstream.base, **options)
-        self.proxy.app.worker = worker
         self.proxy.app.operator = ccproxy.Operator(ccproxy.parse_ring(keys, "x"), "c", False, "x")
         return self.proxy
 
@@ -145,16 +144,6 @@ def test_a_change_of_the_configuration_counts_at_once(place):
     wait_until(lambda: len(place.posts) == 4)
     assert [post["event"] for post in place.posts] == ["alert", "alert", "resolved", "resolved"]
     assert app.alerts == []
-
-
-def test_only_the_first_worker_tells(place):
-    app = place.start(worker=2, **LIMITS).app
-    wait_until(lambda: app.alerts)
-    place.let_it_look()
-    assert place.posts == [] and place.logged("WARNING") == []
-    place.proxy.close()
-    place.start(worker=1, **LIMITS)
-    wait_until(lambda: place.posts)
 
 
 def test_without_a_webhook_the_log_tells(place):

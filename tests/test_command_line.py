@@ -157,6 +157,39 @@ def test_a_bool_flag_alone_means_true(empty):
     assert found["useProviderModels"] == (True, "--use-provider-models")
 
 
+REMOVED = "workers was removed: see README, several processes"
+
+
+@pytest.mark.parametrize("arguments, environment, content", [
+    (["--workers", "4"], {}, "{}"), (["--workers=4"], {}, "{}"), (["--workers"], {}, "{}"),
+    (["--workers=many", "--workers", "2"], {}, "{}"), ([], {"CC_WORKERS": "2"}, "{}"),
+    ([], {"CC_WORKERS": "lots"}, "{}"), ([], {}, '{"workers": 2}'), ([], {}, '{"workers": null}'),
+    ([], {}, '{"workers": ["2"]}'), (["--workers", "4"], {"CC_WORKERS": "3"}, '{"workers": 2}')])
+def test_a_removed_option_is_one_warning_and_no_refusal(tmp_path, arguments, environment, content):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    for command in (["--check"], ["env", "claude"]):
+        done = run_program(*command, "--config", str(path), *arguments, environment=environment)
+        assert (done.returncode, done.stderr) == (0, "ccproxy: warning: %s\n" % REMOVED)
+        assert "workers" not in done.stdout
+
+
+def test_a_removed_option_is_no_mistyped_flag(empty):
+    done = run_program("--check", "--config", empty, "--workers", "2", "--worker", "2")
+    assert done.returncode == 2 and "unrecognized arguments: --worker" in done.stderr
+    assert "workers" not in run_program("--help").stdout
+
+
+def test_a_start_with_a_removed_option_is_one_warning(start_program, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"workers": 2}')
+    program = start_program("--config", str(path), "--workers", "2", environment={"CC_WORKERS": "2"})
+    health = program.request("GET", "/health").json
+    assert (health["worker"], health["workers"]) == (1, 1)
+    code, words = program.stop()
+    assert code == 0 and words.count("workers") == 1 and "WARNING " + REMOVED in words
+
+
 # --help and --version.
 
 

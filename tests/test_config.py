@@ -114,7 +114,7 @@ def test_every_option_can_come_from_every_source(option):
     text = {"int": "2000", "seconds": "7.5", "bool": "false", "str": "thing", "host": "::1", "list": "a,b",
             "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word",
             "number": "2.5", "models": "kimi=off"}[option.kind]
-    text = {"cliVersion": "9.8.7", "workers": "7", "accountRefreshSeconds": "17",
+    text = {"cliVersion": "9.8.7", "accountRefreshSeconds": "17",
             "alertIntervalSeconds": "17", "alertWebhookUrl": "https://h/x?y=1"}.get(
                 option.name, text)
     if option.kind == "choice":
@@ -256,6 +256,27 @@ def test_unknown_names_in_the_file_are_errors(name):
     assert caught.value.kind == "config"
     assert name in caught.value.message
     assert "the file" in caught.value.message
+
+
+# Options that were removed.
+
+@pytest.mark.parametrize("flags, environment, entries, told", [
+    ({}, {}, {}, 0), ({}, {"CC_WORKERS": ""}, {}, 0), ({}, {"WORKERS": "2"}, {"port": 1}, 0),
+    ({"workers": "4"}, {}, {}, 1), ({"workers": ""}, {}, {}, 1), ({}, {"CC_WORKERS": "many"}, {}, 1),
+    ({}, {}, {"workers": 4}, 1), ({}, {}, {"workers": None}, 1), ({}, {}, {"workers": {"a": []}}, 1),
+    ({"workers": "4"}, {"CC_WORKERS": "3"}, {"workers": 2}, 1)])
+def test_a_removed_option_is_one_warning(flags, environment, entries, told):
+    assert ccproxy.removed_warnings(flags, environment, entries) == (
+        "workers was removed: see README, several processes",) * told
+    config, sources = read({}, environment, entries)
+    assert "workers" not in sources and not hasattr(config, "workers")
+
+
+@pytest.mark.parametrize("option", ccproxy.REMOVED_OPTIONS, ids=lambda option: option.name)
+def test_a_removed_option_is_no_option(option):
+    assert option.name not in NAMES and option.help
+    with pytest.raises(ccproxy.ProxyError, match="unknown option nonsense "):
+        read(entries={option.name: 1, "nonsense": 1})
 
 
 # Origins.

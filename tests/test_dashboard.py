@@ -587,7 +587,7 @@ def test_a_restart_is_survived(start_program, tmp_path, open_page):
     config.write_text(json.dumps({"adminKey": ADMIN, "useProviderModels": False}))
     program = start_program("--config", str(config))
     page = open_page(program, "settings", expected="ERR_")
-    page.wait("document.querySelector('#option-workers')")
+    page.wait("document.querySelector('#option-usageDb')")
     began = time.monotonic()
     page.click("#restart")
     page.wait("document.querySelector('dialog button.danger')")

@@ -52,6 +52,10 @@ def test_a_wrong_configuration(look):
     assert finding.works is False and "unknown option prot" in finding.words
 
 
+def test_the_variable_of_a_removed_option_is_not_mistyped(look):
+    assert len(look(ccproxy.check_configuration, {"CC_WORKERS": "2"})) == 1
+
+
 def test_a_mistyped_variable(look):
     findings = look(ccproxy.check_configuration, {"CC_PROT": "1", "CC_FLAGS_FOR_THE_LINKER": "1"})
     assert [one.works for one in findings] == [True, None]

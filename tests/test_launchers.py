@@ -249,6 +249,16 @@ def test_flags_reach_the_proxy_of_its_own_unseen(bench, upstream):
         line for line in bench.report["ps"].splitlines() if "--while-stdin" in line)
 
 
+def test_a_removed_option_is_told_of_by_the_command_alone(bench):
+    done = bench.run("run", "claude", "--demo", "--workers", "2", "--log-level", "loud", CC_WORKERS="2")
+    assert done.returncode == 2 and "workers" not in done.stderr
+    log = bench.folder / "log"
+    done = bench.run("run", "claude", "--demo", "--workers", "2", "--log-file", str(log), CC_WORKERS="2")
+    assert (done.returncode, done.stderr) == (
+        0, "ccproxy: warning: workers was removed: see README, several processes\n")
+    assert log.exists() and "workers" not in log.read_text()
+
+
 def test_a_proxy_that_cannot_start_says_why(bench):
     done = bench.run("run", "claude", "--demo", "--log-file", str(bench.folder / "no" / "log"))
     assert done.returncode == 1 and "the proxy did not start: logFile" in done.stderr, done.stderr

@@ -16,7 +16,7 @@ LIVE = {"id", "at", "api", "client", "asked", "model", "key", "stream", "seconds
         "output_chars"}
 MINUTE = {"at", "requests", "errors", "input", "output", "cached", "first_p50", "first_p95"}
 CHANGING = {"version", "status", "upstream", "uptime_seconds", "open_streams", "in_flight",
-            "clients", "worker", "workers", "admin_key", "operator_keys", "live", "alerts"}
+            "clients", "admin_key", "operator_keys", "live", "alerts"}
 
 
 def head_of(path, method="GET", minor=1, **fields):

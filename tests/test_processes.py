@@ -1,4 +1,4 @@
-"""PROCESSES: several workers on one port, and their parent."""
+"""PROCESSES: signals, and the order in which a process ends."""
 from __future__ import annotations
 
 import http.client
@@ -14,61 +14,18 @@ import pytest
 from harness import (CHAT, PROGRAM, clean_environment, command_of, read_all, run_program,
                      wait_until)
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"),
-                                reason="needs fork and /proc")
-
-
-def children_of(process):
-    with open("/proc/%d/task/%d/children" % (process, process)) as file:
-        return sorted(map(int, file.read().split()))
-
-
-def health(program):
-    return program.request("GET", "/health").json
-
-
-@pytest.fixture
-def pair(start_program):
-    return start_program("--workers", "2", "--use-provider-models", "false")
-
-
-def test_all_workers_answer(pair, upstream):
-    """Connections are spread, and each worker says who it is."""
-    seen = set()
-    wait_until(lambda: seen.add(health(pair)["worker"]) or seen == {1, 2})
-    assert health(pair)["workers"] == 2
-    assert [pair.post(CHAT).status for _ in range(10)] == [200] * 10
-
-
-def test_a_conversation_has_one_id_in_all_workers(pair, upstream):
-    for _ in range(12):
-        assert pair.post(CHAT).status == 200
-    assert len({request.field("x-session-id") for request in upstream.requests}) == 1
-
-
-def test_a_dead_worker_is_replaced(pair):
-    first = children_of(pair.process.pid)
-    os.kill(first[0], signal.SIGKILL)
-    wait_until(lambda: len(set(children_of(pair.process.pid)) - {first[0]}) == 2)
-    seen = set()
-    wait_until(lambda: seen.add(health(pair)["worker"]) or seen == {1, 2})
-    assert "another is started" in pair.log
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 
 
 def test_whoever_started_us_ignored_the_ends_of_children(start_program, tmp_path):
-    """Which is inherited: workers are replaced all the same, and what fails in a check is told."""
+    """Which is inherited: what fails in a check is told all the same."""
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"adminKey": "the-admin-key", "workers": 2}))
+    config.write_text(json.dumps({"adminKey": "the-admin-key"}))
     known = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         program = start_program("--config", str(config))
     finally:
         signal.signal(signal.SIGCHLD, known)
-    first = children_of(program.process.pid)
-    os.kill(first[0], signal.SIGKILL)
-    wait_until(lambda: len(set(children_of(program.process.pid)) - {first[0]}) == 2)
-    seen = set()
-    wait_until(lambda: seen.add(health(program)["worker"]) or seen == {1, 2})
     config.write_text('{"logLevel": "loud"}')
     answer = program.request("POST", "/admin/restart", None, {
         "authorization": "Bearer the-admin-key"}, None)
@@ -77,27 +34,23 @@ def test_whoever_started_us_ignored_the_ends_of_children(start_program, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_them_all(pair, number):
-    wait_until(lambda: len(children_of(pair.process.pid)) == 2)
-    workers = children_of(pair.process.pid)
-    code, words = pair.stop(number)
+def test_a_signal_ends_it(start_program, number):
+    code, words = start_program().stop(number)
     assert code == 0 and "Traceback" not in words
-    assert not any(os.path.exists("/proc/%d" % worker) for worker in workers)
 
 
-def test_running_answers_are_finished_first(pair, upstream):
-    """A signal to the parent drains its workers."""
-    import threading
+def test_running_answers_are_finished_first(start_program, upstream):
+    program = start_program()
     go = threading.Event()
 
     def late(sock, request):
         go.wait(10)
         upstream_answer(sock, request)
     upstream_answer, upstream.default = upstream.default, late
-    with pair.send_post(CHAT, stream=True) as sock:
+    with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
-        pair.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "stopping: 1 requests" in pair.log)
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: 1 requests" in program.log)
         go.set()
         data = b""
         while not data.endswith(b"0\r\n\r\n"):
@@ -105,29 +58,11 @@ def test_running_answers_are_finished_first(pair, upstream):
             assert piece, data
             data += piece
     assert b"[DONE]" in data
-    assert pair.wait()[0] == 0
+    assert program.wait()[0] == 0
 
 
-def test_workers_end_with_their_parent(pair):
-    wait_until(lambda: len(children_of(pair.process.pid)) == 2)
-    workers = children_of(pair.process.pid)
-    pair.process.kill()
-    pair.process.wait()
-
-    def gone(process):
-        try:
-            with open("/proc/%d/stat" % process) as file:
-                return file.read().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            return True
-    wait_until(lambda: all(map(gone, workers)))
-
-
-@pytest.mark.parametrize("holder", ["1", "2"])
-def test_a_busy_port(start_program, holder):
-    """Also one that other workers share among themselves."""
-    first = start_program("--workers", holder)
-    done = run_program("--workers", "2", "--port", str(first.port))
+def test_a_busy_port(start_program):
+    done = run_program("--port", str(start_program().port))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "in use" in done.stderr
 
@@ -137,7 +72,7 @@ def test_a_fixed_port_is_free_again(start_program):
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
     for _ in range(2):
-        done = subprocess.Popen([*command_of(PROGRAM), "--workers", "2", "--port", port],
+        done = subprocess.Popen([*command_of(PROGRAM), "--port", port],
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                 env=clean_environment())
         while b"note" not in done.stdout.readline():
@@ -150,16 +85,15 @@ def test_a_fixed_port_is_free_again(start_program):
 # drainDelaySeconds.
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_requests_are_served_while_balancers_are_sent_away(start_program, upstream, workers):
+def test_requests_are_served_while_balancers_are_sent_away(start_program, upstream):
     """After a signal /health is 503, all else goes on, and every answer says goodbye."""
-    program = start_program("--workers", workers, "--drain-delay-seconds", "600")
+    program = start_program("--drain-delay-seconds", "600")
     kept = http.client.HTTPConnection("127.0.0.1", program.port, timeout=20)
     kept.request("GET", "/health")
     answer = kept.getresponse()
     assert (answer.status, answer.getheader("connection")) == (200, None) and answer.read()
     program.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: program.log.count("stopping in 600 seconds") == int(workers))
+    wait_until(lambda: "stopping in 600 seconds" in program.log)
     health = program.request("GET", "/health")
     assert (health.status, health.json["status"]) == (503, "draining")
     for _ in range(4):
@@ -191,18 +125,15 @@ def test_without_a_delay_the_port_is_closed_at_once(start_program, upstream):
         go.wait(10)
         answer(sock, request)
     answer, upstream.default = upstream.default, late
-    for workers in ("1", "2"):
-        go.clear()
-        program = start_program("--workers", workers)
-        before = len(upstream.requests)
-        with program.send_post(CHAT):
-            wait_until(lambda: len(upstream.requests) > before)
-            program.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: program.log.count("stopping: ") == int(workers))
-            with pytest.raises(ConnectionRefusedError):
-                program.connect()
-            go.set()
-            assert program.wait()[0] == 0
+    program = start_program()
+    with program.send_post(CHAT):
+        wait_until(lambda: upstream.requests)
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: " in program.log)
+        with pytest.raises(ConnectionRefusedError):
+            program.connect()
+        go.set()
+        assert program.wait()[0] == 0
 
 
 def test_a_connection_that_was_just_opened_is_served(start_program):

@@ -14,7 +14,7 @@ needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this sy
 
 # Another valid value for each option; by kind, where it is not told by name.
 OTHER = {"cliVersion": "9.8.7", "models": [{"id": "glm", "enabled": False}], "modelAliases": {"mine": "kimi"},
-         "allowedModels": ["glm"], "adminKey": "another-admin-key", "clientKey": "word", "workers": 3,
+         "allowedModels": ["glm"], "adminKey": "another-admin-key", "clientKey": "word",
          "corsOrigin": "https://page.example", "credentialsFile": "", "apiBase": "https://other.example",
          "alertWebhookUrl": "https://hook.example/x", "host": "127.0.0.2", "usageDb": "auto"}
 
@@ -161,9 +161,8 @@ def test_keys_are_never_lent_to_the_network_meanwhile(place, tmp_path):
 # SIGHUP.
 
 @needs_hangup
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_reads_the_file_again(start_program, tmp_path, workers):
-    """Every worker follows; what is wrong is one line, and changes nothing."""
+def test_a_signal_reads_the_file_again(start_program, tmp_path):
+    """What is wrong is one line, and changes nothing."""
     path, keys = tmp_path / "config.json", tmp_path / "keys.json"
 
     def write(**entries):
@@ -172,20 +171,19 @@ def test_a_signal_reads_the_file_again(start_program, tmp_path, workers):
     keys.write_text('["user_5ecr3t1111"]')
     os.chmod(str(keys), 0o600)
     write()
-    program = start_program("--config", str(path), "--workers", str(workers))
+    program = start_program("--config", str(path))
 
-    def answers(look, count=12):
-        return {look() for _ in range(count)}
+    def asked():
+        return program.post(CHAT, model="mine").status
 
     def operators():
         return program.request("GET", "/health").json["operator_keys"]
-    assert answers(lambda: program.post(CHAT, model="mine").status) == {200}
+    assert asked() == 200
     write(allowedModels=["glm"], logFile=str(tmp_path / "other.log"))
     keys.write_text('["user_5ecr3t1111", "user_5ecr3t2222"]')
     program.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "changed allowedModels; 2 operator's keys; restart for logFile" in program.log)
-    wait_until(lambda: answers(lambda: program.post(CHAT, model="mine").status) == {404})
-    assert answers(operators) == {2}
+    assert (asked(), operators()) == (404, 2)
     write(logLevel="loud")
     program.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "the configuration stays as it is" in program.log)
@@ -194,46 +192,32 @@ def test_a_signal_reads_the_file_again(start_program, tmp_path, workers):
     write()
     program.process.send_signal(signal.SIGHUP)
     wait_until(lambda: program.log.count("the configuration stays as it is") == 2)
-    assert answers(lambda: program.post(CHAT, model="mine").status) == {404} and answers(operators) == {2}
+    assert (asked(), operators()) == (404, 2)
     code, words = program.stop()
     assert code == 0 and "5ecr3t" not in words and "Traceback" not in words
 
 
 @needs_hangup
-def test_what_one_worker_writes_all_follow(start_program, tmp_path):
-    path, keys = tmp_path / "config.json", tmp_path / "keys.json"
-    keys.write_text("[]")
-    path.write_text(json.dumps({"adminKey": ADMIN, "useProviderModels": False, "clientKey": "word",
-                                "credentialsFile": str(keys)}))
-    program = start_program("--config", str(path), "--workers", "3")
-    for number, aliases in enumerate(({"mine": "glm"}, {"mine": "kimi"}, {})):
-        assert program.request("PUT", "/admin/config", {"modelAliases": aliases, "allowedModels": ["x"]},
-                               BEARER, None).status == 200
-
-        def seen():
-            listed = [program.request("GET", "/v1/models").json["data"] for _ in range(12)]
-            return {len(models) for models in listed}
-        wait_until(lambda: seen() == {0})
-        assert program.request("PUT", "/admin/config", {"allowedModels": None}, BEARER, None).status == 200
-        wait_until(lambda: len(seen()) == 1 and seen() != {0})
-    assert program.request("POST", "/admin/keys", {"id": "a", "apiKey": "user_5ecr3t1111"}, BEARER,
-                           None).status == 201
-    wait_until(lambda: {program.request("GET", "/health").json["operator_keys"] for _ in range(12)} == {1})
-    assert program.post(MESSAGES, {"authorization": "Bearer word"}).status == 200
+def test_a_removed_option_that_is_read_again_is_one_warning(start_program, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    program = start_program("--config", str(path))
+    path.write_text('{"workers": 2, "defaultModel": "glm"}')
+    program.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "changed defaultModel" in program.log)
     code, words = program.stop()
-    assert code == 0 and "5ecr3t" not in words
+    assert code == 0 and words.count("WARNING workers was removed") == words.count("workers") == 1
 
 
 @needs_hangup
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_terminal_that_is_closed_ends_the_program(upstream, workers):
+def test_a_terminal_that_is_closed_ends_the_program(upstream):
     """As ever: SIGHUP is then a goodbye, not a wish to read files again."""
     import pty
     import subprocess
     from harness import PROGRAM, clean_environment, command_of
     master, slave = pty.openpty()
-    process = subprocess.Popen([*command_of(PROGRAM), "--port", "0", "--api-base", upstream.base,
-                                "--workers", workers], stdin=slave, stdout=slave, stderr=slave,
+    process = subprocess.Popen([*command_of(PROGRAM), "--port", "0", "--api-base", upstream.base],
+                               stdin=slave, stdout=slave, stderr=slave,
                                env=clean_environment(), start_new_session=True)
     os.close(slave)
     screen = b""

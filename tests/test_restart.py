@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ADMIN = "the-admin-key"
 BEARER = {"authorization": "Bearer " + ADMIN}
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
-COUNTS = pytest.mark.parametrize("workers", [1, 2])
 
 
 @pytest.fixture
@@ -136,10 +135,9 @@ class Crowd:
             thread.join(20)
 
 
-@COUNTS
-def test_no_connection_is_refused_or_reset(start_program, config, workers):
+def test_no_connection_is_refused_or_reset(start_program, config):
     """Several restarts under traffic: every request is answered, and the process stays."""
-    program = start_program("--config", config(), "--workers", str(workers))
+    program = start_program("--config", config())
     seen = screens(program)
     crowd = Crowd(program)
     try:
@@ -155,12 +153,11 @@ def test_no_connection_is_refused_or_reset(start_program, config, workers):
     assert crowd.faults == [] and program.process.poll() is None
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(20) == 0
-    assert "Traceback" not in program.log and "another is started" not in program.log
+    assert "Traceback" not in program.log
 
 
-@COUNTS
-def test_a_stream_that_runs_is_finished(start_program, config, upstream, go, workers):
-    program = start_program("--config", config(), "--workers", str(workers))
+def test_a_stream_that_runs_is_finished(start_program, config, upstream, go):
+    program = start_program("--config", config())
     seen = screens(program)
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
@@ -176,28 +173,23 @@ def test_a_stream_that_runs_is_finished(start_program, config, upstream, go, wor
             assert read_all(other).startswith(b"HTTP/1.1 200 ")
 
 
-@COUNTS
-def test_new_code_and_a_new_configuration_are_in_effect(start_copy, config, workers):
-    """Also what waits for a start, such as the number of workers."""
-    program, program_file = start_copy("--config", config(workers=workers))
+def test_new_code_and_a_new_configuration_are_in_effect(start_copy, config, tmp_path):
+    """Also what waits for a start, such as usageDb."""
+    database = str(tmp_path / "usage.db")
+    program, program_file = start_copy("--config", config())
     seen = screens(program)
     pid = program.process.pid
     assert program.request("GET", "/health").json["version"] == ccproxy.__version__
     program_file.write_text(with_version(program_file.read_text(), "9.8.7"))
-    other = 3 - workers
-    answer = program.request("PUT", "/admin/config", {"workers": other, "defaultModel": "glm"}, BEARER, None)
-    assert answer.json == {"applied": ["defaultModel"], "restart_needed": ["workers"], "overridden": {}}
+    answer = program.request("PUT", "/admin/config", {"usageDb": database, "defaultModel": "glm"}, BEARER, None)
+    assert answer.json == {"applied": ["defaultModel"], "restart_needed": ["usageDb"], "overridden": {}}
+    assert program.post(CHAT).status == 200 and not os.path.exists(database)
     assert restart(program).status == 202
     started(seen, 1)
-    health = program.request("GET", "/health").json
-    assert (health["version"], health["workers"]) == ("9.8.7", other)
+    assert program.request("GET", "/health").json["version"] == "9.8.7"
     assert program.process.pid == pid and "ccproxy 9.8.7 on http://127.0.0.1:%d" % program.port in seen[1]
     assert [program.post(CHAT).status for _ in range(6)] == [200] * 6
-    config(workers=workers)
-    assert restart(program).status == 202       # and back
-    started(seen, 2)
-    assert program.request("GET", "/health").json["workers"] == workers
-    assert [program.post(CHAT).status for _ in range(6)] == [200] * 6
+    wait_until(lambda: os.path.exists(database))
 
 
 def test_what_would_not_start_is_not_tried(start_copy, config):
@@ -268,9 +260,8 @@ def test_the_demo_starts_again_too(config):
         program.close()
 
 
-@COUNTS
-def test_a_signal_starts_again_too(start_program, config, workers):
-    program = start_program("--config", config(), "--workers", str(workers))
+def test_a_signal_starts_again_too(start_program, config):
+    program = start_program("--config", config())
     seen = screens(program)
     program.process.send_signal(signal.SIGUSR2)
     started(seen, 1)
@@ -281,9 +272,8 @@ def test_a_signal_starts_again_too(start_program, config, workers):
     assert program.post(CHAT).status == 200 and len(seen) == 2
 
 
-@COUNTS
-def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upstream, go, workers):
-    program = start_program("--config", config(), "--workers", str(workers))
+def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upstream, go):
+    program = start_program("--config", config())
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
         assert restart(program).status == 202
@@ -299,15 +289,14 @@ def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upst
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@COUNTS
-def test_a_full_disk_behind_standard_output_and_error(config, workers):
+def test_a_full_disk_behind_standard_output_and_error(config):
     """It starts, and starts again."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
-            [sys.executable, PROGRAM, "--demo", "--config", config(), "--workers", str(workers),
+            [sys.executable, PROGRAM, "--demo", "--config", config(),
              "--port", str(port)], stdin=subprocess.DEVNULL, stdout=full, stderr=full,
             env=clean_environment())
 

@@ -1,14 +1,12 @@
-"""SCRAPES: GET /metrics, of one process and of several."""
+"""SCRAPES: GET /metrics."""
 from __future__ import annotations
 
 import os
-import signal
 
 import pytest
 from fake_upstream import ndjson, status, stream
-from harness import CHAT, KEY, MESSAGES, ccproxy, wait_until
+from harness import CHAT, MESSAGES, ccproxy, wait_until
 from test_metrics import parse
-from test_processes import children_of
 
 FINISH = {"type": "finish", "finishReason": "stop", "totalUsage": {
     "inputTokens": 100, "outputTokens": 7, "cachedInputTokens": 60}}
@@ -130,60 +128,3 @@ def test_who_may_read(make_proxy, options, fields, expected):
     answer = proxy.request("GET", "/metrics", None, fields, key=None)
     assert answer.status == expected
     assert (b"ccproxy_" in answer.body) == (expected == 200)
-
-
-# Several workers.
-
-needs_workers = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"),
-                                   reason="needs fork and /proc")
-
-
-@pytest.fixture
-def pair(start_program):
-    return start_program("--workers", "2", "--use-provider-models", "false")
-
-
-def requests_in(values):
-    return sum(value for name, value in values.items() if name.startswith("requests_total"))
-
-
-@needs_workers
-def test_any_worker_shows_all(pair, upstream):
-    for _ in range(20):
-        assert pair.post(CHAT).status == 200
-    wait_until(lambda: requests_in(scrape(pair)) == 20)
-    seen = set()
-    for _ in range(40):         # whichever is asked
-        values = scrape(pair)
-        assert requests_in(values) == 20
-        assert len([name for name in values if name.startswith("build_info")]) == 1
-        assert {'uptime_seconds{worker="%d"}' % worker for worker in (1, 2)} <= set(values)
-        seen.add(pair.request("GET", "/health").json["worker"])
-    assert seen == {1, 2}
-
-
-@needs_workers
-def test_counts_outlive_a_worker(pair, upstream):
-    """What was shown once never shrinks, whoever dies; the one started anew goes on from there."""
-    for _ in range(20):
-        assert pair.post(CHAT).status == 200
-    wait_until(lambda: requests_in(scrape(pair)) == 20)
-    for worker in children_of(pair.process.pid):
-        os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: pair.log.count("another is started") == 2, 10)
-    wait_until(lambda: len(children_of(pair.process.pid)) == 2, 10)
-
-    def asked():
-        try:
-            return requests_in(scrape(pair))
-        except OSError:         # nobody listens yet
-            return None
-    wait_until(lambda: asked() is not None, 10)
-    assert [requests_in(scrape(pair)) for _ in range(10)] == [20] * 10
-    assert pair.post(CHAT).status == 200
-    wait_until(lambda: requests_in(scrape(pair)) == 21)
-
-
-def test_without_workers_there_is_no_board(proxy):
-    proxy.post(CHAT, key=KEY)
-    assert proxy.app.board is None and ccproxy.read_others(proxy.app, "metrics") == []

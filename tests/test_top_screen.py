@@ -14,8 +14,8 @@ DONE = {"at": 1e9, "api": "chat", "client": "codex", "asked": "glm", "model": "z
 MINUTE = {"at": 600, "requests": 3, "errors": 1, "input": 200, "output": 20, "cached": 50,
           "first_p50": 0.5, "first_p95": 3.0}
 STATE = {"version": "1.2", "status": "ok", "upstream": {"kind": "alpha", "address": "https://up"},
-         "uptime_seconds": 11_000, "open_streams": 2, "in_flight": 2, "clients": 5, "worker": 1,
-         "workers": 1, "admin_key": False, "operator_keys": 0, "live": [RUNNING], "alerts": [],
+         "uptime_seconds": 11_000, "open_streams": 2, "in_flight": 2, "clients": 5,
+         "admin_key": False, "operator_keys": 0, "live": [RUNNING], "alerts": [],
          "recent": [DONE], "minutes": [MINUTE, {**MINUTE, "at": 660, "first_p50": None}]}
 
 
@@ -46,10 +46,6 @@ def test_figures_go_on_in_a_second_line_where_the_first_is_full():
         "ccproxy 1.2  ok  up 3h03m  http://here  upstream https://up",
         "2 open streams  5 clients  5 min: 6 requests  2 errors",
         "400 in  40 out  25% cached  first event 500ms, p95 3.00s"]
-
-
-def test_several_workers_are_told():
-    assert "4 workers" in lines_of(view_of(worker=2, workers=4))[0]
 
 
 def test_trouble_and_alerts_stand_above():

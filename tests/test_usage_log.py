@@ -341,17 +341,6 @@ def test_several_processes_share_it(make_logged, upstream, path):
     assert len(rows_in(path)) == 20
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_workers_share_it(start_program, upstream, tmp_path):
-    path = str(tmp_path / "usage.db")
-    program = start_program("--workers", "2", "--usage-db", path)
-    for _ in range(20):
-        assert program.post(CHAT).status == 200
-    code, words = program.stop()
-    assert code == 0 and "usageDb" not in words
-    assert len(rows_in(path)) == 20
-
-
 def test_without_usage_db_nothing_is_kept(proxy, tmp_path, monkeypatch):
     proxy.post(CHAT)
     assert proxy.app.usage is None
