@@ -133,7 +133,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SERVER
     DEMO UPSTREAM
     PROCESSES
-    WORKERS
     TERMINAL
     MODELS COMMAND
     USAGE COMMAND
@@ -165,7 +164,6 @@ import json
 import logging
 import os
 import re
-import select
 import signal
 import socket
 import ssl
@@ -8210,7 +8208,7 @@ def unit_text(service: Service, namespaces: bool = True) -> str:
         "EnvironmentFile=-" + service.environment_file.replace("%", "%%"),
         "Restart=on-failure", "RestartSec=3",
         "RestartPreventExitStatus=2",           # a wrong configuration does not mend itself
-        "KillSignal=SIGTERM", "KillMode=mixed",  # workers hear of it from their parent, once
+        "KillSignal=SIGTERM", "KillMode=mixed",  # npm, a child, is ours to end
         "TimeoutStopSec=%d" % (service.stop_seconds + 15), "UMask=0077", "NoNewPrivileges=yes",
         "LockPersonality=yes", "SystemCallArchitectures=native", "RestrictRealtime=yes",
         "RestrictSUIDSGID=yes", "RestrictNamespaces=yes",
@@ -10867,9 +10865,6 @@ class App:
     started: float = 0.0                        # loop time
     models_due: float = 0.0                     # loop time at which the list is asked for again
     models_task: Optional["asyncio.Task[Any]"] = None
-    worker: int = 0                             # which of several processes this is, from 1
-    parent: int = -1                            # a worker's descriptor that ends with its parent
-    parent_process: int = -1                    # that parent's id
     cli_version: str = DEFAULT_CLI_VERSION
     proxy: Optional[Origin] = None              # HTTP proxy on the way to the upstream
     proxy_authorization: str = ""
@@ -12363,8 +12358,7 @@ async def await_all_figures(app: App, keys: Tuple[RingKey, ...], seconds: float)
 # === ALERT WATCH ============================================================
 # Looking at the operator's accounts from time to time, and telling what ALERTS
 # finds: in the log, on the page (`App.alerts`), and to a webhook, by a task of its
-# own, in order, tried again a few times.  Every worker looks, for each may be the
-# one that shows the page; only the first one tells.
+# own, in order, tried again a few times.
 
 MAX_POSTS = 1024            # that wait for the webhook; the oldest go first
 AGAIN_STATUSES = (408, 425, 429)        # besides 5xx: what a webhook may mend by itself
@@ -12407,8 +12401,6 @@ def tell_alerts(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> None:
     watch.standing, news = judge_alerts(watch.standing, accounts, alert_limits(app.config),
                                         app.config.alert_repeat_seconds, now)
     app.alerts = [alert_entry(one.alert) for one in watch.standing.values()]
-    if app.worker > 1:
-        return
     for one in news:
         app.log.log(logging.WARNING if one.event == "alert" else logging.INFO, "%s: %s",
                     one.event, one.text)
@@ -13493,7 +13485,7 @@ def follow_cli_version(app: App) -> None:
         app.version_task = None
     if app.config.cli_version != "auto":
         app.cli_version = app.config.cli_version
-    elif app.ending is not None:        # else a workers' parent, which calls nobody
+    else:
         app.version_task = spawn(app, keep_version_fresh(app))
 
 
@@ -13568,7 +13560,7 @@ def check_fresh(app: App, settings: Settings) -> None:
 
 def reload_settings(app: App) -> None:
     """Read the config file and the operator's keys again; where they are wrong, one line says so
-    and all stays as it is.  Of workers, the parent alone says it."""
+    and all stays as it is."""
     settings = app.settings
     if settings is None:
         return
@@ -13576,25 +13568,10 @@ def reload_settings(app: App) -> None:
         fresh = read_settings(settings.flags, settings.given)
         check_fresh(app, fresh)
     except ProxyError as error:
-        app.log.log(logging.DEBUG if app.worker else logging.ERROR,
-                    "the configuration stays as it is: %s", printable(error.message, 1000))
+        app.log.error("the configuration stays as it is: %s", printable(error.message, 1000))
         return
-    changed = apply_settings(app, fresh)
-    if not app.worker:
-        log_warnings(app, fresh.warnings)
-        log_change(app, "read again", changed)
-
-
-def tell_parent(app: App, number: int) -> None:
-    """A signal for the parent of workers, if it is still there: else its place is another's."""
-    if os.getppid() == app.parent_process:
-        os.kill(app.parent_process, number)
-
-
-def tell_workers(app: App) -> None:
-    """What one worker wrote, all must read: their parent passes it on."""
-    if app.worker:
-        tell_parent(app, signal.SIGHUP)
+    log_warnings(app, fresh.warnings)
+    log_change(app, "read again", apply_settings(app, fresh))
 
 
 async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
@@ -13611,8 +13588,8 @@ async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
 # answer is finished, and whoever supervises the process notices nothing.  Before
 # anything is stopped, the new program must prove that it would start.
 
-PARENT_SIGNALS = {number for number in (getattr(signal, name, None) for name in (
-    "SIGINT", "SIGTERM", "SIGCHLD", "SIGHUP", "SIGUSR2")) if number is not None}
+HELD_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")
+                if hasattr(signal, name)}       # those that come during a restart wait
 CHECK_SECONDS = 30.0        # for `--check`, which takes a fraction of one
 
 
@@ -13682,10 +13659,8 @@ def check_restart(app: App) -> None:
 
 
 def begin_restart(app: App) -> None:
-    """Drain and start again; a worker leaves that to its parent."""
-    if app.worker:
-        tell_parent(app, signal.SIGUSR2)
-    elif not app.stop.is_set():
+    """Drain and start again."""
+    if not app.stop.is_set():
         app.restarting = True
         app.stop.set()
 
@@ -13792,7 +13767,6 @@ async def change_config(app: App, exchange: Exchange) -> None:
     warnings = removed_warnings(settings.flags, os.environ, {**fresh.entries, **asked})
     log_warnings(app, warnings)
     log_change(app, "written over HTTP", apply_settings(app, fresh))
-    tell_workers(app)
     report = change_report(changes, waiting_options(fresh.config, app.config), fresh.sources)
     await respond_json(app, exchange, 200,
                        {**report, "warnings": list(warnings)} if warnings else report)
@@ -13900,7 +13874,6 @@ async def edit_keys(app: App, exchange: Exchange, status: int,
     try:
         name, app.operator = await change_in_turn(app, lambda: write_keys(config, edit))
         watch_again(app)
-        tell_workers(app)
         entries = [entry for entry in await key_entries(app, exchange) if entry["id"] == name]
     except ProxyError as error:
         raise as_refusal(error) from None
@@ -15223,16 +15196,11 @@ def terminal_is_gone(terminals: List[int]) -> bool:
     return bool(terminals) and not any(map(os.isatty, terminals))
 
 
-def open_terminals() -> List[int]:
-    return [number for number in (0, 1, 2) if os.isatty(number)]
-
-
 def watch_signals(app: App) -> None:
     """SIGINT and SIGTERM: the first stops in order, the second at once; in a restart, the first
-    makes it a stop.  SIGHUP reads the configuration again, SIGUSR2 starts again (a worker leaves:
-    its parent starts again).  A worker's parent that is gone is a signal too."""
+    makes it a stop.  SIGHUP reads the configuration again, SIGUSR2 starts again."""
     loop = asyncio.get_running_loop()
-    terminals = open_terminals()
+    terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
     def received() -> None:
         if app.restarting:
@@ -15243,21 +15211,13 @@ def watch_signals(app: App) -> None:
             (app.hurry if app.stop.is_set() else app.stop).set()
 
     def reload() -> None:
-        if not app.worker and terminal_is_gone(terminals):
+        if terminal_is_gone(terminals):
             received()
         else:
             reload_settings(app)
 
     def restart() -> None:
-        if app.worker:
-            app.restarting = not app.stop.is_set()
-            app.stop.set()
-        else:
-            spawn(app, restart_if_sound(app, "SIGUSR2"))
-
-    def orphaned() -> None:
-        loop.remove_reader(app.parent)
-        received()
+        spawn(app, restart_if_sound(app, "SIGUSR2"))
 
     actions = {"SIGINT": received, "SIGTERM": received, "SIGHUP": reload, "SIGUSR2": restart}
     for name, action in actions.items():
@@ -15268,10 +15228,8 @@ def watch_signals(app: App) -> None:
             loop.add_signal_handler(number, action)
         except NotImplementedError:         # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
-    if app.worker:
-        loop.add_reader(app.parent, orphaned)
-    if hasattr(signal, "pthread_sigmask"):  # blocked before a fork or a restart
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENT_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):  # blocked before a restart
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
 
 async def stop_taking(app: App) -> None:
@@ -15298,7 +15256,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
         await start_demo(app)
     app.server = await listen(app)
     watch_signals(app)
-    if app.watched is not None and app.worker <= 1:
+    if app.watched is not None:
         spawn(app, watch_files(app))
     host, port = app.server.sockets[0].getsockname()[:2]
     announce(host, port)
@@ -15307,7 +15265,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     app.log.info("stopping: %d requests still run", len(app.exchanges) - len(app.followers))
     await drain(app, app.hurry)
     if app.restarting:          # what is said meanwhile is for the new program
-        signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
 
 
 def run_alone(app: App, demo: bool, announce: Callable[[str, int], None],
@@ -15352,136 +15310,6 @@ def leave(status: int) -> None:
     list of models may wake in the middle of that and crash (CPython before 3.14)."""
     flush_output()
     os._exit(status)
-
-
-# === WORKERS ================================================================
-# With `workers`, several processes listen on one port, each with a loop of its
-# own: the system spreads connections among them.  Their parent does no work: it
-# keeps their sockets, starts a worker anew that has died, and passes signals on.
-# Workers share nothing; ids of conversations are derived, so any of them will do.
-
-
-class Ties(NamedTuple):
-    """What joins a parent with its workers: one pipe ends with the parent, through the other a
-    worker says that it listens."""
-
-    life: Tuple[int, int]
-    ready: Tuple[int, int]
-
-
-@dataclass
-class Parent:
-    """The process that looks after the workers."""
-
-    app: App
-    demo: bool
-    groups: Groups
-    ties: Ties
-    terminals: List[int]
-    workers: Dict[int, int] = field(default_factory=dict)       # process id -> number
-    born: Dict[int, float] = field(default_factory=dict)        # process id -> when
-    ending: bool = False                    # workers that end are not started anew
-    process: int = field(default_factory=os.getpid)
-
-    def tell(self, number: int) -> None:
-        for process in self.workers:
-            os.kill(process, number)
-
-
-def run_worker(parent: Parent, number: int) -> None:
-    """What a worker does: serve on sockets of its own until it is told to end."""
-    app = parent.app
-    os.setpgid(0, 0)        # a terminal's Ctrl-C goes to the parent alone, which passes it on
-    os.close(parent.ties.life[1])
-    app.worker, app.parent, app.parent_process = number, parent.ties.life[0], parent.process
-    app.sockets = parent.groups[number - 1]
-    close_sockets(sock for group in parent.groups for sock in group if sock not in app.sockets)
-    asyncio.run(run_proxy(app, parent.demo, lambda host, port: ignore_result(
-        os.write(parent.ties.ready[1], b"1"))))
-
-
-def start_worker(parent: Parent, number: int) -> None:
-    """Fork a worker.  The worker itself never returns from here."""
-    process = os.fork()
-    if process:
-        parent.workers[process], parent.born[process] = number, time.monotonic()
-        return
-    status = 1
-    try:
-        run_worker(parent, number)
-        status = 0
-    except OSError as error:
-        parent.app.log.error("worker %d: %s", number, error)
-    finally:
-        leave(status)
-
-
-def stop_workers(parent: Parent, number: int) -> None:
-    """Pass a signal on that ends; the sockets are the workers' alone from then on."""
-    parent.ending, parent.app.restarting = True, False
-    close_sockets(sock for group in parent.groups for sock in group)
-    parent.tell(number)
-
-
-def reload_workers(parent: Parent, number: int) -> None:
-    """Read the configuration again, all of us; or end, if it was the terminal that said so."""
-    if terminal_is_gone(parent.terminals):
-        stop_workers(parent, signal.SIGTERM)
-        return
-    reload_settings(parent.app)
-    parent.tell(number)
-
-
-def restart_workers(parent: Parent, number: int) -> None:
-    """Let all workers drain, for the program to start again; or say why not."""
-    app = parent.app
-    if parent.ending:
-        return
-    try:
-        check_restart(app)
-    except ProxyError as error:
-        app.log.error("SIGUSR2: %s", printable(error.message, 1000))
-        return
-    parent.ending = app.restarting = True
-    parent.tell(number)
-
-
-def bury_workers(parent: Parent, number: int) -> None:
-    """Start those anew that have ended, unless they should have."""
-    for process in [one for one in parent.workers if os.waitpid(one, os.WNOHANG)[0]]:
-        number = parent.workers.pop(process)
-        born = parent.born.pop(process)
-        if not parent.ending:
-            parent.app.log.error("worker %d (process %d) ended; another is started", number,
-                                 process)
-            time.sleep(max(0.0, born + 1.0 - time.monotonic()))
-            start_worker(parent, number)
-
-
-PARENT_ACTIONS: Dict[str, Callable[[Parent, int], None]] = {
-    "SIGINT": stop_workers, "SIGTERM": stop_workers, "SIGHUP": reload_workers,
-    "SIGUSR2": restart_workers, "SIGCHLD": bury_workers}
-
-
-def run_workers(app: App, demo: bool, announce: Callable[[str, int], None],
-                groups: Groups) -> None:
-    """Start all workers and look after them until a signal has ended them; never returns from a
-    restart.  Raises OSError."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
-    app.demo, app.board = demo, Board(app.config.workers)
-    parent = Parent(app, demo, spread_sockets(app.config, groups), Ties(os.pipe(), os.pipe()),
-                    open_terminals())
-    for number in range(1, app.config.workers + 1):
-        start_worker(parent, number)
-        if select.select([parent.ties.ready[0]], [], [], 10.0)[0]:
-            os.read(parent.ties.ready[0], 1)
-    host, port = parent.groups[0][0].getsockname()[:2]
-    announce(host, port)
-    while parent.workers:
-        received = signal.Signals(signal.sigwait(PARENT_SIGNALS))
-        PARENT_ACTIONS[received.name](parent, received)
-    if app.restarting:
-        start_again(parent.groups, app.config)
 
 
 # === TERMINAL ===============================================================
