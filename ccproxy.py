@@ -124,7 +124,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     RESTART
     ADMIN CHANGES
     ADMIN KEYS
-    WORKER BOARD
     SCRAPES
     STATE
     LIVE EVENTS
@@ -167,7 +166,6 @@ import re
 import signal
 import socket
 import ssl
-import struct
 import sys
 import time
 import zlib
@@ -274,7 +272,6 @@ class Limits(NamedTuple):
     alert_tick: float = 5.0         # how often it is looked whether accounts are due a look
     webhook: float = 10.0           # for the answer of alertWebhookUrl
     webhook_backoff: Tuple[float, ...] = (2.0, 15.0, 60.0, 300.0)   # between its attempts
-    board: float = 1.0              # how often a worker shows the others its counts
     usage_batch: float = 1.0        # how long records wait for others before they are written
     usage_retry: float = 5.0        # and for a database that could not be written
     usage_busy: float = 2.0         # while another process writes
@@ -7297,10 +7294,10 @@ def minute_entries(minutes: Minutes, now: float) -> List[Json]:
 # === METRICS (pure) =========================================================
 # Counting records, and showing the counts to Prometheus (text format 0.0.4).
 # All that is counted is one flat table from (metric, label values...) to a number
-# that only grows, so that workers' counts are added by adding numbers; a
-# histogram's entry ends with the number of its bucket, or "sum".  Every label
-# has values from a table, or from the list of models; what is not there is
-# "other": nothing that a client or the upstream says can make a new series.
+# that only grows; a histogram's entry ends with the number of its bucket, or
+# "sum".  Every label has values from a table, or from the list of models; what
+# is not there is "other": nothing that a client or the upstream says can make a
+# new series.
 
 MAX_MODEL_LABELS = 200
 MAX_COUNT = 10 ** 12                # tokens that one record may add: the upstream tells any number
@@ -7428,21 +7425,6 @@ def measure_record(metrics: Metrics, record: Record, models: Models) -> None:
     counts["retries_total",] += record.retries
 
 
-# Counts on their way between workers.
-
-
-def count_rows(counts: Counts) -> List[Any]:
-    """A table of counts as JSON holds it."""
-    return [[*key, number] for key, number in counts.items()]
-
-
-def add_rows(counts: Counts, rows: List[Any]) -> None:
-    """Add what `count_rows` made."""
-    for row in rows:
-        key = tuple(row[:-1])
-        counts[key] = counts.get(key, 0) + row[-1]
-
-
 def cache_share(counts: Counts) -> Optional[float]:
     """The share of input that was cached, None before there was any input."""
     sums = {kind: sum(number for key, number in counts.items()
@@ -7492,25 +7474,6 @@ def render_metrics(counts: Counts) -> str:
         lines += ["ccproxy_%s%s %r" % (metric.name, label_text(metric.labels, values), number)
                   for values, number in sorted(samples.items())]
     return "\n".join(lines) + "\n"
-
-
-def minute_rows(minutes: Minutes) -> List[Any]:
-    """All minutes as JSON that another worker can add to its own."""
-    return [[number, minute.requests, minute.errors, minute.input, minute.output, minute.cached,
-             sorted(minute.firsts.items())] for number, minute in minutes.items()]
-
-
-def add_minutes(minutes: Minutes, rows: Iterable[Any]) -> None:
-    """Add another worker's minutes."""
-    for number, requests, errors, given, made, cached, firsts in rows:
-        minute = minutes.setdefault(number, Minute())
-        minute.requests += requests
-        minute.errors += errors
-        minute.input += given
-        minute.output += made
-        minute.cached += cached
-        for step, count in firsts:
-            minute.firsts[step] = minute.firsts.get(step, 0) + count
 
 
 # === ADMIN ACCESS (pure) ====================================================
@@ -10885,11 +10848,8 @@ class App:
     watching: Any = None                        # the task that looks for changes, for them
     telling: Any = None                         # the listener that tells them of records
     numbered: int = 0                           # requests that were shown while they ran
-    recorded: int = 0                           # and all that are over
     metrics: Metrics = field(default_factory=Metrics)
     usage: Any = None                           # UsageLog
-    board: Any = None                           # Board: memory that all workers share
-    shared: Dict[str, Callable[[], Any]] = field(default_factory=dict)  # what each shows on it
     settings: Any = None                        # Settings: where the configuration came from
     changing: Any = None                        # asyncio.Lock: one change of a file at a time
     version_task: Optional["asyncio.Task[Any]"] = None      # asks npm for cliVersion
@@ -13910,92 +13870,9 @@ async def remove_key(app: App, exchange: Exchange) -> None:
     await edit_keys(app, exchange, 200, lambda rows, path: remove_credential(rows, name, path))
 
 
-# === WORKER BOARD ===========================================================
-# Memory that all workers share, for what each has to show of itself to whoever
-# asks any of them: about once a second a worker writes, as JSON, what the
-# functions in `App.shared` tell.  A slot has two halves that are written in turn,
-# each with a number and a checksum: a reader takes the newest that is whole, so
-# that nobody waits for anybody and a worker killed in mid-write spoils nothing.
-# The board is made before the fork, and a worker started anew reads what the one
-# before it left.  Without workers there is none.
-
-BOARD_HALF_BYTES = 2 * MIB          # twice the most; pages that nobody writes to cost nothing
-BOARD_HEAD = struct.Struct("<QII")  # number, length, checksum
-BOARD_STALE_SECONDS = 5.0           # what is older was left by a worker that is gone
-
-
-class Board:
-    """Shared memory with a slot for each worker, which that one alone writes."""
-
-    def __init__(self, slots: int) -> None:
-        import mmap
-        self.slots = slots
-        self.memory = mmap.mmap(-1, 2 * slots * BOARD_HALF_BYTES)
-
-    def halves(self, slot: int) -> List[Tuple[int, int, bytes]]:
-        """(number, where it begins, content) of a slot's halves that are whole, newest first."""
-        found = []
-        for start in (2 * slot * BOARD_HALF_BYTES, (2 * slot + 1) * BOARD_HALF_BYTES):
-            number, length, checksum = BOARD_HEAD.unpack_from(self.memory, start)
-            begin = start + BOARD_HEAD.size
-            content = self.memory[begin:begin + min(length, BOARD_HALF_BYTES)]
-            if number and zlib.crc32(content, number & 0xffffffff) == checksum:
-                found.append((number, start, content))
-        return sorted(found, reverse=True)
-
-    def read(self, slot: int) -> bytes:
-        """What its worker wrote last, b"" for nothing."""
-        found = self.halves(slot)
-        return found[0][2] if found else b""
-
-    def write(self, slot: int, content: bytes) -> bool:
-        """Replace a slot's older half; False for what is too long."""
-        if len(content) > BOARD_HALF_BYTES - BOARD_HEAD.size:
-            return False
-        found = self.halves(slot)
-        number, last = (found[0][0] + 1, found[0][1]) if found else (1, -1)
-        first = 2 * slot * BOARD_HALF_BYTES
-        start = first + BOARD_HALF_BYTES if last == first else first
-        begin = start + BOARD_HEAD.size
-        self.memory[begin:begin + len(content)] = content
-        BOARD_HEAD.pack_into(self.memory, start, number, len(content),
-                             zlib.crc32(content, number & 0xffffffff))
-        return True
-
-
-def show_on_board(app: App) -> None:
-    """Write what this worker has to show."""
-    if app.board is not None:
-        content = to_json({"at": time.monotonic(),
-                           **{name: tell() for name, tell in app.shared.items()}})
-        if not app.board.write(app.worker - 1, content):
-            app.log.debug("%d bytes are too many for the workers' board", len(content))
-
-
-def read_board(app: App, slot: int) -> Json:
-    """What a worker showed last; {} for nothing.  `at` is its time.monotonic()."""
-    content = app.board.read(slot) if app.board is not None else b""
-    return json.loads(content) if content else {}
-
-
-def read_others(app: App, name: str) -> List[Tuple[Any, bool]]:
-    """For each other worker: what it shows under that name, and whether it is fresh."""
-    slots = range(app.board.slots) if app.board is not None else ()
-    shown = [read_board(app, slot) for slot in slots if slot != app.worker - 1]
-    now = time.monotonic()
-    return [(one[name], now - one["at"] < BOARD_STALE_SECONDS) for one in shown if name in one]
-
-
-async def keep_board(app: App) -> None:
-    """Show what is new, again and again."""
-    while True:
-        show_on_board(app)
-        await asyncio.sleep(app.limits.board)
-
-
 # === SCRAPES ================================================================
-# GET /metrics: what this worker counted, what the others showed on the board,
-# and how things stand at this moment.
+# GET /metrics: what was counted since the start, and how things stand at this
+# moment.  It is of this process alone: a monitoring system adds several up.
 
 
 def resident_bytes() -> Optional[int]:
@@ -14022,37 +13899,21 @@ def open_descriptors() -> Optional[int]:
 
 
 def read_gauges(app: App) -> Counts:
-    """How this worker stands; what is not known is left out."""
-    worker = str(app.worker or 1)
-    known = {("uptime_seconds", worker): round(asyncio.get_running_loop().time() - app.started, 3),
+    """How things stand; what is not known is left out.  The label `worker` is of versions with
+    several processes, and dashboards ask for it."""
+    known = {("uptime_seconds", "1"): round(asyncio.get_running_loop().time() - app.started, 3),
              ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
              ("client_connections",): app.clients,
              ("upstream_idle_connections",): len(app.pool.idle),
-             ("resident_memory_bytes", worker): resident_bytes(),
-             ("open_descriptors", worker): open_descriptors()}
+             ("resident_memory_bytes", "1"): resident_bytes(),
+             ("open_descriptors", "1"): open_descriptors()}
     return {key: number for key, number in known.items() if number is not None}
 
 
-def start_metrics(app: App) -> None:
-    """Count every record from now on, on top of what a worker before this one counted."""
-    app.shared["metrics"] = lambda: {"counts": count_rows(app.metrics.counts),
-                                     "gauges": count_rows(read_gauges(app))}
-    if app.board is not None:
-        add_rows(app.metrics.counts, read_board(app, app.worker - 1).get(
-            "metrics", {}).get("counts", []))
-        spawn(app, keep_board(app))
-    app.listeners.append(lambda record: measure_record(app.metrics, record, app.models))
-
-
 async def serve_metrics(app: App, exchange: Exchange) -> None:
-    """The counts of all workers.  What is shown is on the board too, so that it never shrinks."""
+    """All metrics, for Prometheus."""
     admit_reader(app, exchange)
-    show_on_board(app)
     counts = {**app.metrics.counts, **read_gauges(app)}
-    for shown, fresh in read_others(app, "metrics"):
-        add_rows(counts, shown["counts"])
-        if fresh:
-            add_rows(counts, shown["gauges"])
     share = cache_share(counts)
     if share is not None:
         counts["cache_share_ratio",] = round(share, 6)
@@ -14063,12 +13924,9 @@ async def serve_metrics(app: App, exchange: Exchange) -> None:
 
 # === STATE ==================================================================
 # What the proxy does right now and did lately, once: /admin/state.  Nothing is
-# counted for it while a request runs: it is looked at.  Of several workers each
-# shows the others its own part on their board, so that any one tells of all.
+# counted for it while a request runs: it is looked at.
 
 MAX_LIVE = 200              # running requests that are shown: those that run longest
-SHARED_LIVE = 50            # of them, and of the last records, what a worker shows the others
-SHARED_RECORDS = 100
 
 
 def phase_of(relay: Optional[Relay]) -> str:
@@ -14106,77 +13964,24 @@ def live_entries(app: App) -> List[Json]:
     return [live_entry(app, one, now - one.started) for one in running[:MAX_LIVE]]
 
 
-def own_state(app: App) -> Json:
-    """What this worker shows the others."""
-    return {"worker": app.worker, "open_streams": len(app.relays), "in_flight": app.in_flight,
-            "clients": app.clients, "live": live_entries(app)[:SHARED_LIVE],
-            "minutes": minute_rows(app.minutes), "recorded": app.recorded,
-            "recent": list(app.recent)[-SHARED_RECORDS:]}
-
-
-def start_state(app: App) -> None:
-    """Remember every record from now on, behind what a worker before this one remembered."""
-    app.shared["state"] = lambda: own_state(app)
-    before = read_board(app, app.worker - 1).get("state") if app.board is not None else None
-    if before:
-        app.recorded = before["recorded"]
-        app.recent.extend(Record(*row) for row in before["recent"])
-        add_minutes(app.minutes, before["minutes"])
-
-    def remember(record: Record) -> None:
-        app.recorded += 1
-        count_record(app.minutes, record)
-
-    app.listeners.append(remember)
-
-
-Others = List[Tuple[Json, bool]]    # what each other worker shows, and whether it is fresh
-
-
-def all_minutes(app: App, others: Others) -> Minutes:
-    """The last hour of all workers, one that died among them."""
-    if not others:
-        return app.minutes
-    minutes: Minutes = {}
-    for rows in (minute_rows(app.minutes), *(shown["minutes"] for shown, _ in others)):
-        add_minutes(minutes, rows)
-    return minutes
-
-
-def all_recent(app: App, others: Others) -> List[Record]:
-    """The last records of all workers, newest first."""
-    records = list(app.recent)
-    if others:
-        records += [Record(*row) for shown, _ in others for row in shown["recent"]]
-        records.sort(key=lambda record: record.at + record.total)
-    return records[:-MAX_RECORDS - 1:-1]
-
-
-def state_entry(app: App, every: Others) -> Json:
+def state_entry(app: App) -> Json:
     """What the proxy is and does, without its past."""
-    others = [shown for shown, fresh in every if fresh]
-    live = sum((shown["live"] for shown in others), live_entries(app))
-    live.sort(key=lambda entry: -entry["seconds"])
     return {
         "version": __version__, "status": "draining" if app.leaving else "ok",
         "upstream": {"kind": "demo" if app.demo else app.config.upstream,
                      "address": upstream_address(app)},
         "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
-        "open_streams": sum((shown["open_streams"] for shown in others), len(app.relays)),
-        "in_flight": sum((shown["in_flight"] for shown in others), app.in_flight),
-        "clients": sum((shown["clients"] for shown in others), app.clients),
+        "open_streams": len(app.relays), "in_flight": app.in_flight, "clients": app.clients,
         "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
-        "live": live[:MAX_LIVE], "alerts": app.alerts}
+        "live": live_entries(app), "alerts": app.alerts}
 
 
 async def serve_state(app: App, exchange: Exchange) -> None:
     """All that the page shows at first."""
     admit_reader(app, exchange)
-    others = read_others(app, "state")
     await respond_json(app, exchange, 200, {
-        **state_entry(app, others),
-        "recent": [one._asdict() for one in all_recent(app, others)],
-        "minutes": minute_entries(all_minutes(app, others), time.time())})
+        **state_entry(app), "recent": [one._asdict() for one in reversed(app.recent)],
+        "minutes": minute_entries(app.minutes, time.time())})
 
 
 # === LIVE EVENTS ============================================================
@@ -14201,36 +14006,20 @@ class Follower:
     ended: bool = False             # nothing more will be added
 
 
-def changing_state(app: App, others: Others) -> Json:
+def changing_state(app: App) -> Json:
     """What is told again and again: the state with the current minute."""
     number = int(time.time() // 60)
-    return {**state_entry(app, others),
-            "minute": minute_entry(number, all_minutes(app, others).get(number, Minute()))}
-
-
-def tell_others_records(app: App, others: Others, told: Dict[int, int]) -> None:
-    """Tell all followers what the other workers have recorded since, and what of it is lost."""
-    for shown, _ in others:
-        worker, count = shown["worker"], shown["recorded"]
-        new = max(count - told.get(worker, count), 0)
-        told[worker] = count
-        for row in shown["recent"][-new:] if new else ():
-            tell_record(app, Record(*row))
-        for follower in app.followers:
-            follower.lost += max(new - SHARED_RECORDS, 0)
+    return {**state_entry(app),
+            "minute": minute_entry(number, app.minutes.get(number, Minute()))}
 
 
 async def watch_state(app: App) -> None:
     """Tell all followers of each change, at most once a second.  (A request that runs changes
     its seconds.)"""
     known: Json = {}
-    told: Dict[int, int] = {}
-    tell_others_records(app, read_others(app, "state"), told)       # what was before is no news
     while True:
         await asyncio.sleep(app.limits.news)
-        others = read_others(app, "state")
-        tell_others_records(app, others, told)
-        state = changing_state(app, others)
+        state = changing_state(app)
         changed = {**state, "uptime_seconds": 0}
         if changed != known:
             known, frame = changed, event_frame("state", state)
@@ -14284,7 +14073,7 @@ def add_follower(app: App, follower: Follower) -> None:
         app.watching = spawn(app, watch_state(app))
         app.telling = lambda record: tell_record(app, record)
         app.listeners.append(app.telling)
-    follower.state = event_frame("state", changing_state(app, read_others(app, "state")))
+    follower.state = event_frame("state", changing_state(app))
     app.followers.add(follower)
 
 
@@ -14300,7 +14089,7 @@ def end_followers(app: App) -> None:
     is left."""
     if not app.followers:
         return
-    frame = event_frame("state", changing_state(app, read_others(app, "state")))
+    frame = event_frame("state", changing_state(app))
     for follower in list(app.followers):
         follower.state, follower.ended = frame, True
         if follower.wire.blocked_since:
@@ -15073,7 +14862,6 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    show_on_board(app)
     await end_usage_log(app)
     app.pool.close()
 
@@ -15117,8 +14905,8 @@ async def listen(app: App) -> Any:
                                  lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
     spawn(app, sweep(app))
     spawn(app, watch_alerts(app))
-    start_metrics(app)
-    start_state(app)
+    app.listeners += [lambda record: measure_record(app.metrics, record, app.models),
+                      lambda record: count_record(app.minutes, record)]
     start_usage_log(app)
     if app.config.cli_version == "auto":
         app.version_task = spawn(app, keep_version_fresh(app))

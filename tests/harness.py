@@ -342,7 +342,7 @@ STARTER = """import sys
 sys.path[0] = %r
 import ccproxy
 ccproxy.Limits.__new__.__defaults__ = tuple(
-    ccproxy.Limits(sweep=0.1, watch=0.1, board=0.1, news=0.1))
+    ccproxy.Limits(sweep=0.1, watch=0.1, news=0.1))
 api = %r
 if api:
     known = {"openai": ccproxy.OPENAI, "anthropic": ccproxy.ANTHROPIC}[api]

@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from harness import CHAT, MESSAGES, ccproxy, wait_until
+from harness import CHAT, ccproxy, wait_until
 
 ADMIN = "the-admin-key"
 BEARER = {"authorization": "Bearer " + ADMIN}
