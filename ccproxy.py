@@ -11462,9 +11462,8 @@ def set_options(sock: socket.socket) -> None:
         pass
 
 
-def bind_sockets(host: str, port: int, share: bool = False) -> List[socket.socket]:
-    """Sockets bound to a port on all addresses of a host; with `share` others may be bound to the
-    same, and the system spreads connections among those that listen.  Raises OSError."""
+def bind_sockets(host: str, port: int) -> List[socket.socket]:
+    """Sockets bound to a port on all addresses of a host.  Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: List[socket.socket] = []
     failure: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
@@ -11476,8 +11475,6 @@ def bind_sockets(host: str, port: int, share: bool = False) -> List[socket.socke
             continue
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if share:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             chosen = sockets[0].getsockname()[1] if sockets else port
@@ -11574,17 +11571,17 @@ async def connect_socket(host: str, port: int) -> socket.socket:
 # at closely before they are believed.
 
 HANDED_ON = "CCPROXY_SOCKETS"
-Groups = List[List[socket.socket]]      # the sockets of each worker
 
 
-def hand_on(groups: Groups, config: Config) -> None:
-    """Leave sockets open for the program that this process runs next."""
-    numbers = {sock: sock.fileno() for group in groups for sock in group}
-    for number in numbers.values():
+def hand_on(sockets: Iterable[socket.socket], config: Config) -> None:
+    """Leave sockets open for the program that this process runs next.  They are a list in a list:
+    versions with several processes told one for each, and a restart may be an update from or to
+    one of them."""
+    numbers = [sock.fileno() for sock in sockets]
+    for number in numbers:
         os.set_inheritable(number, True)
     os.environ[HANDED_ON] = json.dumps({
-        "process": os.getpid(), "host": config.host, "port": config.port,
-        "sockets": [[numbers[sock] for sock in group] for group in groups]})
+        "process": os.getpid(), "host": config.host, "port": config.port, "sockets": [numbers]})
 
 
 def listening_socket(number: Any) -> Optional[socket.socket]:
@@ -11605,43 +11602,19 @@ def listening_socket(number: Any) -> Optional[socket.socket]:
     return sock
 
 
-def take_over(config: Config) -> Groups:
+def take_over(config: Config) -> List[socket.socket]:
     """The sockets that the program before left open, where it listened as we are to; else []."""
     try:
         told = json.loads(os.environ.pop(HANDED_ON, "{}"))
         mine = told.get("process") == os.getpid()
-        numbers = [list(group) for group in told["sockets"]] if mine else []
+        numbers = [number for group in told["sockets"] for number in group] if mine else []
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
-    groups = [[sock for sock in map(listening_socket, group) if sock is not None]
-              for group in numbers]
-    if mine and (told.get("host"), told.get("port")) != (config.host, config.port):
-        close_sockets(sock for group in groups for sock in group)
+    sockets = [sock for sock in map(listening_socket, numbers) if sock is not None]
+    if (told.get("host"), told.get("port")) != (config.host, config.port):
+        close_sockets(sockets)
         return []
-    return [group for group in groups if group]
-
-
-def spread_sockets(config: Config, groups: Groups) -> Groups:
-    """Listening sockets for each worker: those that were taken over, and more.  The parent keeps
-    them all, so that what waits in them outlives a worker.  Raises OSError."""
-    if not groups and config.port:      # nobody else may have the port, not even by sharing it
-        close_sockets(bind_sockets(config.host, config.port))
-    for sock in [sock for group in groups for sock in group]:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    spread = groups[:config.workers]
-    for number, extra in enumerate(groups[config.workers:]):
-        spread[number % config.workers].extend(extra)
-    while len(spread) < config.workers:
-        port = spread[0][0].getsockname()[1] if spread else config.port
-        try:
-            spread.append(bind_sockets(config.host, port, share=True))
-        except OSError:
-            if not groups:
-                raise
-            spread.append(spread[0])        # a system that lets nobody join: they take turns
-        for sock in spread[-1]:
-            sock.listen(BACKLOG)
-    return spread
+    return sockets
 
 
 # === WIRE ===================================================================
@@ -13636,9 +13609,9 @@ async def restart_if_sound(app: App, reason: str) -> None:
     begin_restart(app)
 
 
-def start_again(groups: Groups, config: Config) -> None:
+def start_again(app: App) -> None:
     """Become the new program.  Raises ProxyError `config`."""
-    hand_on(groups, config)
+    hand_on(app.server.sockets, app.config)
     flush_output()
     try:
         os.execv(sys.executable, [sys.executable, *own_arguments()])
@@ -15054,15 +15027,6 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     await drain(app, app.hurry)
     if app.restarting:          # what is said meanwhile is for the new program
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
-
-
-def run_alone(app: App, demo: bool, announce: Callable[[str, int], None],
-              groups: Groups) -> None:
-    """One process, until a signal ends it; never returns from a restart.  Raises OSError."""
-    app.sockets = [sock for group in groups for sock in group]
-    asyncio.run(run_proxy(app, demo, announce))
-    if app.restarting:
-        start_again([app.server.sockets], app.config)
 
 
 def end_with_stdin() -> None:
@@ -17364,7 +17328,7 @@ def serve(invocation: Invocation) -> int:
     """Run the proxy until a signal ends it."""
     settings, demo = invocation.settings, invocation.given.demo
     config, app = settings.config, make_app(settings)
-    groups, app.restartable = take_over(config), True
+    app.sockets, app.restartable = take_over(config), True
     log_warnings(app, settings.warnings)
     hear_of_children()
     if invocation.given.watch:
@@ -17381,7 +17345,9 @@ def serve(invocation: Invocation) -> int:
         end_with_stdin()
     give_memory_back()
     try:
-        run_alone(app, demo, announce, groups)
+        asyncio.run(run_proxy(app, demo, announce))
+        if app.restarting:
+            start_again(app)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
         complain("cannot listen on %s port %d: %s" % (

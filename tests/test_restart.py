@@ -414,13 +414,33 @@ def test_only_listening_sockets_of_ours_are_taken_over(monkeypatch):
                 "process": os.getpid(), "host": config.host, "port": 0, "sockets": [numbers], **more}))
             return ccproxy.take_over(config)
         assert told(process=1) == [] and ccproxy.HANDED_ON not in os.environ
-        (taken,), = told()
+        taken, = told()
         assert taken.fileno() == good.detach() and not taken.get_inheritable()
         taken.close()
         assert os.fstat(other.fileno()) and os.fstat(file.fileno())     # left open
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"process": 1}', '{"sockets": 5}'])
+def test_sockets_of_several_processes_are_all_taken_over(monkeypatch):
+    """As versions that had those told of them; what is handed on is read by them too."""
+    config = ccproxy.read_config({}, {}, {"port": 0}, "")[0]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    numbers = [sock.detach() for sock in sockets]
+    monkeypatch.setenv(ccproxy.HANDED_ON, json.dumps({
+        "process": os.getpid(), "host": config.host, "port": 0, "sockets": [numbers[:1], numbers[1:]]}))
+    taken = ccproxy.take_over(config)
+    assert [sock.fileno() for sock in taken] == numbers
+    ccproxy.hand_on(taken, config)
+    assert json.loads(os.environ[ccproxy.HANDED_ON])["sockets"] == [numbers]
+    assert all(map(os.get_inheritable, numbers))
+    moved = config._replace(port=1)
+    assert ccproxy.take_over(moved) == []       # and closed, for it listens elsewhere now
+    for sock in taken:
+        sock.detach()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"process": 1}', '{"sockets": 5}', '{"sockets": [5]}',
+                                  '{"process": %d, "sockets": [5]}' % os.getpid(),
+                                  '{"process": %d, "sockets": [[[5]]]}' % os.getpid()])
 def test_nonsense_is_not_taken_over(monkeypatch, text):
     monkeypatch.setenv(ccproxy.HANDED_ON, text)
     assert ccproxy.take_over(ccproxy.read_config({}, {}, {}, "")[0]) == []
