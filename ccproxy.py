@@ -13521,8 +13521,8 @@ async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
 # answer is finished, and whoever supervises the process notices nothing.  Before
 # anything is stopped, the new program must prove that it would start.
 
-HELD_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")
-                if hasattr(signal, name)}       # those that come during a restart wait
+HELD_SIGNALS = {getattr(signal, name) for name in (     # those that come in a restart wait
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2", "SIGCHLD") if hasattr(signal, name)}
 CHECK_SECONDS = 30.0        # for `--check`, which takes a fraction of one
 
 
@@ -14460,7 +14460,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "status": "draining" if app.leaving else "ok", "version": __version__,
         "upstream": upstream_address(app),
         "uptime_seconds": round(now - app.started, 1), "open_streams": len(app.relays),
-        "worker": 1, "workers": 1,      # there were several once: for what still reads these
+        "worker": 1, "workers": 1,      # kept for one version, for what reads them
         "operator_keys": len(app.operator.keys), "routing_policy": app.config.routing_policy,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}

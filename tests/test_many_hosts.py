@@ -1,4 +1,4 @@
-"""Past one machine: two instances behind a real HAProxy or nginx, as the README configures them."""
+"""Several processes or hosts: two instances behind a real HAProxy or nginx, as the README configures them."""
 from __future__ import annotations
 
 import http.client
