@@ -17329,7 +17329,6 @@ def serve(invocation: Invocation) -> int:
     settings, demo = invocation.settings, invocation.given.demo
     config, app = settings.config, make_app(settings)
     app.sockets, app.restartable = take_over(config), True
-    log_warnings(app, settings.warnings)
     hear_of_children()
     if invocation.given.watch:
         if not can_restart(app):
@@ -17340,6 +17339,7 @@ def serve(invocation: Invocation) -> int:
 
     def announce(host: str, port: int) -> None:
         say(welcome(app, source, host, port, settings.unused))
+        log_warnings(app, settings.warnings)
 
     if invocation.given.while_stdin:
         end_with_stdin()

@@ -257,6 +257,10 @@ def test_a_removed_option_is_told_of_by_the_command_alone(bench):
     assert (done.returncode, done.stderr) == (
         0, "ccproxy: warning: workers was removed: see README, several processes\n")
     assert log.exists() and "workers" not in log.read_text()
+    path = bench.folder / "removed.json"        # which the proxy reads too, and fails
+    path.write_text('{"workers": 2}')
+    done = bench.run("run", "claude", "--demo", "--config", str(path), "--log-file", str(bench.folder / "no" / "log"))
+    assert done.returncode == 1 and done.stderr.count("workers") == 1
 
 
 def test_a_proxy_that_cannot_start_says_why(bench):
