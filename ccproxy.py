@@ -294,6 +294,11 @@ class Failure(NamedTuple):
     """One row: an upstream's failure, and the answer that a client gets for it."""
 
     kind: str
+def counted(number: float, noun: str, ending: str = "s") -> str:
+    """A number with its noun in the singular or the plural: 1 second, 2.5 seconds."""
+    return "%.10g %s%s" % (number, noun, "" if number == 1 else ending)
+
+
     upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by words alone, or ours
     words: str                      # pattern in the upstream's code or message, any case
     status: int                     # ours
@@ -6855,8 +6860,9 @@ def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: 
     elif window.count < most:
         windows[digest] = window._replace(count=window.count + 1)
     else:
-        raise ProxyError("rate_limit", "More than %d requests in %g seconds (rateLimitMax)."
-                         % (most, span), retry_after=window.began + span - now)
+        words = "More than %s in %s (rateLimitMax)."
+        raise ProxyError("rate_limit", words % (counted(most, "request"), counted(span, "second")),
+                         retry_after=window.began + span - now)
 
 
 # === TABLES & FIGURES (pure) ================================================
@@ -7965,7 +7971,7 @@ def read_certificate(der: bytes) -> Certificate:
 def certificate_finding(certificate: Certificate, now: float) -> Finding:
     """A certificate that is trusted: whose it is, and whether that reads along."""
     days = int((certificate.until - now) // DAY_SECONDS)
-    words = "issued by %s, %d days left" % (certificate.issuer, days)
+    words = "issued by %s, %s left" % (certificate.issuer, counted(days, "day"))
     if INTERCEPTORS.search(certificate.issuer):
         return Finding(True, words + "; this is an inspection in between: whoever runs it can read "
                        "keys and prompts")
@@ -8802,7 +8808,7 @@ def demo_words(params: Json, asked: str) -> List[str]:
                if message["role"] == "tool" for part in message["content"]]
     words = "This is the demo upstream, not a model. "
     if images:
-        words += "I see %d picture%s. " % (images, "" if images == 1 else "s")
+        words += "I see %s. " % counted(images, "picture")
     words += "The tool said: %s" % "; ".join(results)[:500] if results else \
         "You said: %s" % (asked.strip()[:500] or "nothing")
     return re.findall(r"\S+\s*", words + " Grüße, 世界 🚀.")
@@ -11892,8 +11898,8 @@ def connect_error(app: App, error: Exception) -> ProxyError:
     """What went wrong on the way to the upstream, in words that help."""
     where = "%s:%d" % (app.origin.host, app.origin.port)
     if isinstance(error, asyncio.TimeoutError):
-        return ProxyError("unconnected", "No connection to the upstream %s within %g seconds."
-                          % (where, app.config.upstream_connect_seconds))
+        return ProxyError("unconnected", "No connection to the upstream %s within %s."
+                          % (where, counted(app.config.upstream_connect_seconds, "second")))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError("upstream_final", "The certificate of the upstream %s could not be "
                           "verified: %s (SSL_CERT_FILE names a file of further authorities)."
@@ -12033,8 +12039,8 @@ async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
     try:
         head = await read_response_head(wire, asyncio.get_running_loop().time() + seconds)
     except asyncio.TimeoutError:
-        raise ProxyError("late", "The upstream did not answer within %g seconds "
-                         "(upstreamIdleSeconds)." % seconds) from None
+        raise ProxyError("late", "The upstream did not answer within %s "
+                         "(upstreamIdleSeconds)." % counted(seconds, "second")) from None
     coding = head.fields.get("content-encoding", "").strip(" \t").lower()
     if head.status != 200 and coding not in CODINGS:
         coding = ""         # its status counts; read_upstream_failure ignores its body
@@ -12550,8 +12556,8 @@ class Relay:
             self.send(comment_frame("waiting %ds" % round(quiet)))
         idle = self.app.config.upstream_idle_seconds
         if self.call is not None and now - self.heard > idle:
-            self.give_up(ProxyError("late", "The upstream was silent for %g seconds "
-                                    "(upstreamIdleSeconds)." % idle))
+            self.give_up(ProxyError("late", "The upstream was silent for %s "
+                                    "(upstreamIdleSeconds)." % counted(idle, "second")))
 
     def give_up(self, error: ProxyError) -> None:
         """End a running call with this error."""
@@ -12874,8 +12880,8 @@ async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
         try:
             alive = bool(wire.buffer) or await wire.fill(now + limits.body_idle)
         except asyncio.TimeoutError:
-            raise ProxyError("slow_client", "No byte of the body came for %g seconds."
-                             % limits.body_idle) from None
+            raise ProxyError("slow_client", "No byte of the body came for %s."
+                             % counted(limits.body_idle, "second")) from None
         if not alive:
             raise ConnectionResetError("the client left in the middle of its request")
         piece = reader.feed(wire.take())
@@ -14264,8 +14270,8 @@ class UsageLog:
             return False
         if self.failing:
             self.failing = False
-            self.app.log.warning("usageDb %s works again; %d records were lost", self.path,
-                                 self.lost)
+            self.app.log.warning("usageDb %s works again; %s lost", self.path,
+                                 counted(self.lost, "record"))
             self.lost = 0
         return True
 
@@ -14319,7 +14325,7 @@ class UsageLog:
         self.thread.join(seconds)
         if self.queue:
             self.lose(len(self.queue))
-            self.app.log.error("usageDb %s: %d records were lost", self.path, self.lost)
+            self.app.log.error("usageDb %s: %s lost", self.path, counted(self.lost, "record"))
 
 
 def start_usage_log(app: App) -> None:
@@ -14626,8 +14632,8 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
             if not await wire.fill(deadline):
                 return None
         except asyncio.TimeoutError:
-            raise ProxyError("slow_client", "The head of the request did not come within %g "
-                             "seconds." % limits.head) from None
+            raise ProxyError("slow_client", "The head of the request did not come within "
+                             "%s." % counted(limits.head, "second")) from None
 
 
 async def serve_connection(app: App, wire: Wire) -> None:
@@ -15002,7 +15008,7 @@ async def stop_taking(app: App) -> None:
         return
     delay = app.config.drain_delay_seconds
     if delay:
-        app.log.info("stopping in %g seconds", delay)
+        app.log.info("stopping in %s", counted(delay, "second"))
         await asyncio.wait([spawn(app, app.hurry.wait())], timeout=delay)
     app.server.close()
 
@@ -15023,7 +15029,8 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     announce(host, port)
     await app.stop.wait()
     await stop_taking(app)
-    app.log.info("stopping: %d requests still run", len(app.exchanges) - len(app.followers))
+    app.log.info("stopping: %s in progress", counted(len(app.exchanges) - len(app.followers),
+                                                     "request"))
     await drain(app, app.hurry)
     if app.restarting:          # what is said meanwhile is for the new program
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
@@ -15189,7 +15196,7 @@ def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
     try:
         result, failure = done.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError("no answer within %g seconds" % seconds) from None
+        raise TimeoutError("no answer within " + counted(seconds, "second")) from None
     if failure is not None:
         raise failure
     return result
@@ -15290,7 +15297,8 @@ def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str
              for line, (_, state) in zip(lines, shown)]
     lines += ["alias %s = %s" % pair for pair in sorted(config.model_aliases.items())]
     source = "built in, not live (%s)" % why if why else "live from " + redact(config.api_base)
-    return "\n".join([paint(head, "bold"), *lines, "%d models, %s\n" % (len(shown), source)])
+    return "\n".join([paint(head, "bold"), *lines,
+                      "%s, %s\n" % (counted(len(shown), "model"), source)])
 
 
 def models_json(shown: List[Tuple[Model, str]], config: Config, why: str) -> str:
@@ -15541,9 +15549,9 @@ def setting_sources(settings: Settings) -> str:
     """Where the settings come from, in words."""
     given = sorted({source.partition(" ")[2] for source in settings.sources.values()
                     if source.startswith("environment ")})
-    words = ["%d entries of %s" % (len(settings.entries), settings.file_name)
+    words = ["%s of %s" % (counted(len(settings.entries), "entr", "ies"), settings.file_name)
              if settings.entries else "no config file"]
-    words += ["%d flags" % len(settings.flags)] if settings.flags else []
+    words += [counted(len(settings.flags), "flag")] if settings.flags else []
     words += ["from the environment: " + ", ".join(given)] if given else []
     return "; ".join(words)
 
@@ -16121,8 +16129,8 @@ def summary_words(view: TopView) -> List[str]:
     def added(name: str) -> float:
         return sum(number_in(minute, name) for minute in last)
 
-    words = ["%d open streams" % number_in(view.state, "open_streams"),
-             "%d clients" % number_in(view.state, "clients"),
+    words = [counted(number_in(view.state, "open_streams"), "open stream"),
+             counted(number_in(view.state, "clients"), "client"),
              "%d min: %s requests" % (TOP_MINUTES, short_number(added("requests"))),
              "%s errors" % short_number(added("errors")), "%s in" % short_number(added("input")),
              "%s out" % short_number(added("output"))]
@@ -17294,13 +17302,17 @@ def describe_config(config: Config, sources: Mapping[str, str]) -> str:
     """The configuration in effect, an option a line, with where each value came from."""
     rows = []
     for option in OPTIONS:
-        value = getattr(config, snake_case(option.name))
-        secret = option.kind == "secret" and value
-        shown = '"(secret)"' if secret else redact(json.dumps(value))
-        rows.append((option.name, shown, sources[option.name]))
-    width = max(len(name) for name, _, _ in rows)
-    return "".join("%s  %s  (%s)\n" % (name.ljust(width), value, source)
-                   for name, value, source in rows)
+        value = getattr(settings.config, snake_case(option.name))
+        shown = '"(secret)"' if option.kind == "secret" and value else redact(json.dumps(value))
+        differs = value != read_value(option, option.default, "default")
+        rows.append((differs, option.name, shown, settings.sources[option.name]))
+    rows = [row for row in rows if row[0]] + [row for row in rows if whole and not row[0]]
+    width = max((len(row[1]) for row in rows), default=0)
+    lines = ["%s  %s  (%s)\n" % (name.ljust(width), shown, source)
+             for _, name, shown, source in rows]
+    left = len(OPTIONS) - len(rows)
+    return "".join(lines) + ("default values: %s (--check --all shows them)\n" % counted(
+        left, "option") if left else "")
 
 
 def run_selftest(app: App) -> int:

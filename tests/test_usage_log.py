@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_used_costs_one_line(make_logged, path, name):
     assert said(proxy, "ERROR") == 1 and content_of(path) == before
     os.rename(path, path + ".away")
     wait_for_rows(path, 3)
-    wait_until(lambda: said(proxy, "works again; 0 records were lost"))
+    wait_until(lambda: said(proxy, "works again; 0 records lost"))
     assert said(proxy, "ERROR") == 1
 
 
@@ -225,7 +225,7 @@ def test_a_locked_file(make_logged, path):
     other.execute("COMMIT")
     other.close()
     wait_for_rows(path, 6)
-    wait_until(lambda: said(proxy, "works again; 0 records were lost"))
+    wait_until(lambda: said(proxy, "works again; 0 records lost"))
 
 
 def test_a_lock_that_stays_does_not_hold_up_the_end(make_logged, path):
@@ -238,7 +238,7 @@ def test_a_lock_that_stays_does_not_hold_up_the_end(make_logged, path):
     proxy.close(hurry=False)
     other.execute("COMMIT")
     other.close()
-    assert said(proxy, "1 records were lost") == 1
+    assert said(proxy, "1 record lost") == 1
     proxy.app.usage.thread.join(10)
 
 
@@ -256,7 +256,7 @@ def test_what_waits_is_bounded_and_what_is_lost_is_told(make_logged, path, monke
     assert b"ccproxy_usage_records_lost_total 4\n" in metrics
     os.unlink(path)
     wait_for_rows(path, 10)
-    wait_until(lambda: said(proxy, "works again; 4 records were lost"))
+    wait_until(lambda: said(proxy, "works again; 4 records lost"))
     assert said(proxy, "ERROR") == 1
 
 
