@@ -915,15 +915,15 @@ ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
 SHORT_SIZES = {b"%x" % size: size for size in range(1, 1024)}     # read without a pattern
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
 
-REASONS = {100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
-           402: "Payment Required", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
-           413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-           417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
-           429: "Too Many Requests", 431: "Request Header Fields Too Large",
-           500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
-           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
-           529: "Overloaded"}
+REASONS = {100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content",
+           400: "Bad Request", 401: "Unauthorized", 402: "Payment Required", 403: "Forbidden",
+           404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
+           411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
+           415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content",
+           426: "Upgrade Required", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error",
+           501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+           504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded"}
 
 
 class Framing(NamedTuple):
@@ -14624,6 +14624,9 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
             head = parse_request_head(bytes(wire.buffer[:end]))
             del wire.buffer[:end]
             return head
+TLS_HANDSHAKE = b"\x16\x03"     # how a ClientHello's record begins (RFC 8446 5.1)
+
+
         if len(wire.buffer) > MAX_REQUEST_LINE_BYTES and b"\n" not in wire.buffer:
             raise ProxyError("target_too_long", "The request line is longer than %d bytes."
                              % MAX_REQUEST_LINE_BYTES)
@@ -14636,6 +14639,9 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
                              "%s." % counted(limits.head, "second")) from None
 
 
+        if wire.buffer[:2] == TLS_HANDSHAKE:
+            raise client_fault("it begins with a TLS handshake. This port speaks plain HTTP: use "
+                               "http://, or put a TLS proxy in front of it.")
 async def serve_connection(app: App, wire: Wire) -> None:
     """All requests of one connection, one after another."""
     first = True

@@ -6,6 +6,7 @@ import http.client
 import json
 import signal
 import socket
+import ssl
 import threading
 import time
 
@@ -64,6 +65,27 @@ def test_too_many_bodies(make_proxy, upstream):
     wait_until(lambda: not proxy.app.bodies)
     assert proxy.request("POST", CHAT, body).status == 200
     assert not proxy.app.bodies
+
+
+def test_a_tls_greeting_on_the_plain_port_is_one_log_line(start_program):
+    """https:// where http:// is meant: answered at once, not after the head's time limit."""
+    program = start_program()
+    context = ssl.create_default_context()
+    with socket.create_connection(("127.0.0.1", program.port), 10) as sock, \
+            pytest.raises(ssl.SSLError):
+        context.wrap_socket(sock, server_hostname="localhost")
+    assert program.request("GET", "/health").status == 200
+    _, log = program.stop()
+    (line,) = [line for line in log.splitlines() if " 400 " in line]
+    assert "TLS handshake" in line and "http://" in line and "Traceback" not in log
+
+
+def test_every_status_that_is_answered_has_a_reason_phrase():
+    """RFC 9110 15."""
+    ours = {row.status for row in ccproxy.FAILURES} | {200, 201, 202, 204, 409}
+    assert ours <= set(ccproxy.REASONS)
+    assert (ccproxy.REASONS[201], ccproxy.REASONS[202], ccproxy.REASONS[409]) == (
+        "Created", "Accepted", "Conflict")
 
 
 def test_many_connections_at_once(make_proxy, upstream):
