@@ -148,7 +148,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SETUP
     COMMAND LINE
 """
-from __future__ import annotations
+from __future__ import annotations      # Python 3.9 or newer is needed
 
 import asyncio
 import base64
@@ -178,6 +178,10 @@ from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
                     Mapping, NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
+
+NEEDED: str = "ccproxy needs Python 3.9 or newer"   # older parsers stop here, and show this line
+if sys.version_info < (3, 9):
+    sys.exit(NEEDED + "; this is %d.%d." % sys.version_info[:2])
 
 __version__ = "0.1.0"
 
