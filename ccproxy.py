@@ -807,6 +807,19 @@ def removed_warnings(flags: Mapping[str, str], environment: Mapping[str, str],
                  or any(map(environment.get, environment_names(option))))
 
 
+def variable_warnings(environment: Iterable[str]) -> List[str]:
+    """A warning for each variable CC_... that is no option's but is spelled much like one's."""
+    names = {name for option in (*OPTIONS, *REMOVED_OPTIONS) for name in environment_names(option)}
+    unknown = [name for name in environment if name.startswith("CC_") and name not in names]
+    if not unknown:
+        return []               # nearly always
+    import difflib
+    near = [(name, difflib.get_close_matches(name[:100], names, 1, 0.8)) for name in unknown]
+    return ["environment %s is not an option (did you mean %s?)" % (json.dumps(name)[1:-1][:100],
+                                                                   found[0])
+            for name, found in near if found]
+
+
 def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
                 entries: Mapping[str, Any], file_name: str) -> Tuple[Config, Dict[str, str]]:
     """The configuration in effect, and for each option the source that gave it.
@@ -10950,7 +10963,8 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     operator = read_operator(config)
     return Settings(config, sources, flags, file_name, entries, operator,
                     check_operator(operator, config.host), given,
-                    warnings=removed_warnings(flags, os.environ, entries))
+                    warnings=(*removed_warnings(flags, os.environ, entries),
+                              *variable_warnings(os.environ)))
 
 
 def config_path(given: Optional[str]) -> str:
