@@ -294,15 +294,15 @@ class Limits(NamedTuple):
 NEVER, CLIENT, BOTH = "never", "client", "both"     # who may try the same request again
 
 
-class Failure(NamedTuple):
-    """One row: an upstream's failure, and the answer that a client gets for it."""
-
-    kind: str
 def counted(number: float, noun: str, ending: str = "s") -> str:
     """A number with its noun in the singular or the plural: 1 second, 2.5 seconds."""
     return "%.10g %s%s" % (number, noun, "" if number == 1 else ending)
 
 
+class Failure(NamedTuple):
+    """One row: an upstream's failure, and the answer that a client gets for it."""
+
+    kind: str
     upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by words alone, or ours
     words: str                      # pattern in the upstream's code or message, any case
     status: int                     # ours
@@ -791,7 +791,7 @@ def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
     removed = {option.name for option in REMOVED_OPTIONS}
     unknown = sorted(set(entries) - removed - {option.name for option in OPTIONS})
     if unknown:
-        raise ProxyError("config", "%s: unknown option %s (--help lists them)"
+        raise ProxyError("config", "%s: unknown option %s (--help-all lists them)"
                          % (file_name, ", ".join(unknown)), param=unknown[0])
     empty = [name for name, value in entries.items() if value is None and name not in removed]
     if empty:
@@ -7665,6 +7665,7 @@ class Target(NamedTuple):
     model: Model
     models: Tuple[Model, ...] = ()      # that may be chosen besides
     folder: str = ""                    # of `Client.files`; "" where no file is written
+    program: str = "python3 ccproxy.py"     # how this program was started, for hints
 
 
 class Client(NamedTuple):
@@ -7773,8 +7774,9 @@ def llm_files(target: Target) -> Dict[str, str]:
 
 def llm_advice(target: Target) -> List[str]:
     return ["llm takes OpenAI's model names alone from here (llm -m gpt-5.5), and a key stored as",
-            "`openai` wins; `ccproxy.py run llm` brings any model, as does this line in the file",
-            "extra-openai-models.yaml of llm's folder (then llm -m %s):" % target.model.id,
+            "`openai` wins. Any model: %s run llm" % target.program,
+            "or this line in the file extra-openai-models.yaml of llm's folder (then llm -m %s):"
+            % target.model.id,
             llm_files(target)["extra-openai-models.yaml"].strip()]
 
 
@@ -7801,8 +7803,8 @@ def pi_arguments(target: Target) -> List[str]:
 
 
 def pi_advice(target: Target) -> List[str]:
-    return ["pi knows other addresses from a file alone: `ccproxy.py run pi` brings one, or put",
-            "this into ~/.pi/agent/models.json:",
+    return ["pi knows other addresses from a file alone: %s run pi" % target.program,
+            "brings one, or put this into ~/.pi/agent/models.json:",
             json.dumps({"providers": {"ccproxy": pi_provider(target)}})]
 
 
@@ -7883,7 +7885,7 @@ def environment_lines(name: str, target: Target, shell: Shell,
     wanted = {**client.environment(target), **without_detour(variables)}
     lines = ["# %s by way of ccproxy on %s; first set %s to your key (user_...)" % (
         name, target.base, KEY_VARIABLE),
-             "# use: " + shell.use % ("python3 ccproxy.py env " + name)]
+             "# use: " + shell.use % ("%s env %s" % (target.program, name))]
     lines += [shell.unset % one for one in foreign_names(client, variables) if one not in wanted]
     lines += [shell.setting % (one, shell.reference % KEY_VARIABLE if value == KEY_MARK
                                else shell.quoted(value)) for one, value in wanted.items()]
@@ -14622,6 +14624,9 @@ def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
 # finish for a while, the rest get an error event, then everything is closed.
 
 
+TLS_HANDSHAKE = b"\x16\x03"     # how a ClientHello's record begins (RFC 8446 5.1)
+
+
 async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[RequestHead]:
     """The next request's head; None when the client left or stayed silent instead."""
     limits, loop = app.limits, asyncio.get_running_loop()
@@ -14634,6 +14639,9 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
             return None
     deadline, seen, skipped = loop.time() + limits.head, 0, 0
     while True:
+        if wire.buffer[:2] == TLS_HANDSHAKE:
+            raise client_fault("it begins with a TLS handshake. This port speaks plain HTTP: use "
+                               "http://, or put a TLS proxy in front of it.")
         while skipped < MAX_LEADING_CRLFS and wire.buffer[:2] == b"\r\n":
             del wire.buffer[:2]     # RFC 9112 2.2
             skipped += 1
@@ -14642,9 +14650,6 @@ async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[Reque
             head = parse_request_head(bytes(wire.buffer[:end]))
             del wire.buffer[:end]
             return head
-TLS_HANDSHAKE = b"\x16\x03"     # how a ClientHello's record begins (RFC 8446 5.1)
-
-
         if len(wire.buffer) > MAX_REQUEST_LINE_BYTES and b"\n" not in wire.buffer:
             raise ProxyError("target_too_long", "The request line is longer than %d bytes."
                              % MAX_REQUEST_LINE_BYTES)
@@ -14657,9 +14662,6 @@ TLS_HANDSHAKE = b"\x16\x03"     # how a ClientHello's record begins (RFC 8446 5.
                              "%s." % counted(limits.head, "second")) from None
 
 
-        if wire.buffer[:2] == TLS_HANDSHAKE:
-            raise client_fault("it begins with a TLS handshake. This port speaks plain HTTP: use "
-                               "http://, or put a TLS proxy in front of it.")
 async def serve_connection(app: App, wire: Wire) -> None:
     """All requests of one connection, one after another."""
     first = True
@@ -15113,6 +15115,31 @@ class Invocation(NamedTuple):
     settings: Settings
 
 
+def program_name() -> str:
+    """How this program was started, as a person can type it again."""
+    import shutil
+    if os.path.realpath(sys.argv[0]) != os.path.realpath(__file__):
+        return "python3 ccproxy.py"
+    interpreter = (getattr(sys, "orig_argv", None) or ["python3"])[0]   # from Python 3.10 on
+    short = os.path.basename(interpreter)
+    words = [short if shutil.which(short) else interpreter, sys.argv[0]]
+    return " ".join('"%s"' % word if re.search(r"[^\w@%+=:,./\\~-]", word) else word
+                    for word in words)
+
+
+def own_command(invocation: Invocation, words: str = "") -> str:
+    """A command of this program with the settings of this one, as a person can type it: its name
+    and the flags that it was started with.  Secrets are left out."""
+    import shlex
+    given, options = invocation.given, {option.name: option for option in OPTIONS}
+    flags = ["--config=" + given.config] if given.config else []
+    flags += ["--demo"] if given.demo else []
+    flags += ["%s=%s" % (flag_name(options[name]), value)
+              for name, value in invocation.settings.flags.items()
+              if name in options and options[name].kind != "secret"]
+    return " ".join(filter(None, [program_name(), words, *map(shlex.quote, flags)]))
+
+
 def encodable(text: str, stream: Any) -> str:
     """A text as a stream's encoding can take it: our signs in letters, the rest as `?`."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -15124,7 +15151,7 @@ def encodable(text: str, stream: Any) -> str:
 
 
 def say(text: str) -> bool:
-    """Print, if standard output takes it; a closed pipe or a full disk costs one line."""
+    """Print, if standard output takes it; a full disk costs one line on standard error."""
     if sys.stdout is None:
         return False
     try:
@@ -15133,7 +15160,8 @@ def say(text: str) -> bool:
         return True
     except OSError as error:
         sys.stdout = None       # else the interpreter complains once more at the end
-        warn("ccproxy: standard output: %s\n" % error.strerror)
+        if not isinstance(error, BrokenPipeError):      # `... | head` has seen enough
+            warn("ccproxy: standard output: %s\n" % error.strerror)
         return False
 
 
@@ -16921,7 +16949,7 @@ def target_of(invocation: Invocation, base: str, key: str) -> Target:
     config, models = invocation.settings.config, builtin_models()
     model = resolve_model(invocation.given.model or "default", models, config, [])
     return Target(base, key, model, tuple(one for one in listed_models(models, config)
-                                          if one.id != model.id))
+                                          if one.id != model.id), program=program_name())
 
 
 def show_environment(invocation: Invocation) -> int:
@@ -17088,13 +17116,13 @@ def decode_settings(data: Optional[bytes], path: str) -> Tuple[str, str]:
     return ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
 
 
-def show_next_steps(name: str, path: str, target: Target) -> None:
+def show_next_steps(invocation: Invocation, name: str, path: str, target: Target) -> None:
     """What is left to do, and what would undo it."""
     show_feature(True, "%s: %s is led to %s, model %s" % (path, name, target.base,
                                                           target.model.id))
     say("  The key: export %s=user_... where %s runs (it is in no file).\n"
-        "  The proxy: python3 ccproxy.py\n"
-        "  Back: python3 ccproxy.py setup %s --undo\n" % (KEY_VARIABLE, name, name))
+        "  The proxy: %s\n  Undo: %s\n" % (KEY_VARIABLE, name, own_command(invocation),
+                                           own_command(invocation, "setup %s --undo" % name)))
     wins = [one for one in foreign_names(CLIENTS[name], os.environ) if one not in CLAUDE_NAMES]
     if wins and name == "claude":
         say("  Unset what wins over it here: %s\n" % " ".join(wins))
@@ -17148,7 +17176,7 @@ def set_up_client(invocation: Invocation) -> int:
         if not os.path.exists(path + BACKUP_ENDING):
             write_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
         write_file(path, new, path)
-    show_next_steps(name, path, target)
+    show_next_steps(invocation, name, path, target)
     return 0
 
 
@@ -17158,6 +17186,9 @@ def set_up_client(invocation: Invocation) -> int:
 # and exit status 2; an address that is taken is status 1.
 
 
+REST_MARKED, REST_OPEN = "[-- ARGUMENTS]", "[ARGUMENTS]"     # behind `--`; also without it
+
+
 class Command(NamedTuple):
     """One word that may stand first on the command line.  `arguments` are argparse's."""
 
@@ -17165,38 +17196,125 @@ class Command(NamedTuple):
     help: str
     example: str                        # what stands behind `python3 ccproxy.py`
     arguments: Tuple[Tuple[str, Json], ...] = ()
-    rest: bool = False                  # whether arguments for another program follow `--`
+    rest: str = ""                      # REST_MARKED or REST_OPEN: arguments of another program
     lenient: bool = False               # whether it runs with settings that are wrong
+
+
+OTHER_WORDS = {     # words that may stand first and are no commands of their own
+    "serve": "start the proxy, as without a command",
+    "help": "show this, or the help of a command", "version": "show the version"}
+COMMON_FLAGS: Tuple[Tuple[str, Json], ...] = (
+    ("--config", {"metavar": "FILE", "help": "the config file (default: config.json beside "
+                  "ccproxy.py, if there is one)"}),
+    ("--demo", {"action": "store_true", "help": "answer from inside the program, with any key or "
+                "none"}))
+SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
+    ("--check", {"action": "store_true", "help": "print the options that are not at their "
+                 "defaults, and end"}),
+    ("--all", {"action": "store_true", "help": "with --check: print every option"}),
+    ("--while-stdin", {"action": "store_true", "help": "end when standard input ends, for "
+                       "programs that start this one"}),
+    ("--version", {"action": "version", "version": "ccproxy " + __version__}),
+    ("--watch", {"action": "store_true", "help": "start again, without losing a request, when "
+                 "ccproxy.py, the config file or credentialsFile changes"}))
+MAIN_OPTIONS = ("port", "host", "upstream", "defaultModel", "allowedModels", "credentialsFile",
+                "clientKey", "adminKey", "usageDb", "logLevel")     # --help shows these alone
+
+
+def flags_of(name: str) -> Dict[str, str]:
+    """The flags of a command ("": none), and how many words each takes behind it: "one", "none",
+    or "word" for true or false, which may be left out."""
+    known = {flag_name(option): "word" if option.kind == "bool" else "one" for option in OPTIONS}
+    known.update((flag_name(option), "one") for option in REMOVED_OPTIONS)
+    arguments = COMMANDS[name].arguments if name else SERVE_FLAGS
+    known.update((flag, "none" if "action" in row else "one")
+                 for flag, row in (*COMMON_FLAGS, *arguments) if flag[0] == "-")
+    return {**known, "--help": "none", **({} if name else {
+        "-p": "one", "-h": "none", "--help-all": "none"})}
+
+
+def take_flags(argv: List[str], flags: Mapping[str, str]) -> Tuple[List[str], List[str]]:
+    """(the flags at the start of a command line, each with its value in one word; the rest).  Only
+    flags in full spelling count."""
+    taken, at = [], 0
+    while at < len(argv):
+        flag, equals, value = argv[at].partition("=")
+        if flag not in flags:
+            break
+        following, at = argv[at + 1:at + 2], at + 1
+        if equals or flags[flag] == "none":
+            values = [value] if equals else []
+        elif flags[flag] == "one" or following and following[0].lower() in BOOLEAN_WORDS:
+            values, at = following, at + len(following)
+        else:
+            values = ["true"]
+        taken.append("=".join(["--port" if flag == "-p" else flag, *values]))
+    return taken, argv[at:]
+
+
+def split_arguments(argv: List[str]) -> Tuple[str, List[str], List[str]]:
+    """(command, its own words, those of the program that it starts).  Ends the program with one
+    line on a word that is no command."""
+    own, argv = take_flags(argv, flags_of(""))
+    word = argv[0] if argv and argv[0][:1] != "-" else ""
+    argv = argv[1:] if word else argv
+    if word == "version":
+        return "", [*own, "--version", *argv], []
+    if word == "help":
+        word, argv = argv[0] if argv else "", ["--help", *argv[1:]]
+    if word in ("", "serve"):
+        return "", own + argv, []
+    if word not in COMMANDS:
+        complain("there is no such command%s; --help lists them, without one the proxy starts"
+                 % meant(word, [*COMMANDS, *OTHER_WORDS]))
+    return (word, *split_rest(COMMANDS[word], own, argv, flags_of(word)))
+
+
+def split_rest(command: Command, own: List[str], argv: List[str],
+               flags: Mapping[str, str]) -> Tuple[List[str], List[str]]:
+    """(a command's own words, those of the program that it starts): what follows `--`, or from the
+    first word on, behind that program's name, that is none of the command's flags."""
+    if command.rest == REST_OPEN:
+        before, argv = take_flags(argv, flags)
+        own = own + before
+        if argv and argv[0][:1] == "-" and argv[0] != "--":
+            refuse_arguments("run", "unrecognized arguments: " + argv[0])
+        elif argv and argv[0] != "--":
+            behind, rest = take_flags(argv[1:], flags)
+            return [*own, argv[0], *behind], rest[1:] if rest[:1] == ["--"] else rest
+    if command.rest and "--" in argv:
+        return own + argv[:argv.index("--")], argv[argv.index("--") + 1:]
+    return own + argv, []
 
 
 def new_parser(name: str, **words: Any) -> Any:
     import argparse
-    parser = argparse.ArgumentParser(prog="ccproxy.py" + (name and " " + name),
+    parser = argparse.ArgumentParser(prog=program_name() + (name and " " + name),
                                      allow_abbrev=False, **words)
-    parser.error = refuse_arguments     # type: ignore[method-assign, assignment]
+    parser.error = partial(refuse_arguments, name)      # type: ignore[method-assign, assignment]
     return parser
 
 
-def main_parser() -> Any:
-    """The parser of a command line without a command: it serves."""
+def main_parser(whole: bool = False) -> Any:
+    """The parser of a command line without a command, which starts the proxy; `whole`: its help
+    shows every option."""
     import argparse
-    commands = "".join("  %-9s  %s\n" % (name, row.help) for name, row in COMMANDS.items())
+    lines = {name: row.help for name, row in COMMANDS.items()}
+    commands = "".join("  %-9s  %s\n" % row for row in {**lines, **OTHER_WORDS}.items())
     parser = new_parser(
         "", usage="%(prog)s [COMMAND] [--check] [--demo] [--watch] [--OPTION VALUE ...]",
         description="Use a Command Code subscription from any OpenAI or Anthropic client.\n\n"
-                    "commands (each has its own --help; without one it serves):\n" + commands,
+                    "commands (each has its own --help; without one the proxy starts):\n"
+                    + commands,
         epilog="Each option is also an environment variable (in brackets) and an entry of\n"
                "config.json under its name in camelCase. Flags win over the environment,\n"
-               "that over the file.\n\n"
-               "Example: python3 ccproxy.py --port 8080 --log-level debug",
+               "that over the file.%s\n\n"
+               "Example: %s --port 8080 --log-level debug"
+               % ("" if whole else " --help-all shows the other options.", program_name()),
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true",
-                        help="print the configuration in effect and end")
-    parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends, "
-                        "for programs that start this one")
-    parser.add_argument("--version", action="version", version="ccproxy " + __version__)
-    parser.add_argument("--watch", action="store_true", help="start again, without losing a "
-                        "request, when ccproxy.py, the config file or credentialsFile changes")
+    for flag, known in SERVE_FLAGS:
+        parser.add_argument(flag, **known)
+    parser.add_argument("--help-all", action="store_true", help="show every option")
     return parser
 
 
@@ -17207,25 +17325,28 @@ def command_parser(name: str, command: Command) -> Any:
                      else known["metavar"] for flag, known in command.arguments)
     parser = new_parser(
         name, usage="%%(prog)s %s%s[--OPTION VALUE ...]%s" % (
-            words, " " if words else "", " [-- ARGUMENTS]" if command.rest else ""),
+            words, " " if words else "", command.rest and " " + command.rest),
         description=command.help[0].upper() + command.help[1:] + ".",
-        epilog="The options of `ccproxy.py --help` hold here too. Example: python3 ccproxy.py "
-               + command.example)
+        epilog="The options of --help-all hold here too. Example: %s %s"
+               % (program_name(), command.example))
     for flag, known in command.arguments:
         parser.add_argument(flag, **known)
     return parser
 
 
-def add_options(parser: Any, shown: bool) -> None:
-    """The option table as flags."""
+def add_options(parser: Any, shown: Iterable[str]) -> None:
+    """The option table as flags; help shows those that are named."""
     import argparse
+    shown = set(shown)
     for option in OPTIONS:
         default = "none" if option.default in ("", [], {}) else \
             str(option.default).lower() if option.kind == "bool" else option.default
         words = "%s (default: %s) [%s]" % (option.help, default,
                                            ", ".join(environment_names(option)))
-        parser.add_argument(flag_name(option), dest="option " + option.name,
-                            help=words.replace("%", "%%") if shown else argparse.SUPPRESS,
+        flags = [flag_name(option)] + ["-p"] * (option.name == "port" and bool(shown))
+        parser.add_argument(*flags, dest="option " + option.name,
+                            help=words.replace("%", "%%") if option.name in shown
+                            else argparse.SUPPRESS,
                             metavar="|".join(option.choices) if option.kind == "choice"
                             else option.kind.upper(),
                             **({"nargs": "?", "const": "true"} if option.kind == "bool" else {}))
@@ -17235,22 +17356,18 @@ def add_options(parser: Any, shown: bool) -> None:
 
 
 def read_arguments_of(argv: List[str]) -> Tuple[str, Dict[str, str], Any, List[str]]:
-    """(command, options given as flags, the other arguments, what stands behind `--`).  Ends the
-    program on --help, or with one line on a flag that does not exist."""
-    name, argv = (argv[0], argv[1:]) if argv[:1] and argv[0][:1] != "-" else ("", argv)
-    if name and name not in COMMANDS:
-        complain("there is no such command%s; --help lists them, without one it serves" % meant(
-            name, [*COMMANDS, "--help", "--version"]))
-    rest: List[str] = []
-    if name and COMMANDS[name].rest and "--" in argv:
-        rest = argv[argv.index("--") + 1:]
-        argv = argv[:argv.index("--")]
-    parser = command_parser(name, COMMANDS[name]) if name else main_parser()
-    parser.add_argument("--config", metavar="FILE", help="the config file (default: config.json "
-                        "beside ccproxy.py, if there is one)")
-    parser.add_argument("--demo", action="store_true",
-                        help="answer from inside the program, with any key or none")
-    add_options(parser, shown=not name)
+    """(command, options given as flags, the other arguments, those of a program to start).  Ends
+    the program on --help, or with one line on a flag that does not exist."""
+    name, argv, rest = split_arguments(argv)
+    whole = not name and "--help-all" in argv
+    parser = command_parser(name, COMMANDS[name]) if name else main_parser(whole)
+    for flag, known in COMMON_FLAGS:
+        parser.add_argument(flag, **known)
+    add_options(parser, () if name else [option.name for option in OPTIONS] if whole
+                else MAIN_OPTIONS)
+    if whole:
+        parser.print_help()
+        raise SystemExit(0)
     given = parser.parse_args(argv)
     every = vars(given)
     flags = {option.name: every["option " + option.name] for option in OPTIONS + REMOVED_OPTIONS
@@ -17266,20 +17383,15 @@ def meant(word: str, known: Iterable[str]) -> str:
     return " (did you mean %s?)" % bare[near[0]] if near else ""
 
 
-def refuse_arguments(message: str) -> None:
-    """What argparse says of bad arguments, without the values of those it does not know: one may
-    be a secret behind a mistyped name."""
+def refuse_arguments(name: str, message: str) -> None:
+    """What argparse says of bad arguments of a command, without the values of those it does not
+    know: one may be a secret behind a mistyped name."""
     said, _, rest = message.partition("unrecognized arguments: ")
     if not said and rest:
-        words = rest.split()
-        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-        known = [flag_name(option) for option in OPTIONS] + [
-            flag for command in COMMANDS.values() for flag, _ in command.arguments] + [
-            "--check", "--config", "--demo", "--watch", "--version", "--help"]
+        flags = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
         message = "unrecognized arguments: " + (" ".join(flags) or rest) + (
-            meant(flags[0], known) if flags else
-            "; a command comes first" if words[0] in COMMANDS else "")
-    complain(message)
+            meant(flags[0], flags_of(name)) if flags else "")
+    complain("%s (%s --help)" % (message, " ".join(filter(None, [program_name(), name]))))
 
 
 def operator_lines(app: App, unused: str) -> List[str]:
@@ -17322,8 +17434,9 @@ def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> st
     return "\n".join(lines) + "\n"
 
 
-def describe_config(config: Config, sources: Mapping[str, str]) -> str:
-    """The configuration in effect, an option a line, with where each value came from."""
+def describe_config(settings: Settings, whole: bool) -> str:
+    """The configuration in effect, an option a line, with where each value came from: what differs
+    from its default, and behind that the rest where it is wanted."""
     rows = []
     for option in OPTIONS:
         value = getattr(settings.config, snake_case(option.name))
@@ -17412,8 +17525,8 @@ USAGE_FLAGS: Tuple[Tuple[str, Json], ...] = (
 
 COMMANDS: Dict[str, Command] = {
     "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
-                   'run claude --demo -- -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
-                   True),
+                   'run claude --demo -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
+                   REST_OPEN),
     "env": Command(show_environment, "print the environment with which a client comes here",
                    "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
@@ -17438,7 +17551,7 @@ COMMANDS: Dict[str, Command] = {
                        (("action", {"choices": SERVICE_ACTIONS, "metavar": "|".join(
                            SERVICE_ACTIONS), "help": "what to do with it"}),
                         ("--dry-run", {"action": "store_true", "help": "print what would be done, "
-                                       "and do nothing"})), True),
+                                       "and do nothing"})), REST_MARKED),
     "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),
                         "try every feature against the upstream inside the program", "selftest")}
 
@@ -17454,7 +17567,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 warn("ccproxy: warning: %s\n" % text)
         if not name and given.check:
             check_surroundings(settings.config)
-            return 0 if say(describe_config(settings.config, settings.sources)) else 1
+            return 0 if say(describe_config(settings, given.all)) else 1
         run = COMMANDS[name].run if name else serve
         return run(Invocation(given, rest, settings))
     except ProxyError as error:

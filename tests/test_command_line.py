@@ -67,13 +67,13 @@ def empty(tmp_path):
 def checked(*arguments, environment=None, whole=False):
     """(value, source) of every option, as --check prints them; `whole`: by a process of its own."""
     if whole:
-        done = run_program("--check", *arguments, environment=environment)
+        done = run_program("--check", "--all", *arguments, environment=environment)
         assert (done.returncode, done.stderr) == (0, "")
         printed = done.stdout
     else:
         with mock.patch.dict(os.environ, clean_environment(**(environment or {})), clear=True), \
                 contextlib.redirect_stdout(io.StringIO()) as out:
-            assert ccproxy.main(["--check", *arguments]) == 0
+            assert ccproxy.main(["--check", "--all", *arguments]) == 0
         printed = out.getvalue()
     rows = [re.fullmatch(r"(\w+) +(.*)  \((.*)\)", line) for line in printed.splitlines()]
     return {row[1]: (json.loads(row[2]), row[3]) for row in rows}
@@ -224,7 +224,7 @@ def test_a_key_in_the_wrong_place_is_not_printed(empty):
 
 
 def test_help_names_every_option_and_variable():
-    done = run_program("--help")
+    done = run_program("--help-all")
     assert (done.returncode, done.stderr) == (0, "")
     words = set(re.findall(r"[A-Za-z_][\w-]*|--[\w-]+", done.stdout))
     for name, (others, _, _) in OPTIONS.items():
@@ -330,17 +330,111 @@ def test_a_busy_port():
 
 @pytest.mark.parametrize("arguments, words", [
     (["selftset"], "there is no such command (did you mean selftest?)"),
-    (["version"], "(did you mean --version?)"), (["xyzzy"], "no such command; --help lists"),
+    (["versoin"], "(did you mean version?)"), (["xyzzy"], "no such command; --help lists"),
     (["user_secret"], "there is no such command;"),
-    (["--prot", "1"], "--prot (did you mean --port?)"), (["--xyzzy"], "arguments: --xyzzy\n"),
+    (["--prot", "1"], "--prot (did you mean --port?)"), (["--xyzzy"], "arguments: --xyzzy (python3"),
     (["--adminkey=hidden"], "--adminkey (did you mean --admin-key?)"),
-    (["run", "claude", "--modle", "x"], "(did you mean --model?)"),
-    (["--port", "1", "models"], "arguments: models; a command comes first"),
+    (["run", "--modle", "x", "claude"], "(did you mean --model?)"),
+    (["models", "--undoo"], "arguments: --undoo --check (python3 ccproxy.py models --help)"),
+    (["setup", "claude", "--undoo"], "--check (did you mean --undo?)"),
     (["service"], "install|uninstall")], ids=str)
 def test_a_mistyped_word_is_told_from_what_was_meant(arguments, words):
     code, out, err = run_main(arguments, {})
     assert (code, out) == (2, "") and words in err
     assert "secret" not in err and "hidden" not in err
+
+
+@pytest.mark.parametrize("arguments, command, flags, rest", [
+    ("", "", {}, ""), ("serve --port 1", "", {"port": "1"}, ""), ("-p 1", "", {"port": "1"}, ""),
+    ("-p=1 serve", "", {"port": "1"}, ""), ("serve -p 1", "", {"port": "1"}, ""),
+    ("run claude -p hi", "run", {}, "-p hi"), ("run claude hi --port 1", "run", {}, "hi --port 1"),
+    ("-p 1 run claude -p hi", "run", {"port": "1"}, "-p hi"),
+    ("run --port 1 claude --host=a -p hi", "run", {"port": "1", "host": "a"}, "-p hi"),
+    ("run claude --demo --model x --resume", "run", {}, "--resume"),
+    ("run claude --por 1", "run", {}, "--por 1"), ("run claude --version", "run", {}, "--version"),
+    ("run claude --port 1 -- --port 2", "run", {"port": "1"}, "--port 2"),
+    ("run claude -- -- x", "run", {}, "-- x"), ("run claude x -- y", "run", {}, "x -- y"),
+    ("run --include-reasoning claude off", "run", {"includeReasoning": "true"}, "off"),
+    ("run claude --include-reasoning off on", "run", {"includeReasoning": "off"}, "on"),
+    ("--use-provider-models models --json", "models", {"useProviderModels": "true"}, ""),
+    ("service logs -- -f", "service", {}, "-f"), ("service install --port 1", "service",
+                                                  {"port": "1"}, "")])
+def test_whose_each_word_is(arguments, command, flags, rest):
+    """Ours before the client's name and behind it, as long as they are our flags in full."""
+    name, found, given, left = ccproxy.read_arguments_of(arguments.split())
+    assert (name, found, left) == (command, flags, rest.split())
+    assert name != "run" or given.client == "claude"
+
+
+@pytest.mark.parametrize("words, shown", [
+    (["help"], "commands (each"), (["help", "run"], "codex|opencode"), (["run", "--help"], "--model"),
+    (["help", "serve"], "--watch"), (["version"], "ccproxy " + ccproxy.__version__),
+    (["run", "claude", "--help"], "Start a client")])
+def test_help_and_version_are_commands_too(capsys, words, shown):
+    with pytest.raises(SystemExit) as ended:
+        ccproxy.read_arguments_of(words)
+    assert ended.value.code == 0 and shown in capsys.readouterr().out
+
+
+def test_help_shows_what_matters_and_help_all_the_rest(capsys):
+    shown = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            ccproxy.read_arguments_of([word])
+        text = capsys.readouterr().out
+        shown[word] = {option.name for option in ccproxy.OPTIONS
+                       if ccproxy.flag_name(option) + " " in text}
+    assert shown["--help"] == set(ccproxy.MAIN_OPTIONS) and len(shown["--help"]) == 10
+    assert shown["--help-all"] == {option.name for option in ccproxy.OPTIONS}
+
+
+def test_check_shows_what_differs_first(empty):
+    """What is at its default is shown with --all alone, behind the rest."""
+    done = run_program("--check", "--config", empty, "--log-level", "debug", "--port", "3000")
+    lines = done.stdout.splitlines()
+    assert lines[0] == 'logLevel  "debug"  (--log-level)'
+    assert lines[1:] == ["default values: %d options (--check --all shows them)"
+                         % (len(ccproxy.OPTIONS) - 1)]
+    whole = run_program("--check", "--all", "--config", empty, "--log-level", "debug")
+    assert [line.split()[0] for line in whole.stdout.splitlines()] == ["logLevel"] + [
+        option.name for option in ccproxy.OPTIONS if option.name != "logLevel"]
+
+
+@pytest.mark.parametrize("variable, meant", [
+    ("CC_LOGLEVEL", "CC_LOG_LEVEL"), ("CC_PROT", "CC_PORT"), ("CC_ADMINKEY", "CC_ADMIN_KEY"),
+    ("CC_", ""), ("CC_FLAGS", ""), ("CC_x86_64_linux", ""), ("CCACHE_DIR", ""), ("CC_PORT", "")])
+def test_a_variable_that_is_spelled_much_like_an_options_is_warned_about(variable, meant):
+    found = ccproxy.variable_warnings({variable: "5", "HOME": "/"})
+    assert found == (["environment %s is not an option (did you mean %s?)" % (variable, meant)]
+                     if meant else [])
+
+
+def test_the_warning_is_one_line_and_the_proxy_starts(empty):
+    done = run_program("--check", "--config", empty, environment={"CC_LOGLEVEL": "s3cret"})
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert "CC_LOGLEVEL" in done.stderr and "s3cret" not in done.stderr
+
+
+def test_a_closed_pipe_ends_in_silence():
+    """`ccproxy.py --help-all | head -1`"""
+    for arguments in (["--check", "--all"], ["doctor"], ["models"]):
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, *arguments, "--demo"], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=clean_environment())
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        process.stderr.close()
+        process.wait(60)
+
+
+def test_an_older_python_is_told_what_is_needed():
+    """3.7 and 3.8 by a sentence; the parsers of older ones stop at a line that holds one."""
+    with open(PROGRAM, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    place = next(number for number, line in enumerate(lines) if re.match(r"\w+: \w+ = ", line))
+    assert "needs Python 3.9" in lines[place] and "version_info < (3, 9)" in lines[place + 1]
+    older = next((line for line in lines if line.startswith("from __future__")))
+    assert "Python 3.9" in older
 
 
 # The start-up screen.

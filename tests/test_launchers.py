@@ -510,7 +510,7 @@ def test_env_takes_address_and_model_from_the_settings(bench):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (("env",), "required"), (("env", "vim"), "vim"), (("run", "claude", "-p"), "unrecognized"),
+    (("env",), "required"), (("env", "vim"), "vim"), (("run", "-p", "claude"), "unrecognized"),
     (("env", "pi", "--shell", "tcsh"), "tcsh"), (("env", "pi", "--model", "a b"), "model must be")])
 def test_what_is_not_understood_is_said(bench, arguments, told):
     done = bench.call(*arguments)
@@ -518,7 +518,7 @@ def test_what_is_not_understood_is_said(bench, arguments, told):
 
 
 @pytest.mark.parametrize("command, example", [
-    ("run", 'ccproxy.py run claude --demo -- -p "Say hello."'),
+    ("run", 'ccproxy.py run claude --demo -p "Say hello."'),
     ("env", "ccproxy.py env claude --shell fish")])
 def test_help_has_an_example(bench, command, example):
     shown = " ".join(bench.call(command, "--help").stdout.split())
