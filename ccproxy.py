@@ -1656,12 +1656,21 @@ inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
 
 # === MODELS (pure) ==========================================================
 # Which model a request means and what that model takes: aliases, ids in any
-# case, short names, efforts, output limits.  A name that nothing knows is passed
-# on as it is: the catalogue is always behind.
+# case, short names, other services' spellings, efforts, output limits.  A name that
+# nothing knows is passed on as it is: the catalogue is always behind.  A note then
+# names the known one that it looks like.
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
 EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
 DECISION_MODELS = ("typesafe/jev", "jev", "jev-latest", "typesafe-ai/jev")
+MODEL_NAME = re.compile(r"[!-~]{1,200}")
+# What changes how a model is run, not which: Claude Code's context size (claude-opus-5[1m]),
+# OpenRouter's routing variants (openrouter.ai/docs/guides/routing/model-variants/overview) and
+# Ollama's default tag.  OpenRouter's :free is none of them: it never means the paid model.
+NAME_SUFFIX = re.compile(r"(\[[0-9a-z]+\]|:(nitro|floor|exacto|online|latest))$")
+MAX_MOMENT = 32_503_680_000             # epoch seconds: the year 3000
+NAME_DATE = re.compile(r"-20[0-9]{2}(-?[0-9]{2}){2}$")
+DASHES = str.maketrans(".:", "--")      # claude-sonnet-4.6 at OpenRouter is claude-sonnet-4-6
 
 # A family's name stands for its present flagship, where no catalogue id matches.
 SHORT_NAMES = {
@@ -1693,8 +1702,8 @@ class Model(NamedTuple):
 
 
 class Models(NamedTuple):
-    """All that is known of models: `known` by lower-case id, `bare` by what follows the vendor,
-    `listed` ids in the order in which they are shown."""
+    """All that is known of models: `known` by lower-case id, `bare` lower-case ids by their short
+    forms, `listed` ids in the order in which they are shown."""
 
     known: Dict[str, Model]
     bare: Dict[str, str]
@@ -1710,14 +1719,23 @@ def parse_catalogue(table: str) -> List[Model]:
     return models
 
 
+def short_forms(name: str) -> Tuple[str, ...]:
+    """A lower-case name without its vendor: as it is, without a date at its end, and both with
+    dashes for dots.  The most exact form comes first."""
+    short = name.rpartition("/")[2]
+    undated = NAME_DATE.sub("", short)
+    return short, undated, short.translate(DASHES), undated.translate(DASHES)
+
+
 def index_models(models: List[Model], listed: List[str]) -> Models:
-    """Models by lower-case id, and by short form: without vendor, without a date at the end."""
+    """Models by lower-case id, and by short form.  Two models of one form: the more exact one,
+    then the earlier one."""
     known = {model.id.lower(): model for model in models}
     bare: Dict[str, str] = {}
-    for model in models:
-        short = model.id.lower().rpartition("/")[2]
-        bare.setdefault(short, model.id)
-        bare.setdefault(re.sub(r"-20[0-9]{6}$", "", short), model.id)
+    for forms in zip(*map(short_forms, known)):
+        for form, name in zip(forms, known):
+            bare.setdefault(form, name)
+    bare.pop("", None)
     return Models(known, bare, listed)
 
 
@@ -1762,14 +1780,15 @@ def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
 
 
 def find_model(name: str, models: Models) -> Optional[Model]:
-    """The catalogue's model of this name: its id in any case, else a short form of it."""
+    """The catalogue's model of this name: its id in any case, else a short form of it, whatever
+    vendor stands before it (other services have vendor names of their own)."""
     lower = name.lower()
-    plain = re.sub(r"\[[0-9a-z]+\]$", "", lower)        # Claude Code writes claude-opus-5[1m]
-    if lower in models.known or plain in models.known:
-        return models.known.get(lower) or models.known[plain]
-    undated = re.sub(r"-20[0-9]{6}$", "", plain)
-    target = models.bare.get(plain) or models.bare.get(undated) or SHORT_NAMES.get(plain, "")
-    return models.known.get(target.lower()) or models.known.get(undated)
+    if lower in models.known:
+        return models.known[lower]
+    plain = NAME_SUFFIX.sub("", lower)
+    found = [models.bare.get(form, "") for form in short_forms(plain)]
+    names = [plain, *found, SHORT_NAMES.get(plain, "").lower()]
+    return next((models.known[one] for one in names if one in models.known), None)
 
 
 def nearest_ids(name: str, ids: Iterable[str]) -> List[str]:
@@ -1864,7 +1883,7 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
     if name.lower() in DECISION_MODELS:
         raise ProxyError("invalid", "%s is a decision model without chat; name another model."
                          % printable(name, 100), param="model")
-    if not re.fullmatch(r"[!-~]{1,200}", name):
+    if not MODEL_NAME.fullmatch(name):
         raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
                          param="model")
     found = find_model(name, models)

@@ -348,7 +348,8 @@ def test_aliases_and_allowed_models_in_the_list(make_proxy):
     (None, "deepseek/deepseek-v4-flash"), ("default", "deepseek/deepseek-v4-flash"),
     ("VENDOR/new-model", "vendor/New-Model"), ("new-model", "vendor/New-Model"),
     ("claude-opus-5-5[1m]", "vendor/New-Model"), ("mine", "moonshotai/Kimi-K3"),
-    ("quite/unknown", "quite/unknown"), ("moonshotai/kimi-k3", "moonshotai/Kimi-K3")])
+    ("quite/unknown", "quite/unknown"), ("moonshotai/kimi-k3", "moonshotai/Kimi-K3"),
+    ("openai/gpt-5.5", "gpt-5.5"), ("x-ai/grok-4.5:nitro", "xai/grok-4.5")])
 def test_models_are_resolved(make_proxy, upstream, asked, sent):
     """The answer names the model that was asked for, the upstream gets its own id."""
     proxy = make_proxy(modelAliases={"mine": "kimi", "claude-*": "vendor/New-Model"})

@@ -71,9 +71,25 @@ def test_short_names_stand_for_catalogue_ids(name, target):
     ("claude-opus-5-20260101", "claude-opus-5"),
     ("inclusionai/ling-3.0-flash-sante:free", "inclusionai/ling-3.0-flash-sante:free"),
     ("", ccproxy.DEFAULT_MODEL), ("default", ccproxy.DEFAULT_MODEL),
-    # What nothing knows is passed on as it is: the catalogue is always behind.
-    ("gpt-6.1-sol", "gpt-6.1-sol"), ("New/Vendor-Model", "New/Vendor-Model"),
-    ("claude-sonnet-5-5", "claude-sonnet-5-5"), ("kimi-k99", "kimi-k99"), ("kim", "kim"),
+    ("gpt-5.4-2026-03-05", "gpt-5.4"),                              # OpenAI's dates
+    # OpenRouter's spelling: another vendor or none here, dots for dashes, dashes for dots.
+    ("anthropic/claude-sonnet-4.6", "claude-sonnet-4-6"), ("claude-sonnet-4.6", "claude-sonnet-4-6"),
+    ("anthropic/claude-opus-4.7", "claude-opus-4-7"), ("openai/gpt-5.5", "gpt-5.5"),
+    ("Anthropic/Claude-Opus-4.7[1m]", "claude-opus-4-7"), ("x-ai/grok-4.5", "xai/grok-4.5"),
+    ("anthropic/claude-haiku-4.5", "claude-haiku-4-5-20251001"),
+    ("anthropic/claude-sonnet-4.6-20260217", "claude-sonnet-4-6"),
+    ("z-ai/glm-5.3", "zai-org/GLM-5.3"), ("minimax/minimax-m3", "MiniMaxAI/MiniMax-M3"),
+    ("qwen/qwen3.8-max", "Qwen/Qwen3.8-Max"), ("kimi-k2-6", "moonshotai/Kimi-K2.6"),
+    ("google/gemini-3.8-flash", "google/gemini-3.8-flash"),         # an id that keeps its vendor
+    ("openrouter/anthropic/claude-sonnet-4.6", "claude-sonnet-4-6"),
+    ("openai/moonshotai/Kimi-K3", "moonshotai/Kimi-K3"),            # litellm's "any such server"
+    ("azure/gpt-5.5", "gpt-5.5"), ("foo/claude-sonnet-5", "claude-sonnet-5"),
+    # How a model is run is no part of its name; a free model never becomes the paid one.
+    ("openai/gpt-5.5:nitro", "gpt-5.5"), ("kimi-k3:floor", "moonshotai/Kimi-K3"),
+    ("openai/gpt-5.5:online", "gpt-5.5"), ("openai/gpt-5.5:exacto", "gpt-5.5"),
+    ("kimi-k3:latest", "moonshotai/Kimi-K3"),
+    ("poolside/laguna-s-2.1:free", "poolside/laguna-s-2.1-free"),
+    ("meituan/longcat-2.0-free", "meituan/LongCat-2.0:free"),
 ])
 def test_what_a_name_means(asked, expected):
     found, notes = resolve(asked)
@@ -230,6 +246,7 @@ def test_the_live_list_is_enriched_by_the_catalogue():
     assert models.known["gpt-6-sol"].context == 1050000
     assert models.known["vendor/new-model"].efforts is None         # not known, not: takes none
     assert resolve("new-model", models)[0] == "vendor/New-Model"
+    assert resolve("openrouter/new.model:nitro", models)[0] == "vendor/New-Model"
     assert resolve("deepseek/deepseek-v4-pro", models)[0] == "deepseek/deepseek-v4-pro"
     assert BUILTIN.known["gpt-6-sol"].id == "gpt-6-sol"             # unharmed
 
