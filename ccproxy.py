@@ -1833,22 +1833,47 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
 # them through.  A model is meant by whatever name stands for it.
 
 
+def aliased(name: str, config: Config) -> str:
+    """The name behind `default` and behind an alias, else the name itself."""
+    name = config.default_model if name == "default" else name
+    return match_alias(name, config.model_aliases) or name
+
+
+def meant_id(name: str, models: Models, config: Config) -> str:
+    """The id, in lower case, of the model that a name in the configuration stands for; the name
+    itself where it stands for none.  An id means its own model, also where an alias hides it."""
+    if name.lower() in models.known:
+        return name.lower()
+    name = aliased(name, config)
+    found = find_model(name, models)
+    return (found.id if found else name).lower()
+
+
+def names_of(model: str, names: Iterable[str], models: Models, config: Config) -> FrozenSet[str]:
+    """Those of the names in the configuration that stand for a model's id."""
+    return frozenset(name for name in names if name.lower() == model.lower()
+                     or meant_id(name, models, config) == model.lower())
+
+
 def switched_off(models: Models, config: Config) -> FrozenSet[str]:
     """Ids in lower case of the models that are switched off."""
-    names = [row["id"] for row in config.models if not row["enabled"]]
-    found = [find_model(name, models) for name in names]
-    return frozenset((model.id if model else name).lower() for model, name in zip(found, names))
+    return frozenset(meant_id(row["id"], models, config)
+                     for row in config.models if not row["enabled"])
 
 
-def served_ids(models: Models, config: Config) -> List[str]:
-    """Ids of the listed models that a request may name."""
-    allowed = {one.lower() for one in config.allowed_models}
+def served_test(models: Models, config: Config) -> Callable[[str], bool]:
+    """A test of whether requests may name an id."""
     off = switched_off(models, config)
-    return [name for name in models.listed
-            if name.lower() not in off and (not allowed or name.lower() in allowed)]
+    allowed = {meant_id(name, models, config) for name in config.allowed_models}
+    return lambda name: name.lower() not in off and (not allowed or name.lower() in allowed)
 
 
-def unknown_model(name: str, ids: List[str],
+def served_ids(models: Models, config: Config) -> Tuple[str, ...]:
+    """Ids of the listed models that a request may name."""
+    return tuple(filter(served_test(models, config), models.listed))
+
+
+def unknown_model(name: str, ids: Tuple[str, ...],
                   words: str = "There is no model %s (GET /v1/models lists them).") -> ProxyError:
     """A 404 that names the nearest models."""
     near = nearest_ids(name[:200], ids)
@@ -1868,8 +1893,8 @@ def refuse_switched_off(name: str, model: Optional[Model], models: Models,
 def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
     """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
     refuse_switched_off(name, model, models, config)
-    allowed = {one.lower() for one in config.allowed_models}
-    if allowed and (model.id if model else name).lower() not in allowed:
+    allowed, found = config.allowed_models, model.id if model else name
+    if allowed and not names_of(found, allowed, models, config):
         raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
             printable(name, 100), redact(", ".join(config.allowed_models[:20]))), param="model")
     if model is None and not config.allow_unknown_models:
@@ -1878,8 +1903,7 @@ def check_allowed(name: str, model: Optional[Model], models: Models, config: Con
 
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
-    name = asked if asked not in ("", "default") else config.default_model
-    name = match_alias(name, config.model_aliases) or name
+    name = aliased(asked or "default", config)
     if name.lower() in DECISION_MODELS:
         raise ProxyError("invalid", "%s is a decision model without chat; name another model."
                          % printable(name, 100), param="model")
@@ -1901,16 +1925,14 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
 
 def listed_models(models: Models, config: Config) -> List[Model]:
     """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
-    allowed = {one.lower() for one in config.allowed_models}
-    off = switched_off(models, config)
+    is_served = served_test(models, config)
     named = []
     for alias, target in sorted(config.model_aliases.items()):
         model = find_model(target, models) or Model(target, target)
-        wanted = model.id.lower() not in off and (not allowed or model.id.lower() in allowed)
-        if "*" not in alias and wanted:
+        if "*" not in alias and is_served(model.id):
             named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
     return named + [models.known.get(name.lower(), Model(name, name))
-                    for name in served_ids(models, config)]
+                    for name in filter(is_served, models.listed)]
 
 
 def openai_model(model: Model) -> Json:
@@ -14489,7 +14511,7 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     """One model by its id, which arrives percent-encoded (R4)."""
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
-    found = find_model(name, app.models)
+    found = find_model(aliased(name, app.config), app.models)
     refuse_switched_off(name, found, app.models, app.config)
     wanted = {name.lower(), found.id.lower() if found else ""}
     model = next((one for one in shown if one.id.lower() in wanted), None)
@@ -15336,8 +15358,7 @@ def model_states(models: Models, config: Config) -> List[Tuple[Model, str]]:
     """Every listed model, and what is to be said of it here: why it is not served, or that it is
     the default."""
     served, off = served_ids(models, config), switched_off(models, config)
-    named = match_alias(config.default_model, config.model_aliases) or config.default_model
-    default = find_model(named, models)
+    default = find_model(aliased("default", config), models)
     states = []
     for name in models.listed:
         chosen = "default" if default and default.id.lower() == name.lower() else ""

@@ -251,6 +251,8 @@ def test_the_anthropic_list(proxy, version):
     ("VENDOR%2fnew-model", "vendor/New-Model"), ("vendor%2FNew-Model/", "vendor/New-Model"),
     ("vendor%2FNew-Model?x=y", "vendor/New-Model"),
     ("deepseek%2Fdeepseek-v4-flash", "deepseek/deepseek-v4-flash"),
+    ("openrouter%2Fdeepseek%2Fdeepseek-v4-flash:nitro", "deepseek/deepseek-v4-flash"),
+    ("default", "deepseek/deepseek-v4-flash"), ("new.model", "vendor/New-Model"),
     ("nothing-like-it", None), ("%FF%00", None), ("vendor%2F", None)])
 def test_one_model(proxy, path, found):
     for prefix in ("/v1/models/", "/models/", "/anthropic/v1/models/"):

@@ -82,6 +82,11 @@ def test_what_is_not_served_is_marked(upstream):
     assert [(model["allowed"], model["default"]) for model in told["models"]] == [
         (False, False), (True, True)]
     assert told["aliases"] == {"fast": "vendor/New-Model"}
+    for name in ("New.Model", "fast", "openrouter/VENDOR/new-model:nitro", "default"):
+        told = listed(upstream, "--allowed-models", name, "--model-aliases",
+                      "fast=vendor/New-Model", "--default-model", "fast")
+        assert [(model["allowed"], model["default"]) for model in told["models"]] == [
+            (False, False), (True, True)]
     told = listed(upstream, "--models", "v4-FLASH=off,deepseek-v4-flash=off")
     assert [(model["enabled"], model["default"]) for model in told["models"]] == [
         (False, False), (True, False)]
