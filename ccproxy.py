@@ -1791,12 +1791,21 @@ def find_model(name: str, models: Models) -> Optional[Model]:
     return next((models.known[one] for one in names if one in models.known), None)
 
 
-def nearest_ids(name: str, ids: Iterable[str]) -> List[str]:
-    """Up to three ids that look most like a name, for an error's text."""
-    import difflib      # rarely wanted, so not at start
-    by_lower = {one.lower(): one for one in ids}
-    return [by_lower[found] for found in difflib.get_close_matches(
-        name.lower(), list(by_lower), 3, 0.4)]
+def letter_pairs(name: str) -> FrozenSet[str]:
+    """The pairs of letters in a name, its vendor aside, with its beginning and end."""
+    text = " %s " % name.lower().rpartition("/")[2]
+    return frozenset(text[at:at + 2] for at in range(len(text) - 1))
+
+
+@lru_cache(maxsize=64)          # a client sends the same unknown name with every request
+def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
+    """Up to three ids that look like a name, the nearest first: by the share of letter pairs in
+    common (Dice's coefficient), which takes linear time, as difflib's ratio does not."""
+    wanted = letter_pairs(name)
+    every = [letter_pairs(one) for one in ids]
+    shares = [2 * len(wanted & pairs) / (len(wanted) + len(pairs)) for pairs in every]
+    order = sorted(range(len(ids)), key=lambda at: -shares[at])
+    return tuple(ids[at] for at in order[:3] if shares[at] >= 0.4)
 
 
 def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
@@ -1901,6 +1910,15 @@ def check_allowed(name: str, model: Optional[Model], models: Models, config: Con
         raise unknown_model(name, served_ids(models, config))
 
 
+def note_unknown(name: str, models: Models, config: Config, notes: List[str]) -> None:
+    """Tell of a model that is passed on unknown which one it may be a slip of; nothing where it
+    looks like none: it is new then."""
+    near = nearest_ids(name, served_ids(models, config))
+    if near:
+        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
+            printable(name, 48), near[0]))
+
+
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
     name = aliased(asked or "default", config)
@@ -1915,6 +1933,8 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
     model = found or Model(name, name)
     if asked and model.id != asked:
         add_note(notes, "model", "%s -> %s" % (asked, model.id))
+    if found is None:
+        note_unknown(name, models, config, notes)
     return model
 
 
@@ -14516,7 +14536,7 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     wanted = {name.lower(), found.id.lower() if found else ""}
     model = next((one for one in shown if one.id.lower() in wanted), None)
     if model is None:
-        raise unknown_model(name, [one.id for one in shown])
+        raise unknown_model(name, tuple(one.id for one in shown))
     make = anthropic_model if exchange.face is MESSAGES else openai_model
     await respond_json(app, exchange, 200, make(model))
 
@@ -15656,7 +15676,7 @@ def check_configuration(scene: Scene) -> List[Finding]:
     findings = [Finding(True, setting_sources(settings))]
     names = {name for option in OPTIONS + REMOVED_OPTIONS for name in environment_names(option)}
     strange = sorted(name for name in set(os.environ) - names
-                     if name.startswith("CC_") and nearest_ids(name, names))
+                     if name.startswith("CC_") and nearest_ids(name, tuple(names)))
     if strange:
         findings.append(Finding(None, "no option has the name " + ", ".join(strange)))
     secrets = [option.name for option in OPTIONS if option.kind == "secret"
@@ -16030,7 +16050,7 @@ def check_models(scene: Scene) -> List[Finding]:
         return [Finding(False, "%s; defaultModel: %s" % (words, error.message),
                         "Choose another defaultModel")]
     if default.id not in models.listed:
-        near = nearest_ids(default.id, models.listed)
+        near = nearest_ids(default.id, tuple(models.listed))
         return [Finding(False, "%s; defaultModel %s is not one of them" % (words, default.id),
                         "Choose another" + (", such as %s" % ", ".join(near) if near else ""))]
     return [Finding(True, "%s; defaultModel is %s" % (words, default.id))]

@@ -363,6 +363,24 @@ def test_models_are_resolved(make_proxy, upstream, asked, sent):
         assert answer.json["model"] == (asked or sent)
 
 
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_notes_on_models(make_proxy, upstream, path):
+    """What is sent instead, or that nothing here knows the name; strictness refuses either."""
+    proxy = make_proxy(useProviderModels=False)
+    for asked, sent, note in (
+            ("anthropic/claude-sonnet-4.6", "claude-sonnet-4-6",
+             "anthropic/claude-sonnet-4.6 -> claude-sonnet-4-6"),
+            ("claude-opus-6", "claude-opus-6",
+             "claude-opus-6 is not a known model, passed on (nearest: claude-opus-5)"),
+            ("claude-opus-5", "claude-opus-5", None)):
+        answer = proxy.post(path, model=asked)
+        assert (answer.status, answer.json["model"]) == (200, asked)
+        assert upstream.requests[-1].json["params"]["model"] == sent
+        assert answer.fields.get("x-ccproxy-notes") == (note and "model=" + note)
+        strict = proxy.post(path, {"x-ccproxy-strict": "1"}, model=asked)
+        assert strict.status == (400 if note else 200)
+
+
 def test_models_that_are_refused(make_proxy, upstream):
     strict = make_proxy(allowUnknownModels=False)
     closed = make_proxy(allowedModels=["vendor/New-Model"])

@@ -98,6 +98,74 @@ def test_what_a_name_means(asked, expected):
     assert notes == (["model=%s -> %s" % (asked, expected)] if changed else [])
 
 
+@pytest.mark.parametrize("asked, near", [
+    ("gpt-6.1-sol", "gpt-6-sol"), ("claude-opus-6", "claude-opus-5"),
+    ("claude-sonnet-5-5", "claude-sonnet-5"), ("kimi-k99", "moonshotai/Kimi-K3"),
+    ("kim", "moonshotai/Kimi-K3"), ("claude-sonet-5", "claude-sonnet-5"),
+    ("gemini-pro", "google/gemini-3.8-flash"), ("glm5.3", "zai-org/GLM-5.3"),
+    ("deepseek/deepseek-v4-pro:free", "deepseek/deepseek-v4-pro"), ("foo/kimi", "moonshotai/Kimi-K3"),
+    ("grok4", "xai/grok-4.5"), ("gpt-4o", "gpt-5.5"), ("claude-3-5-haiku", "claude-haiku-4-5-20251001"),
+    ("kimmi", "moonshotai/Kimi-K3"), ("kimi-k3-" + "x" * 10, "moonshotai/Kimi-K3"),
+    # Nothing looks like these: they are new, not misspelt.
+    ("New/Vendor-Model", None), ("mistral-large", None), ("acme/rocket-9", None), ("m", None),
+    ("x" * 200, None), ("a/", None), ("/", None), ("moonshotai/x", None)])
+def test_an_unknown_name_is_passed_on_and_the_nearest_known_one_is_named(asked, near):
+    """The catalogue is always behind, so it is no error."""
+    found, notes = resolve(asked)
+    assert found == asked
+    assert notes == ([] if near is None else [
+        "model=%s is not a known model, passed on (nearest: %s)" % (asked, near)])
+
+
+def test_a_note_on_a_long_name_names_the_nearest_one_all_the_same():
+    asked = "claude-opus-claude-sonnet-claude-haiku-claude-opus-5-sonnet-5"
+    assert resolve(asked)[1] == [
+        "model=%s... is not a known model, passed on (nearest: claude-sonnet-5)" % asked[:45]]
+
+
+def test_the_nearest_one_is_one_that_is_served():
+    only = dict(allowedModels=["gpt-6-luna", "kimi", "gpt-6.1-sol"])
+    assert resolve("gpt-6.1-sol", **only) == (
+        "gpt-6.1-sol", ["model=gpt-6.1-sol is not a known model, passed on (nearest: gpt-6-luna)"])
+    assert resolve("gpt-6.1-sol", allowedModels=["gpt-6.1-sol"])[1] == []
+    assert resolve("", defaultModel="kimi-k33")[1] == [
+        "model=kimi-k33 is not a known model, passed on (nearest: moonshotai/Kimi-K3)"]
+    assert resolve("mine", modelAliases={"mine": "kimi-k33"})[1] == ["model=mine -> kimi-k33", (
+        "model=kimi-k33 is not a known model, passed on (nearest: moonshotai/Kimi-K3)")]
+
+
+def test_the_search_for_near_names_runs_once_for_each_name(monkeypatch):
+    """Claude Code's default model may be unknown, and comes with every request."""
+    calls = []
+    monkeypatch.setattr(ccproxy, "letter_pairs", lambda text: calls.append(text) or frozenset("x"))
+    for _ in range(10):
+        resolve("a-name-of-this-test-alone")
+    assert len(calls) == 1 + len(BUILTIN.listed)
+
+
+def test_an_exact_id_wins_over_every_other_spelling():
+    ids = ["foo/claude-sonnet-4.6", "gpt-5-5", "kimi-k3:nitro", "vendor/x-20250101", "vendor/x",
+           "other/y", "some/y", "claude-z-4-6", "openai/gpt-5.5-2026-01-01", "odd/"]
+    models = ccproxy.merge_live_models({"data": [{"id": one} for one in ids]}, BUILTIN)
+    for one in ids:
+        assert resolve(one, models) == (one, [])
+    for asked, expected in [
+            ("anthropic/claude-sonnet-4.6", "foo/claude-sonnet-4.6"),   # exact but for the vendor
+            ("claude-sonnet-4-6", "claude-sonnet-4-6"), ("openai/gpt-5-5", "gpt-5-5"),
+            ("openai/gpt-5.5", "gpt-5.5"), ("kimi-k3:floor", "moonshotai/Kimi-K3"),
+            ("x", "vendor/x"), ("x-20260101", "vendor/x"), ("x-20250101", "vendor/x-20250101"),
+            ("y", "other/y"), ("more/y", "other/y"),            # the earlier one
+            ("gpt-5.5-2026-01-01", "openai/gpt-5.5-2026-01-01"),
+            ("anthropic/claude-z-4.6", "claude-z-4-6"), ("foo/", "foo/"), ("/", "/")]:
+        assert resolve(asked, models)[0] == expected
+
+
+def test_no_two_models_of_the_catalogue_share_a_short_form():
+    forms = collections.Counter(
+        form for model in CATALOGUE for form in set(ccproxy.short_forms(model.id.lower())))
+    assert [form for form, count in forms.items() if count > 1] == []
+
+
 @pytest.mark.parametrize("aliases, asked, expected", [
     ({"mine": "gpt-6-sol"}, "mine", "gpt-6-sol"),
     ({"Mine": "gpt-6-sol"}, "mINE", "gpt-6-sol"),
