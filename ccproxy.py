@@ -6557,6 +6557,7 @@ class Routing(NamedTuple):
     max_in_flight: int = 0      # 0: RING_IN_FLIGHT for rings, no limit for a single key
     cooldown: float = 60.0
     refresh: float = 300.0
+    names: FrozenSet[str] = frozenset()     # other names of `model` in allowedModels of keys
 
 
 class Mark(NamedTuple):
@@ -6706,12 +6707,18 @@ def window_marks(figures: Optional[Figures], routing: Routing) -> List[Mark]:
             for window in full_windows(figures)]
 
 
+def is_allowed(key: RingKey, routing: Routing) -> bool:
+    """Whether a key's allowedModels, if it has any, name the model that is wanted."""
+    return not key.allowed_models or routing.model.lower() in key.allowed_models or \
+        not routing.names.isdisjoint(key.allowed_models)
+
+
 def unfit_marks(key: RingKey, state: KeyState, routing: Routing, now: float) -> List[Mark]:
     """Every reason that holds now for passing a key over, the longest first; [] when it is fit."""
     found = [mark for place, mark in state.marks.items()
              if place in UNFIT_WORDS or place == model_route(routing)]
     found += window_marks(state.figures, routing)
-    if routing.model and key.allowed_models and routing.model.lower() not in key.allowed_models:
+    if routing.model and not is_allowed(key, routing):
         found.append(Mark("allowed", "model", NEVER_ENDS))
     return sorted([mark for mark in found if mark.until > now], key=lambda mark: -mark.until)
 
@@ -6867,7 +6874,7 @@ def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, ro
 def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
     """What is asked of a key alone before its call: nothing from memory, only what options say.
     Raises ProxyError 404 or 429."""
-    if key.allowed_models and routing.model.lower() not in key.allowed_models:
+    if not is_allowed(key, routing):
         raise ProxyError("model", "Model %s is not allowed for this key."
                          % printable(routing.model, 100), param="model")
     if state.in_flight >= in_flight_limit(key, routing, True):
@@ -13198,7 +13205,9 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(asked=prompt.asked, model=prompt.model, stream=prompt.stream)
     refuse_notes(exchange, notes)
-    routing = read_routing(app.config, fields, prompt.model, upstream.path)
+    routing = read_routing(app.config, fields, prompt.model, upstream.path)._replace(
+        names=names_of(prompt.model, {name for key in keys for name in key.allowed_models},
+                       app.models, app.config))
     conversation = prompt.session if len(keys) == 1 else \
         derive_session(anchor_of(keys).key, named, first)
     ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec)

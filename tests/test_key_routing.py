@@ -342,6 +342,24 @@ def test_allowed_models_of_an_operators_key():
     assert caught.value.status == 404
 
 
+def test_other_names_of_a_model_in_allowed_models():
+    """Which names stand for the model is told beside it: the keys know no catalogue."""
+    keys = ccproxy.read_credentials([
+        ("f", '[{"apiKey": "user_a", "allowedModels": ["One", "three"]},'
+              ' {"apiKey": "user_b", "allowedModels": ["m/two"]}]')])[1]
+    for names, expected in (((), None), (("one",), "a"), (("three", "x"), "a"), (("m/two",), "b"),
+                            (("x",), None)):
+        routing = ROUTING._replace(names=frozenset(names))
+        assert choose(ccproxy.KeyTable(), keys, routing=routing) == expected
+        for key in keys:
+            if key.key == "user_%s" % expected:
+                ccproxy.check_single(key, ccproxy.KeyState(), routing)
+                continue
+            with pytest.raises(ccproxy.ProxyError) as caught:
+                ccproxy.check_single(key, ccproxy.KeyState(), routing)
+            assert caught.value.status == 404
+
+
 @pytest.mark.parametrize("option, flying, expected", [
     (0, (3, 0, 0), "a"), (0, (4, 0, 0), "b"), (0, (4, 4, 3), "c"), (0, (9, 4, 4), "a"),
     (2, (2, 0, 0), "b"), (2, (2, 2, 5), "a"), (50, (49, 0, 0), "a")])

@@ -395,6 +395,22 @@ def test_what_a_row_says_holds(make_place, upstream):
     sock.close()
 
 
+@pytest.mark.parametrize("allowed", [
+    "moonshotai/kimi-k3", "Kimi", "kimi-k3[1m]", "mine", "openrouter/moonshotai/Kimi.K3", "default"])
+def test_a_keys_allowed_models_are_met_by_any_name(make_place, upstream, allowed):
+    text = json.dumps([{"id": "small", "apiKey": A, "allowedModels": [allowed]},
+                       {"id": "big", "apiKey": B}])
+    options = {"modelAliases": "mine=kimi", "defaultModel": "mine"}
+    proxy = make_place(text=text, routingPolicy="drain_first", **options)
+    for model, key in (("kimi", A), ("mine", A), ("moonshotai/Kimi-K3", A), ("glm", B), ("x/y", B)):
+        assert proxy.post(CHAT, JSON, None, model=model).status == 200
+        assert served(upstream)[-1] == key
+    alone = make_place(text=json.dumps([json.loads(text)[0]]), **options)
+    assert alone.post(CHAT, JSON, None, model="kimi-k3").status == 200
+    answer = alone.post(CHAT, JSON, None, model="glm")
+    assert answer.status == 404 and answer.json["error"]["code"] == "model_not_found"
+
+
 def test_the_client_key_is_one_caller(make_place, monkeypatch):
     clock = FakeClock(monkeypatch)
     proxy = make_place(CLIENT, rateLimitMax=2, rateLimitWindow="1 minute")
