@@ -1699,6 +1699,7 @@ class Model(NamedTuple):
     efforts: Optional[Tuple[str, ...]] = None       # None: not known; (): takes none
     plan: str = ""
     endpoints: Tuple[str, ...] = ()
+    created: int = 0                                # epoch seconds, as the live list tells it
 
 
 class Models(NamedTuple):
@@ -1744,6 +1745,11 @@ def builtin_models() -> Models:
     return index_models(models, [model.id for model in models if model.plan != "hidden"])
 
 
+def live_number(value: Any, most: int) -> int:
+    """A number of the live list, 0 for what is none or out of all bounds (true is no number)."""
+    return int(value) if type(value) in (int, float) and 0 < value <= most else 0
+
+
 def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
     """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable."""
     rows = live.get("data") if isinstance(live, dict) else None
@@ -1762,6 +1768,7 @@ def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
             model = model._replace(context=row["context_length"])
         if isinstance(row.get("supported_endpoints"), list):
             model = model._replace(endpoints=tuple(map(str, row["supported_endpoints"])))
+        model = model._replace(created=live_number(row.get("created"), MAX_MOMENT))
         merged[name.lower()] = model
         listed.append(name)
     return index_models(list(merged.values()), list(dict.fromkeys(listed))) if listed else None
@@ -1956,9 +1963,9 @@ def listed_models(models: Models, config: Config) -> List[Model]:
 
 
 def openai_model(model: Model) -> Json:
-    """A model as OpenAI lists it; `created` 0 because the upstream does not tell."""
-    entry: Json = {"id": model.id, "object": "model", "created": 0, "owned_by": "command-code",
-                   "name": model.name}
+    """A model as OpenAI lists it; `created` is the upstream's, 0 for one that is not live."""
+    entry: Json = {"id": model.id, "object": "model", "created": model.created,
+                   "owned_by": "command-code", "name": model.name}
     if model.context:
         entry["context_length"] = model.context
     if model.max_output:

@@ -231,7 +231,7 @@ def test_the_openai_list(proxy):
     body = proxy.request("GET", "/v1/models", key=None).json
     assert body["object"] == "list" and [row["id"] for row in body["data"]] == LIVE
     for row in body["data"]:
-        assert row["object"] == "model" and isinstance(row["created"], int) and row["owned_by"]
+        assert row["object"] == "model" and row["created"] == 1 and row["owned_by"]
 
 
 @pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21", "whatever"])

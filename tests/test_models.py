@@ -298,9 +298,9 @@ def test_max_tokens(asked, most, expected, noted):
 
 LIVE = {"object": "list", "data": [
     {"id": "moonshotai/Kimi-K3", "name": "Kimi K3 New", "context_length": 5,
-     "supported_endpoints": ["chat", "messages"]},
+     "supported_endpoints": ["chat", "messages"], "created": 1793000000},
     {"id": "GPT-6-Sol"},
-    {"id": "vendor/New-Model", "name": "Brand New"},
+    {"id": "vendor/New-Model", "name": "Brand New", "created": 1793000001.5},
 ]}
 
 
@@ -313,6 +313,9 @@ def test_the_live_list_is_enriched_by_the_catalogue():
     assert models.known["gpt-6-sol"].id == "GPT-6-Sol"              # the live list's spelling
     assert models.known["gpt-6-sol"].context == 1050000
     assert models.known["vendor/new-model"].efforts is None         # not known, not: takes none
+    assert [models.known[one.lower()].created for one in models.listed] == [
+        1793000000, 0, 1793000001]
+    assert models.known["deepseek/deepseek-v4-pro"].created == 0    # built in, so nobody tells
     assert resolve("new-model", models)[0] == "vendor/New-Model"
     assert resolve("openrouter/new.model:nitro", models)[0] == "vendor/New-Model"
     assert resolve("deepseek/deepseek-v4-pro", models)[0] == "deepseek/deepseek-v4-pro"
@@ -374,6 +377,9 @@ def test_an_alias_is_listed_with_its_targets_figures():
     (ccproxy.Model("v/m", "M", 1000, 50),
      {"id": "v/m", "object": "model", "created": 0, "owned_by": "command-code", "name": "M",
       "context_length": 1000, "max_output_tokens": 50}),
+    (ccproxy.Model("m", "m", created=1793000000),
+     {"id": "m", "object": "model", "created": 1793000000, "owned_by": "command-code",
+      "name": "m"}),
     (ccproxy.Model("m", "m"),
      {"id": "m", "object": "model", "created": 0, "owned_by": "command-code", "name": "m"}),
 ])
