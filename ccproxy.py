@@ -1833,9 +1833,14 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
     return fitted
 
 
+def most_output(model: Model) -> int:
+    """The largest max_tokens that is sent upstream for a model."""
+    return min(model.max_output or MAX_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS)
+
+
 def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
     """max_tokens to send: the default, or what was asked within the model's limit."""
-    most = min(model.max_output or MAX_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS)
+    most = most_output(model)
     if asked is None:
         return min(DEFAULT_OUTPUT_TOKENS, most)
     if asked > most:
@@ -1973,14 +1978,31 @@ def openai_model(model: Model) -> Json:
     return entry
 
 
-def anthropic_model(model: Model) -> Json:
-    """A model as Anthropic lists it; `created_at` is the epoch because nobody tells."""
-    return {"type": "model", "id": model.id, "display_name": model.name,
-            "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
-
-
 def known_plan(model: Model) -> str:
     return "" if model.plan in ("-", "hidden") else model.plan
+
+
+def describe_model(model: Model) -> str:
+    """What is known of a model, in a sentence.  What the live list alone tells of says nothing of
+    input and plan."""
+    facts = ["%d tokens of context" % model.context] if model.context else []
+    if model.efforts is not None:
+        facts += ["text and image input" if model.vision else "text input"]
+        facts += ["effort " + ", ".join(model.efforts)] if model.efforts else []
+    facts += ["from the %s plan on" % known_plan(model)] if known_plan(model) else []
+    return "; ".join(["%s at Command Code" % model.name, *facts]) + "."
+
+
+def anthropic_model(model: Model) -> Json:
+    """A model as Anthropic lists it (platform.claude.com/docs/en/api/models/list), and a
+    description.  `created_at` may be the epoch for an unknown date there, an unknown context null;
+    `max_tokens` is the largest value of that parameter, which here is known of every model."""
+    from datetime import datetime, timezone         # rarely wanted, so not at start
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    return {"type": "model", "id": model.id, "display_name": model.name,
+            "description": describe_model(model), "lifecycle": "active",
+            "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "max_input_tokens": model.context or None, "max_tokens": most_output(model)}
 
 
 def model_entry(model: Model) -> Json:

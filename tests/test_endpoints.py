@@ -241,9 +241,25 @@ def test_the_anthropic_list(proxy, version):
     assert body["has_more"] is False
     assert (body["first_id"], body["last_id"]) == (LIVE[0], LIVE[-1])
     for row in body["data"]:
-        assert row["type"] == "model" and row["display_name"]
-        assert time.strptime(row["created_at"], "%Y-%m-%dT%H:%M:%SZ")
+        assert row["type"] == "model" and row["display_name"] and row["description"]
+        assert row["created_at"] == "1970-01-01T00:00:01Z"      # what the upstream tells
+    assert [(row["max_input_tokens"], row["max_tokens"]) for row in body["data"]] == [
+        (1000000, 200000), (123, 200000)]
     assert body["data"][1]["display_name"] == "Brand New"
+
+
+def test_created_is_the_upstreams_at_each_refresh(make_proxy, upstream):
+    """It tells another moment with every call; a model of which it tells none has 0."""
+    proxy = make_proxy()
+    for created in (1793000000, 1793003600):
+        upstream.models = {"data": [{"id": "vendor/New-Model", "created": created}, {"id": "old/one"}]}
+        proxy.app.models_due = 0.0
+        rows = proxy.request("GET", "/v1/models", key=None).json["data"]
+        assert [row["created"] for row in rows] == [created, 0]
+    row = proxy.request("GET", "/v1/models/new-model", None, ANTHROPIC, None).json
+    assert row["created_at"] == "2026-10-26T08:33:20Z"
+    rows = make_proxy(useProviderModels=False).request("GET", "/v1/models", key=None).json["data"]
+    assert {row["created"] for row in rows} == {0}
 
 
 @pytest.mark.parametrize("path, found", [

@@ -388,14 +388,44 @@ def test_a_model_in_openais_shape(model, expected):
     assert ccproxy.openai_model_list([model]) == {"object": "list", "data": [expected]}
 
 
+@pytest.mark.parametrize("model, expected", [
+    (BUILTIN.known["claude-sonnet-5"], {
+        "id": "claude-sonnet-5", "display_name": "Claude Sonnet 5", "max_input_tokens": 1000000,
+        "max_tokens": 200000, "created_at": "1970-01-01T00:00:00Z", "description":
+        "Claude Sonnet 5 at Command Code; 1000000 tokens of context; text and image input; effort "
+        "low, medium, high, xhigh, max; from the Pro plan on."}),
+    (BUILTIN.known["zai-org/glm-5.1"], {
+        "id": "zai-org/GLM-5.1", "display_name": "GLM-5.1", "max_input_tokens": None,
+        "max_tokens": 200000, "created_at": "1970-01-01T00:00:00Z",
+        "description": "GLM-5.1 at Command Code; text input; from the Go plan on."}),
+    (BUILTIN.known["tencent/hy3"], {
+        "id": "tencent/Hy3", "display_name": "Tencent Hy3 (Free)", "max_input_tokens": 262144,
+        "max_tokens": 200000, "created_at": "1970-01-01T00:00:00Z", "description":
+        "Tencent Hy3 (Free) at Command Code; 262144 tokens of context; text input."}),
+    (ccproxy.Model("v/new", "New", 5000, 70, created=1793000000), {      # by the live list alone
+        "id": "v/new", "display_name": "New", "max_input_tokens": 5000, "max_tokens": 70,
+        "created_at": "2026-10-26T07:33:20Z",
+        "description": "New at Command Code; 5000 tokens of context."}),
+    (ccproxy.Model("m", "m", max_output=300000), {
+        "id": "m", "display_name": "m", "max_input_tokens": None, "max_tokens": 200000,
+        "created_at": "1970-01-01T00:00:00Z", "description": "m at Command Code."})])
+def test_a_model_in_anthropics_shape(model, expected):
+    assert ccproxy.anthropic_model(model) == {**expected, "type": "model", "lifecycle": "active"}
+
+
+def test_the_max_tokens_that_is_told_is_the_most_that_is_sent():
+    for model in CATALOGUE:
+        most = ccproxy.anthropic_model(model)["max_tokens"]
+        notes = []
+        assert ccproxy.fit_max_tokens(most, model, notes) == most and not notes
+        assert ccproxy.fit_max_tokens(most + 1, model, notes) == most and notes
+
+
 def test_models_in_anthropics_shape():
     one, two = ccproxy.Model("a", "A", 5), ccproxy.Model("b", "B")
     listed = ccproxy.anthropic_model_list([one, two])
     assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "a", "b")
-    assert [(entry["type"], entry["id"], entry["display_name"]) for entry in listed["data"]] == [
-        ("model", "a", "A"), ("model", "b", "B")]
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["created_at"])
-               for entry in listed["data"])
+    assert listed["data"] == [ccproxy.anthropic_model(one), ccproxy.anthropic_model(two)]
 
 
 def test_empty_lists():

@@ -659,6 +659,11 @@ def test_anthropic_models(proxy, claude):
     assert MODEL in [model.id for model in page] and not page.has_more
     model = claude.models.retrieve("vendor/New-Model")
     assert (model.type, model.id, model.display_name) == ("model", "vendor/New-Model", "Brand New")
+    for one in [*page, model]:
+        assert type(one).model_validate(one.to_dict()) == one       # every field is of its type
+        assert one.created_at.timestamp() == 1 and one.lifecycle == "active"
+        assert (one.max_input_tokens, one.max_tokens) == (123 if one.id == model.id else 1000000, 200000)
+        assert one.description.startswith(one.display_name)
 
 
 def test_anthropic_raw_response(upstream, claude):
