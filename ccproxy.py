@@ -1774,14 +1774,26 @@ def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
     return index_models(list(merged.values()), list(dict.fromkeys(listed))) if listed else None
 
 
+def fits_pattern(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern with `*` in it.  Takes linear time, which a regular expression
+    with several `.*` does not: a name may be as long as a request."""
+    first, *pieces, last = pattern.split("*")
+    at = len(first)
+    for piece in pieces:
+        found = name.find(piece, at)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return name.startswith(first) and name.endswith(last) and at <= len(name) - len(last)
+
+
 def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
     """The target of an exact alias, else of the longest pattern that fits (any case)."""
     lower = {pattern.lower(): target for pattern, target in aliases.items()}
     if asked.lower() in lower:
         return lower[asked.lower()]
     for pattern in sorted(lower, key=len, reverse=True):
-        regex = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-        if "*" in pattern and re.fullmatch(regex, asked.lower(), re.S):
+        if "*" in pattern and fits_pattern(asked.lower(), pattern):
             return lower[pattern]
     return None
 

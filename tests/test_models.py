@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import json
+import random
 import re
 
 import pytest
@@ -185,9 +186,29 @@ def test_no_two_models_of_the_catalogue_share_a_short_form():
     ({"[a-z]*": "kimi"}, "abc", "abc"), ({"a?": "kimi"}, "ab", "ab"),
     ({"gpt-6-sol": "kimi"}, "gpt-6-sol", "moonshotai/Kimi-K3"),     # over a catalogue id too
     ({"a": "b", "b": "kimi"}, "a", "b"),                            # one step, so no circles
+    ({"a*a": "kimi"}, "a", "a"), ({"a*a": "kimi"}, "aa", "moonshotai/Kimi-K3"),
+    ({"*x*": "kimi"}, "axb", "moonshotai/Kimi-K3"), ({"**": "kimi"}, "b", "moonshotai/Kimi-K3"),
+    ({"*": "kimi"}, "two words\n", "moonshotai/Kimi-K3"),
 ])
 def test_aliases(aliases, asked, expected):
     assert resolve(asked, modelAliases=aliases)[0] == expected
+
+
+def test_patterns_mean_what_a_regular_expression_would():
+    chance = random.Random(11)
+    for _ in range(20_000):
+        pattern = "".join(chance.choice("ab**") for _ in range(chance.randrange(7))) + "*"
+        pattern += "".join(chance.choice("ab") for _ in range(chance.randrange(3)))
+        name = "".join(chance.choice("ab") for _ in range(chance.randrange(9)))
+        regex = ".*".join(map(re.escape, pattern.split("*")))
+        assert ccproxy.fits_pattern(name, pattern) == bool(re.fullmatch(regex, name)), (name, pattern)
+
+
+def test_a_pattern_costs_linear_time_on_a_name_without_end():
+    """Three stars against a million letters took hours as a regular expression."""
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        resolve("a" * 1_000_000, modelAliases={"*a*a*b*c": "kimi"})
+    assert caught.value.status == 400 and len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize("options, asked, expected", [
