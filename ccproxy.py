@@ -1668,9 +1668,12 @@ MODEL_NAME = re.compile(r"[!-~]{1,200}")
 # OpenRouter's routing variants (openrouter.ai/docs/guides/routing/model-variants/overview) and
 # Ollama's default tag.  OpenRouter's :free is none of them: it never means the paid model.
 NAME_SUFFIX = re.compile(r"(\[[0-9a-z]+\]|:(nitro|floor|exacto|online|latest))$")
-MAX_MOMENT = 32_503_680_000             # epoch seconds: the year 3000
 NAME_DATE = re.compile(r"-20[0-9]{2}(-?[0-9]{2}){2}$")
 DASHES = str.maketrans(".:", "--")      # claude-sonnet-4.6 at OpenRouter is claude-sonnet-4-6
+MAX_LIVE_MODELS = 1000      # of the upstream's list, ten times what it holds: clients get them all
+MAX_ENDPOINTS = 16          # of a model; they are looked at in each request
+MAX_CONTEXT = 10 ** 9       # tokens
+MAX_MOMENT = 32_503_680_000     # epoch seconds: the year 3000
 
 # A family's name stands for its present flagship, where no catalogue id matches.
 SHORT_NAMES = {
@@ -1750,28 +1753,38 @@ def live_number(value: Any, most: int) -> int:
     return int(value) if type(value) in (int, float) and 0 < value <= most else 0
 
 
-def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
-    """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable."""
-    rows = live.get("data") if isinstance(live, dict) else None
-    if not isinstance(rows, list):
+def read_live_model(row: Any, known: Mapping[str, Model]) -> Optional[Model]:
+    """A row of the live list, on top of what is known of its model; None for a row without a
+    usable id, and for a model without chat.  A member of the wrong type says nothing."""
+    name = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or \
+            name.lower() in DECISION_MODELS:
         return None
-    merged = dict(builtin.known)
-    listed = []
-    for row in rows:
-        name = row.get("id") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,200}", name):
-            continue
-        model = merged.get(name.lower(), Model(name, name))._replace(id=name)
-        if isinstance(row.get("name"), str):
-            model = model._replace(name=clean_text(row["name"])[:200])
-        if isinstance(row.get("context_length"), int):
-            model = model._replace(context=row["context_length"])
-        if isinstance(row.get("supported_endpoints"), list):
-            model = model._replace(endpoints=tuple(map(str, row["supported_endpoints"])))
-        model = model._replace(created=live_number(row.get("created"), MAX_MOMENT))
-        merged[name.lower()] = model
-        listed.append(name)
-    return index_models(list(merged.values()), list(dict.fromkeys(listed))) if listed else None
+    model = known.get(name.lower(), Model(name, name))
+    title, endpoints = row.get("name"), row.get("supported_endpoints")
+    title = clean_text(title).strip()[:200] if isinstance(title, str) else ""
+    endpoints = endpoints[:MAX_ENDPOINTS] if isinstance(endpoints, list) else ()
+    return model._replace(
+        id=name, name=title or model.name,
+        context=live_number(row.get("context_length"), MAX_CONTEXT) or model.context,
+        endpoints=tuple(one for one in endpoints if isinstance(one, str)),
+        created=live_number(row.get("created"), MAX_MOMENT))
+
+
+def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
+    """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable.
+    Of rows whose ids differ in case alone, the first counts."""
+    rows = live.get("data") if isinstance(live, dict) else None
+    found: Dict[str, Model] = {}
+    for row in rows if isinstance(rows, list) else ():
+        model = read_live_model(row, builtin.known)
+        if model is not None:
+            found.setdefault(model.id.lower(), model)
+        if len(found) == MAX_LIVE_MODELS:
+            break
+    merged = {**builtin.known, **found}
+    return index_models(list(merged.values()), [model.id for model in found.values()]) \
+        if found else None
 
 
 def fits_pattern(name: str, pattern: str) -> bool:

@@ -359,6 +359,58 @@ def test_a_list_without_a_model_is_no_list(live):
     assert ccproxy.merge_live_models(live, BUILTIN) is None
 
 
+@pytest.mark.parametrize("member, value, expected", [
+    ("context_length", 5, 5), ("context_length", 262144.0, 262144),
+    # What is no number of tokens leaves what the catalogue knows.
+    *[("context_length", value, 1000000) for value in (
+        None, 0, 0.0, -5, True, False, "1000", [], {}, 10 ** 400, 10 ** 12, float("nan"),
+        float("inf"), float("-inf"))],
+    ("created", 1793000000, 1793000000), ("created", 1793000000.9, 1793000000),
+    *[("created", value, 0) for value in (
+        None, 0, -1, True, "1793000000", [], 10 ** 400, 1793000000000, float("nan"), float("inf"))],
+    ("name", "Kimi", "Kimi"), ("name", " Kimi\n", "Kimi"), ("name", "\ud83d", "\ufffd"),
+    *[("name", value, "Kimi K3") for value in (None, "", " \t", 5, True, [], {})],
+    ("supported_endpoints", ["/messages", None, 1, True, ["/x"], {}, "/responses"],
+     ("/messages", "/responses")),
+    ("supported_endpoints", ["/%d" % n for n in range(100_000)], tuple("/%d" % n for n in range(16))),
+    *[("supported_endpoints", value, ()) for value in (None, [], "/messages", {"/messages": 1}, 5)],
+])
+def test_members_of_the_live_list(member, value, expected):
+    models = ccproxy.merge_live_models({"data": [{"id": "Moonshotai/kimi-k3", member: value}]}, BUILTIN)
+    [model] = [models.known[name.lower()] for name in models.listed]
+    field = {"context_length": "context", "supported_endpoints": "endpoints"}.get(member, member)
+    found = getattr(model, field)
+    assert (found, type(found)) == (expected, type(expected))
+    assert model.id == "Moonshotai/kimi-k3"
+    for make in (ccproxy.openai_model, ccproxy.anthropic_model, ccproxy.model_entry):
+        json.dumps(make(model), allow_nan=False)
+    if model.context:
+        ccproxy.short_number(model.context)
+
+
+def test_ids_that_differ_in_case_alone_are_one_model():
+    models = ccproxy.merge_live_models({"data": [
+        {"id": "GPT-6-Sol", "name": "first"}, {"id": "a/b"}, {"id": "gpt-6-sol", "name": "second"},
+        {"id": "A/B"}, {"id": "GPT-6-Sol", "name": "third"}]}, BUILTIN)
+    assert models.listed == ["GPT-6-Sol", "a/b"]
+    assert models.known["gpt-6-sol"].name == "first"
+    assert shown(models) == ["GPT-6-Sol", "a/b"]
+
+
+def test_the_live_list_is_kept_within_bounds():
+    rows = [{"id": "v/%d" % number} for number in range(3 * ccproxy.MAX_LIVE_MODELS)]
+    models = ccproxy.merge_live_models({"data": [None, "x"] * 5000 + rows}, BUILTIN)
+    assert models.listed == [row["id"] for row in rows[:ccproxy.MAX_LIVE_MODELS]]
+    assert len(models.known) == ccproxy.MAX_LIVE_MODELS + len(CATALOGUE)
+
+
+def test_models_without_chat_are_not_listed():
+    names = ["typesafe/jev", "Jev", "vendor/one"]
+    assert ccproxy.merge_live_models({"data": [{"id": one} for one in names]}, BUILTIN).listed == [
+        "vendor/one"]
+    assert ccproxy.merge_live_models({"data": [{"id": "typesafe/jev"}]}, BUILTIN) is None
+
+
 def test_bad_rows_and_members_do_not_harm_good_ones():
     models = ccproxy.merge_live_models({"data": [
         None, {"id": "a\r\nb"}, {"id": "good/one", "name": 5, "context_length": "big",
