@@ -12281,12 +12281,14 @@ async def refresh_models(app: App) -> None:
     loop = asyncio.get_running_loop()
     app.models_due = loop.time() + app.config.model_refresh_interval_ms / 1000
     url = models_url(app.origin)
-    context = tls_context(app) if app.origin.scheme == "https" else None
     try:
-        live = await in_thread(lambda: fetch_json(url, context, app.limits.side_call))
-        models = merge_live_models(live, builtin_models())
+        context = tls_context(app) if app.origin.scheme == "https" else None
+        models = await in_thread(lambda: merge_live_models(
+            fetch_json(url, context, app.limits.side_call), builtin_models()))
         if models is None:
             raise ValueError("no list of models")
+        if not app.config.use_provider_models:
+            return              # it was switched off meanwhile
         app.models = models
         app.log.debug("model list: %d models", len(models.listed))
     except (OSError, ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
 
 import ccproxy
@@ -316,6 +317,32 @@ def test_a_list_that_cannot_be_had(make_proxy, upstream, script):
     assert proxy.post(CHAT, model="vendor/New-Model").status == 200
     assert len(upstream.side_requests) == 1         # not asked again at once
     wait_until(proxy.app.models_task.done)
+    assert proxy.app.models_task.exception() is None
+    assert "model list not refreshed" in proxy.log.getvalue()
+
+
+def test_a_list_that_comes_when_none_is_wanted_any_more(make_proxy, upstream):
+    """useProviderModels is switched off while the upstream is asked."""
+    proxy, asked, go = make_proxy(), threading.Event(), threading.Event()
+
+    def slow(sock, request):
+        asked.set()
+        go.wait(10)
+        body = json.dumps(upstream.models).encode()
+        sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    upstream.side_script = slow
+    assert proxy.post(CHAT).status == 200 and asked.wait(10)
+    proxy.app.config = proxy.app.config._replace(use_provider_models=False)
+    go.set()
+    wait_until(proxy.app.models_task.done)
+    assert proxy.app.models_task.exception() is None
+    assert len(listed(proxy)) >= 80
+
+
+def test_a_trust_store_that_cannot_be_read_is_no_list(make_proxy, monkeypatch):
+    proxy = make_proxy(apiBase="https://127.0.0.1:1")
+    monkeypatch.setattr(ccproxy.ssl, "create_default_context", lambda: open("/nonexistent"))
+    assert len(listed(proxy)) >= 80
     assert proxy.app.models_task.exception() is None
     assert "model list not refreshed" in proxy.log.getvalue()
 
