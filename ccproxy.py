@@ -1981,15 +1981,16 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
 
 
 def listed_models(models: Models, config: Config) -> List[Model]:
-    """What /v1/models shows: the person's own aliases first, then the list, as allowed."""
+    """What /v1/models shows: the person's own aliases first, then the list, as allowed, but for
+    ids that an alias hides."""
     is_served = served_test(models, config)
-    named = []
+    named, hidden = [], {alias.lower() for alias in config.model_aliases}
     for alias, target in sorted(config.model_aliases.items()):
         model = find_model(target, models) or Model(target, target)
         if "*" not in alias and is_served(model.id):
             named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
-    return named + [models.known.get(name.lower(), Model(name, name))
-                    for name in filter(is_served, models.listed)]
+    return named + [models.known.get(name.lower(), Model(name, name)) for name in models.listed
+                    if is_served(name) and name.lower() not in hidden]
 
 
 def openai_model(model: Model) -> Json:

@@ -435,6 +435,8 @@ def shown(models=BUILTIN, **options):
      ["moonshotai/Kimi-K3", "gpt-6-sol"]),
     ({"modelAliases": {"b": "kimi", "a": "new/model", "claude-*": "glm"}},
      ["a", "b"] + BUILTIN.listed),
+    ({"modelAliases": {"GPT-6-sol": "kimi"}},            # the alias hides the id: listed once
+     ["GPT-6-sol"] + [one for one in BUILTIN.listed if one != "gpt-6-sol"]),
 ])
 def test_what_is_listed(options, expected):
     assert shown(**options) == expected
