@@ -13876,8 +13876,10 @@ async def show_admin_models(app: App, exchange: Exchange) -> None:
     requests = Counter(record.model for record in app.recent)
     listed = list(app.models.listed)
     known = {name.lower() for name in listed}
-    listed += [row["id"] for row in app.config.models if row["id"].lower() in off - known]
-    shown = [app.models.known.get(name.lower(), Model(name, name)) for name in listed]
+    named = {meant_id(row["id"], app.models, app.config): row["id"] for row in app.config.models}
+    listed += [name for model_id, name in named.items() if model_id in off - known]
+    shown = [app.models.known.get(meant_id(name, app.models, app.config), Model(name, name))
+             for name in listed]
     await respond_json(app, exchange, 200, {"models": [
         {**model_entry(model), "id": redact(model.id), "name": redact(model.name),
          "enabled": model.id.lower() not in off, "requests": requests[model.id]}

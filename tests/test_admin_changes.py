@@ -182,14 +182,18 @@ def test_the_new_admin_key_counts_for_the_next(place):
 
 def test_models_are_listed_with_what_is_off(place):
     proxy, _ = place
-    put(place, {"models": [{"id": "KIMI", "enabled": False}, {"id": "new/one", "enabled": False}]})
+    put(place, {"models": [{"id": name, "enabled": False} for name in (
+        "KIMI", "New/One", "hy3", "mine", "deepseek-pro", "tencent/Hy3")],
+        "modelAliases": {"mine": "minimax-m3-free", "deepseek-pro": "kimi"}})
     proxy.post(CHAT, model="glm")
     proxy.wait_quiet()
     rows = {row["id"]: row for row in proxy.request("GET", "/admin/models").json["models"]}
     assert rows["zai-org/GLM-5.3"] == {
         "id": "zai-org/GLM-5.3", "name": "GLM-5.3", "context": 1000000, "max_output": None,
         "vision": False, "efforts": ["low", "high", "max"], "plan": "Go", "enabled": True, "requests": 1}
-    assert not rows["moonshotai/Kimi-K3"]["enabled"] and not rows["new/one"]["enabled"]
+    # Models that are off and not in the list stand behind it, by whatever name they are off.
+    assert list(rows)[-3:] == ["New/One", "tencent/Hy3", "minimax/minimax-m3-free"]
+    assert [name for name in rows if not rows[name]["enabled"]] == ["moonshotai/Kimi-K3", *list(rows)[-3:]]
 
 
 def test_a_preflight_allows_the_methods(make_proxy):
