@@ -1656,22 +1656,22 @@ inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
 
 # === MODELS (pure) ==========================================================
 # Which model a request means and what that model takes: aliases, ids in any
-# case, short names, other services' spellings, efforts, output limits.  A name that
-# nothing knows is passed on as it is: the catalogue is always behind.  A note then
-# names the known one that it looks like.
+# case, short names, other services' spellings, efforts, output limits.  Unknown names
+# are passed on unchanged, as the catalogue is always behind; a note names the most
+# similar known model.
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
 EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
 DECISION_MODELS = ("typesafe/jev", "jev", "jev-latest", "typesafe-ai/jev")
 MODEL_NAME = re.compile(r"[!-~]{1,200}")
-# What changes how a model is run, not which: Claude Code's context size (claude-opus-5[1m]),
+# Suffixes that say how a model runs, not which model: Claude Code's context size (opus[1m]),
 # OpenRouter's routing variants (openrouter.ai/docs/guides/routing/model-variants/overview) and
-# Ollama's default tag.  OpenRouter's :free is none of them: it never means the paid model.
+# Ollama's default tag.  OpenRouter's :free is a model of its own and never the paid one.
 NAME_SUFFIX = re.compile(r"(\[[0-9a-z]+\]|:(nitro|floor|exacto|online|latest))$")
 NAME_DATE = re.compile(r"-20[0-9]{2}(-?[0-9]{2}){2}$")
 DASHES = str.maketrans(".:", "--")      # claude-sonnet-4.6 at OpenRouter is claude-sonnet-4-6
-MAX_LIVE_MODELS = 1000      # of the upstream's list, ten times what it holds: clients get them all
-MAX_ENDPOINTS = 16          # of a model; they are looked at in each request
+MAX_LIVE_MODELS = 1000      # ten times the upstream's present list, all of which clients get
+MAX_ENDPOINTS = 16          # of one model; each request looks at them
 MAX_CONTEXT = 10 ** 9       # tokens
 MAX_MOMENT = 32_503_680_000     # epoch seconds: the year 3000
 
@@ -1724,16 +1724,16 @@ def parse_catalogue(table: str) -> List[Model]:
 
 
 def short_forms(name: str) -> Tuple[str, ...]:
-    """A lower-case name without its vendor: as it is, without a date at its end, and both with
-    dashes for dots.  The most exact form comes first."""
+    """Forms of a lower-case name without its vendor, the most exact first: as it is, without a
+    date at its end, and both with dashes for dots."""
     short = name.rpartition("/")[2]
     undated = NAME_DATE.sub("", short)
     return short, undated, short.translate(DASHES), undated.translate(DASHES)
 
 
 def index_models(models: List[Model], listed: List[str]) -> Models:
-    """Models by lower-case id, and by short form.  Two models of one form: the more exact one,
-    then the earlier one."""
+    """Models by lower-case id, and by short form: where two models share one, the model with the
+    more exact form, then the earlier model."""
     known = {model.id.lower(): model for model in models}
     bare: Dict[str, str] = {}
     for forms in zip(*map(short_forms, known)):
@@ -1749,13 +1749,14 @@ def builtin_models() -> Models:
 
 
 def live_number(value: Any, most: int) -> int:
-    """A number of the live list, 0 for what is none or out of all bounds (true is no number)."""
+    """A positive number of the live list as an int; 0 for another type (bool too) or above
+    `most`."""
     return int(value) if type(value) in (int, float) and 0 < value <= most else 0
 
 
 def read_live_model(row: Any, known: Mapping[str, Model]) -> Optional[Model]:
-    """A row of the live list, on top of what is known of its model; None for a row without a
-    usable id, and for a model without chat.  A member of the wrong type says nothing."""
+    """A row of the live list merged into the known entry of its model; None without a usable id,
+    and for a model without chat.  Members of the wrong type are ignored."""
     name = row.get("id") if isinstance(row, dict) else None
     if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or \
             name.lower() in DECISION_MODELS:
@@ -1782,9 +1783,8 @@ def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
             found.setdefault(model.id.lower(), model)
         if len(found) == MAX_LIVE_MODELS:
             break
-    merged = {**builtin.known, **found}
-    return index_models(list(merged.values()), [model.id for model in found.values()]) \
-        if found else None
+    merged = list({**builtin.known, **found}.values())
+    return index_models(merged, [model.id for model in found.values()]) if found else None
 
 
 def fits_pattern(name: str, pattern: str) -> bool:
@@ -1812,30 +1812,30 @@ def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
 
 
 def find_model(name: str, models: Models) -> Optional[Model]:
-    """The catalogue's model of this name: its id in any case, else a short form of it, whatever
-    vendor stands before it (other services have vendor names of their own)."""
+    """The catalogue's model of this name: its id in any case, else a short form of it.  The
+    vendor is ignored then, as other services use other names for vendors."""
     lower = name.lower()
     if lower in models.known:
         return models.known[lower]
     plain = NAME_SUFFIX.sub("", lower)
     found = [models.bare.get(form, "") for form in short_forms(plain)]
-    names = [plain, *found, SHORT_NAMES.get(plain, "").lower()]
-    return next((models.known[one] for one in names if one in models.known), None)
+    ids = [plain, *found, SHORT_NAMES.get(plain, "").lower()]
+    return next((models.known[model_id] for model_id in ids if model_id in models.known), None)
 
 
 def letter_pairs(name: str) -> FrozenSet[str]:
-    """The pairs of letters in a name, its vendor aside, with its beginning and end."""
+    """The pairs of adjacent letters in a name without its vendor, its ends marked by spaces."""
     text = " %s " % name.lower().rpartition("/")[2]
     return frozenset(text[at:at + 2] for at in range(len(text) - 1))
 
 
 @lru_cache(maxsize=64)          # a client sends the same unknown name with every request
 def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
-    """Up to three ids that look like a name, the nearest first: by the share of letter pairs in
-    common (Dice's coefficient), which takes linear time, as difflib's ratio does not."""
+    """Up to three ids that are similar to a name, the most similar first: by the share of common
+    letter pairs (Dice's coefficient), in linear time, unlike difflib's ratio."""
     wanted = letter_pairs(name)
-    every = [letter_pairs(one) for one in ids]
-    shares = [2 * len(wanted & pairs) / (len(wanted) + len(pairs)) for pairs in every]
+    shares = [2 * len(wanted & pairs) / (len(wanted) + len(pairs))
+              for pairs in map(letter_pairs, ids)]
     order = sorted(range(len(ids)), key=lambda at: -shares[at])
     return tuple(ids[at] for at in order[:3] if shares[at] >= 0.4)
 
@@ -1880,14 +1880,14 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
 
 
 def aliased(name: str, config: Config) -> str:
-    """The name behind `default` and behind an alias, else the name itself."""
+    """The model name that `default` or an alias stands for; any other name unchanged."""
     name = config.default_model if name == "default" else name
     return match_alias(name, config.model_aliases) or name
 
 
 def meant_id(name: str, models: Models, config: Config) -> str:
-    """The id, in lower case, of the model that a name in the configuration stands for; the name
-    itself where it stands for none.  An id means its own model, also where an alias hides it."""
+    """The lower-case id of the model that a configured name stands for; the name itself if it is
+    unknown.  An exact id means its own model, even if an alias has the same name."""
     if name.lower() in models.known:
         return name.lower()
     name = aliased(name, config)
@@ -1896,9 +1896,10 @@ def meant_id(name: str, models: Models, config: Config) -> str:
 
 
 def names_of(model: str, names: Iterable[str], models: Models, config: Config) -> FrozenSet[str]:
-    """Those of the names in the configuration that stand for a model's id."""
-    return frozenset(name for name in names if name.lower() == model.lower()
-                     or meant_id(name, models, config) == model.lower())
+    """The configured names that stand for the model with this id."""
+    wanted = model.lower()
+    return frozenset(name for name in names
+                     if name.lower() == wanted or meant_id(name, models, config) == wanted)
 
 
 def switched_off(models: Models, config: Config) -> FrozenSet[str]:
@@ -1908,7 +1909,7 @@ def switched_off(models: Models, config: Config) -> FrozenSet[str]:
 
 
 def served_test(models: Models, config: Config) -> Callable[[str], bool]:
-    """A test of whether requests may name an id."""
+    """A function that tells whether requests may name an id."""
     off = switched_off(models, config)
     allowed = {meant_id(name, models, config) for name in config.allowed_models}
     return lambda name: name.lower() not in off and (not allowed or name.lower() in allowed)
@@ -1947,15 +1948,6 @@ def check_allowed(name: str, model: Optional[Model], models: Models, config: Con
         raise unknown_model(name, served_ids(models, config))
 
 
-def note_unknown(name: str, models: Models, config: Config, notes: List[str]) -> None:
-    """Tell of a model that is passed on unknown which one it may be a slip of; nothing where it
-    looks like none: it is new then."""
-    near = nearest_ids(name, served_ids(models, config))
-    if near:
-        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
-            printable(name, 48), near[0]))
-
-
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
     name = aliased(asked or "default", config)
@@ -1970,8 +1962,10 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
     model = found or Model(name, name)
     if asked and model.id != asked:
         add_note(notes, "model", "%s -> %s" % (asked, model.id))
-    if found is None:
-        note_unknown(name, models, config, notes)
+    near = () if found else nearest_ids(name, served_ids(models, config))
+    if near:            # a name unlike every known model is new rather than misspelt
+        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
+            printable(name, 48), near[0]))
     return model
 
 
@@ -2009,14 +2003,14 @@ def known_plan(model: Model) -> str:
 
 
 def describe_model(model: Model) -> str:
-    """What is known of a model, in a sentence.  What the live list alone tells of says nothing of
-    input and plan."""
-    facts = ["%d tokens of context" % model.context] if model.context else []
-    if model.efforts is not None:
-        facts += ["text and image input" if model.vision else "text input"]
-        facts += ["effort " + ", ".join(model.efforts)] if model.efforts else []
-    facts += ["from the %s plan on" % known_plan(model)] if known_plan(model) else []
-    return "; ".join(["%s at Command Code" % model.name, *facts]) + "."
+    """A model described in a sentence, without what is unknown of it (efforts None: not in the
+    catalogue, which alone tells input and plan)."""
+    return "; ".join(filter(None, [
+        "%s at Command Code" % model.name,
+        "%d tokens of context" % model.context if model.context else "",
+        "" if model.efforts is None else "text and image input" if model.vision else "text input",
+        "effort " + ", ".join(model.efforts) if model.efforts else "",
+        "from the %s plan on" % known_plan(model) if known_plan(model) else ""])) + "."
 
 
 def anthropic_model(model: Model) -> Json:
@@ -6612,7 +6606,7 @@ class Routing(NamedTuple):
     max_in_flight: int = 0      # 0: RING_IN_FLIGHT for rings, no limit for a single key
     cooldown: float = 60.0
     refresh: float = 300.0
-    names: FrozenSet[str] = frozenset()     # other names of `model` in allowedModels of keys
+    names: FrozenSet[str] = frozenset()     # other names of `model` in the keys' allowedModels
 
 
 class Mark(NamedTuple):
@@ -6763,7 +6757,7 @@ def window_marks(figures: Optional[Figures], routing: Routing) -> List[Mark]:
 
 
 def is_allowed(key: RingKey, routing: Routing) -> bool:
-    """Whether a key's allowedModels, if it has any, name the model that is wanted."""
+    """Whether a key's allowedModels, if any, name the model of the request."""
     return not key.allowed_models or routing.model.lower() in key.allowed_models or \
         not routing.names.isdisjoint(key.allowed_models)
 
@@ -12289,7 +12283,7 @@ async def refresh_models(app: App) -> None:
         if models is None:
             raise ValueError("no list of models")
         if not app.config.use_provider_models:
-            return              # it was switched off meanwhile
+            return              # switched off during the call
         app.models = models
         app.log.debug("model list: %d models", len(models.listed))
     except (OSError, ValueError, RecursionError) as error:

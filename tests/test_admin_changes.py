@@ -193,7 +193,8 @@ def test_models_are_listed_with_what_is_off(place):
         "vision": False, "efforts": ["low", "high", "max"], "plan": "Go", "enabled": True, "requests": 1}
     # Models that are off and not in the list stand behind it, by whatever name they are off.
     assert list(rows)[-3:] == ["New/One", "tencent/Hy3", "minimax/minimax-m3-free"]
-    assert [name for name in rows if not rows[name]["enabled"]] == ["moonshotai/Kimi-K3", *list(rows)[-3:]]
+    assert [name for name in rows if not rows[name]["enabled"]] == [
+        "moonshotai/Kimi-K3", *list(rows)[-3:]]
 
 
 def test_a_preflight_allows_the_methods(make_proxy):

@@ -253,7 +253,8 @@ def test_created_is_the_upstreams_at_each_refresh(make_proxy, upstream):
     """It tells another moment with every call; a model of which it tells none has 0."""
     proxy = make_proxy()
     for created in (1793000000, 1793003600):
-        upstream.models = {"data": [{"id": "vendor/New-Model", "created": created}, {"id": "old/one"}]}
+        upstream.models = {"data": [{"id": "vendor/New-Model", "created": created},
+                                    {"id": "old/one"}]}
         proxy.app.models_due = 0.0
         rows = proxy.request("GET", "/v1/models", key=None).json["data"]
         assert [row["created"] for row in rows] == [created, 0]

@@ -74,7 +74,8 @@ def test_short_names_stand_for_catalogue_ids(name, target):
     ("", ccproxy.DEFAULT_MODEL), ("default", ccproxy.DEFAULT_MODEL),
     ("gpt-5.4-2026-03-05", "gpt-5.4"),                              # OpenAI's dates
     # OpenRouter's spelling: another vendor or none here, dots for dashes, dashes for dots.
-    ("anthropic/claude-sonnet-4.6", "claude-sonnet-4-6"), ("claude-sonnet-4.6", "claude-sonnet-4-6"),
+    ("anthropic/claude-sonnet-4.6", "claude-sonnet-4-6"),
+    ("claude-sonnet-4.6", "claude-sonnet-4-6"),
     ("anthropic/claude-opus-4.7", "claude-opus-4-7"), ("openai/gpt-5.5", "gpt-5.5"),
     ("Anthropic/Claude-Opus-4.7[1m]", "claude-opus-4-7"), ("x-ai/grok-4.5", "xai/grok-4.5"),
     ("anthropic/claude-haiku-4.5", "claude-haiku-4-5-20251001"),
@@ -104,8 +105,9 @@ def test_what_a_name_means(asked, expected):
     ("claude-sonnet-5-5", "claude-sonnet-5"), ("kimi-k99", "moonshotai/Kimi-K3"),
     ("kim", "moonshotai/Kimi-K3"), ("claude-sonet-5", "claude-sonnet-5"),
     ("gemini-pro", "google/gemini-3.8-flash"), ("glm5.3", "zai-org/GLM-5.3"),
-    ("deepseek/deepseek-v4-pro:free", "deepseek/deepseek-v4-pro"), ("foo/kimi", "moonshotai/Kimi-K3"),
-    ("grok4", "xai/grok-4.5"), ("gpt-4o", "gpt-5.5"), ("claude-3-5-haiku", "claude-haiku-4-5-20251001"),
+    ("deepseek/deepseek-v4-pro:free", "deepseek/deepseek-v4-pro"),
+    ("foo/kimi", "moonshotai/Kimi-K3"), ("grok4", "xai/grok-4.5"), ("gpt-4o", "gpt-5.5"),
+    ("claude-3-5-haiku", "claude-haiku-4-5-20251001"),
     ("kimmi", "moonshotai/Kimi-K3"), ("kimi-k3-" + "x" * 10, "moonshotai/Kimi-K3"),
     # Nothing looks like these: they are new, not misspelt.
     ("New/Vendor-Model", None), ("mistral-large", None), ("acme/rocket-9", None), ("m", None),
@@ -201,7 +203,8 @@ def test_patterns_mean_what_a_regular_expression_would():
         pattern += "".join(chance.choice("ab") for _ in range(chance.randrange(3)))
         name = "".join(chance.choice("ab") for _ in range(chance.randrange(9)))
         regex = ".*".join(map(re.escape, pattern.split("*")))
-        assert ccproxy.fits_pattern(name, pattern) == bool(re.fullmatch(regex, name)), (name, pattern)
+        fits = ccproxy.fits_pattern(name, pattern)
+        assert fits == bool(re.fullmatch(regex, name)), (name, pattern)
 
 
 def test_a_pattern_costs_linear_time_on_a_name_without_end():
@@ -372,11 +375,13 @@ def test_a_list_without_a_model_is_no_list(live):
     *[("name", value, "Kimi K3") for value in (None, "", " \t", 5, True, [], {})],
     ("supported_endpoints", ["/messages", None, 1, True, ["/x"], {}, "/responses"],
      ("/messages", "/responses")),
-    ("supported_endpoints", ["/%d" % n for n in range(100_000)], tuple("/%d" % n for n in range(16))),
+    ("supported_endpoints", ["/%d" % number for number in range(100_000)],
+     tuple("/%d" % number for number in range(16))),
     *[("supported_endpoints", value, ()) for value in (None, [], "/messages", {"/messages": 1}, 5)],
 ])
 def test_members_of_the_live_list(member, value, expected):
-    models = ccproxy.merge_live_models({"data": [{"id": "Moonshotai/kimi-k3", member: value}]}, BUILTIN)
+    row = {"id": "Moonshotai/kimi-k3", member: value}
+    models = ccproxy.merge_live_models({"data": [row]}, BUILTIN)
     [model] = [models.known[name.lower()] for name in models.listed]
     field = {"context_length": "context", "supported_endpoints": "endpoints"}.get(member, member)
     found = getattr(model, field)

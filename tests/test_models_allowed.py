@@ -21,7 +21,8 @@ def off(*names, **options):
     ("", off(ccproxy.DEFAULT_MODEL)), ("default", off(ccproxy.DEFAULT_MODEL)),
     ("New/Model", off("new/model")),
     ("claude-sonnet-4-6", off("anthropic/claude-sonnet-4.6")), ("gpt-5.5", off("openai/gpt-5.5")),
-    ("kimi", off("mine", modelAliases={"mine": "kimi-k3"})), ("glm", off("default", defaultModel="glm")),
+    ("kimi", off("mine", modelAliases={"mine": "kimi-k3"})),
+    ("glm", off("default", defaultModel="glm")),
 ])
 def test_a_model_switched_off_is_refused_by_every_name(asked, config):
     with pytest.raises(ccproxy.ProxyError) as caught:
@@ -41,21 +42,25 @@ def test_the_nearest_that_are_on_are_named():
 
 # Names in allowedModels, the options beside it, and the one model that they stand for.
 NAMES = [
-    ("moonshotai/Kimi-K3", {}, "moonshotai/Kimi-K3"), ("MOONSHOTAI/KIMI-k3", {}, "moonshotai/Kimi-K3"),
+    ("moonshotai/Kimi-K3", {}, "moonshotai/Kimi-K3"),
+    ("MOONSHOTAI/KIMI-k3", {}, "moonshotai/Kimi-K3"),
     ("kimi-k3", {}, "moonshotai/Kimi-K3"), ("Kimi", {}, "moonshotai/Kimi-K3"),
     ("mine", {"modelAliases": {"mine": "kimi"}}, "moonshotai/Kimi-K3"),
     ("MINE", {"modelAliases": {"mine": "moonshotai/Kimi-K3"}}, "moonshotai/Kimi-K3"),
     ("fast-3", {"modelAliases": {"fast-*": "gpt-5.5"}}, "gpt-5.5"),
     ("default", {"defaultModel": "glm"}, "zai-org/GLM-5.3"),
     ("default", {"defaultModel": "mine", "modelAliases": {"mine": "glm"}}, "zai-org/GLM-5.3"),
-    ("claude-opus-5[1m]", {}, "claude-opus-5"), ("claude-haiku-4-5", {}, "claude-haiku-4-5-20251001"),
+    ("claude-opus-5[1m]", {}, "claude-opus-5"),
+    ("claude-haiku-4-5", {}, "claude-haiku-4-5-20251001"),
     ("claude-opus-5-20260101", {}, "claude-opus-5"),
-    ("anthropic/claude-sonnet-4.6", {}, "claude-sonnet-4-6"), ("openai/gpt-5.5:nitro", {}, "gpt-5.5"),
+    ("anthropic/claude-sonnet-4.6", {}, "claude-sonnet-4-6"),
+    ("openai/gpt-5.5:nitro", {}, "gpt-5.5"),
     ("x-ai/grok-4.5", {}, "xai/grok-4.5"), ("tencent/hy3", {}, "tencent/Hy3"),     # a hidden one
     ("New/Model", {}, "new/model"),                                         # nothing known
     # An id means its own model, also where an alias hides it: allowed is what is written.
     ("claude-opus-5", {"modelAliases": {"claude-opus-5": "kimi"}}, "claude-opus-5"),
-    ("claude-opus-5", {"modelAliases": {"claude-*": "kimi", "direct": "claude-opus-5"}}, "claude-opus-5"),
+    ("claude-opus-5", {"modelAliases": {"claude-*": "kimi", "direct": "claude-opus-5"}},
+     "claude-opus-5"),
 ]
 
 
@@ -73,7 +78,8 @@ def test_a_model_is_allowed_by_whatever_stands_for_it(name, options, model):
 
 
 @pytest.mark.parametrize("asked", [
-    "kimi", "moonshotai/Kimi-K3", "kimi-k3[1m]", "mine", "OpenRouter/Moonshotai/kimi-k3", "", "default"])
+    "kimi", "moonshotai/Kimi-K3", "kimi-k3[1m]", "mine", "OpenRouter/Moonshotai/kimi-k3", "",
+    "default"])
 def test_any_name_of_an_allowed_model_may_be_asked_for(asked):
     config = make_config(allowedModels=["mine"], modelAliases={"mine": "kimi"}, defaultModel="kimi")
     assert ccproxy.resolve_model(asked, BUILTIN, config, []).id == "moonshotai/Kimi-K3"
@@ -82,7 +88,8 @@ def test_any_name_of_an_allowed_model_may_be_asked_for(asked):
 
 
 def test_an_alias_of_a_model_that_is_not_allowed_is_none_either():
-    config = make_config(allowedModels=["claude-opus-5"], modelAliases={"claude-*": "kimi", "a": "glm"})
+    config = make_config(allowedModels=["claude-opus-5"],
+                         modelAliases={"claude-*": "kimi", "a": "glm"})
     for asked in ("claude-opus-5", "kimi", "a", "glm"):
         with pytest.raises(ccproxy.ProxyError):
             ccproxy.resolve_model(asked, BUILTIN, config, [])

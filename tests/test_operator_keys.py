@@ -396,7 +396,8 @@ def test_what_a_row_says_holds(make_place, upstream):
 
 
 @pytest.mark.parametrize("allowed", [
-    "moonshotai/kimi-k3", "Kimi", "kimi-k3[1m]", "mine", "openrouter/moonshotai/Kimi.K3", "default"])
+    "moonshotai/kimi-k3", "Kimi", "kimi-k3[1m]", "mine", "openrouter/moonshotai/Kimi.K3",
+    "default"])
 def test_a_keys_allowed_models_are_met_by_any_name(make_place, upstream, allowed):
     text = json.dumps([{"id": "small", "apiKey": A, "allowedModels": [allowed]},
                        {"id": "big", "apiKey": B}])

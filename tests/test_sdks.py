@@ -662,7 +662,8 @@ def test_anthropic_models(proxy, claude):
     for one in [*page, model]:
         assert type(one).model_validate(one.to_dict()) == one       # every field is of its type
         assert one.created_at.timestamp() == 1 and one.lifecycle == "active"
-        assert (one.max_input_tokens, one.max_tokens) == (123 if one.id == model.id else 1000000, 200000)
+        context = 123 if one.id == model.id else 1000000
+        assert (one.max_input_tokens, one.max_tokens) == (context, 200000)
         assert one.description.startswith(one.display_name)
 
 
