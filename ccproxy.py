@@ -2572,7 +2572,8 @@ Part = Union[Text, Image, Thinking, Call, Result]
 
 
 class Turn(NamedTuple):
-    """One message of a conversation: role `user`, `assistant` or (after repair) `tool`."""
+    """One message of a conversation: role `user`, `assistant`, `system` (Text parts alone, behind
+    the first message) or (after repair) `tool`."""
 
     role: str
     parts: List[Part]
@@ -3399,7 +3400,24 @@ def read_user(message: Json, path: str, prompt: Prompt) -> None:
 
 def read_system_message(message: Json, path: str, prompt: Prompt) -> None:
     texts = read_system(message.get("content"), path + ".content", prompt.notes)
-    prompt.system += with_cache(texts, read_cache(message, path))
+    if texts:
+        prompt.turns.append(Turn("system", with_cache(texts, read_cache(message, path))))
+
+
+def lift_leading_system(prompt: Prompt) -> None:
+    """Make the system turns before the first other message system texts; later ones stay, for a
+    system text that changes loses the provider's prompt cache.  Where no other message says
+    anything, the last one is the user's."""
+    if not any(turn.parts for turn in prompt.turns if turn.role != "system"):
+        prompt.turns = [turn for turn in prompt.turns if turn.parts]
+        if prompt.turns:
+            prompt.turns[-1] = prompt.turns[-1]._replace(role="user")
+            add_note(prompt.notes, "repaired", "the last system message is sent as the user's")
+    roles = [turn.role for turn in prompt.turns] + ["user"]
+    first = next(index for index, role in enumerate(roles) if role != "system")
+    for turn in prompt.turns[:first]:
+        prompt.system += turn.parts     # type: ignore[arg-type]
+    del prompt.turns[:first]
 
 
 def with_cache(parts: List[Any], cache: Optional[Json]) -> List[Any]:
@@ -3473,6 +3491,7 @@ def read_messages(body: Json, prompt: Prompt) -> None:
         if role not in ROLE_READERS:
             raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
         ROLE_READERS[role](message, path, prompt)
+    lift_leading_system(prompt)
 
 
 # === FIELDS OF ANY API (pure) ===============================================
@@ -3693,16 +3712,28 @@ def order_parts(parts: List[Part]) -> List[Part]:
 
 
 def merge_assistants(turns: List[Turn]) -> List[Turn]:
-    """Neighbouring assistant turns made one, empty turns left out."""
+    """Neighbouring assistant turns made one, empty turns left out.  System turns behind calls wait
+    until the assistant's next parts, perhaps more calls, are merged: nothing may separate calls
+    from their results."""
     merged: List[Turn] = []
+    waiting: List[Turn] = []
+    calling = False
     for turn in turns:
         if not turn.parts:
             continue
-        if turn.role == "assistant" and merged and merged[-1].role == "assistant":
+        if turn.role == "system" and calling:
+            waiting.append(turn)
+        elif turn.role == "assistant" and merged and merged[-1].role == "assistant":
             merged[-1].parts.extend(turn.parts)
+            calling = calling or has_call(turn)
         else:
-            merged.append(Turn(turn.role, list(turn.parts)))
-    return merged
+            merged += waiting + [Turn(turn.role, list(turn.parts))]
+            waiting, calling = [], turn.role == "assistant" and has_call(turn)
+    return merged + waiting
+
+
+def has_call(turn: Turn) -> bool:
+    return any(isinstance(part, Call) for part in turn.parts)
 
 
 def unique_id(wanted: str, taken: Dict[str, int]) -> str:
@@ -3759,7 +3790,8 @@ def show_images(results: Iterable[Any]) -> List[Turn]:
 
 def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
                  notes: List[str]) -> List[Turn]:
-    """The user turns that follow an assistant's: first all results of its calls, then the rest."""
+    """The user and system turns that follow an assistant's: first all results of its calls, then
+    the rest."""
     results = [part for turn in users for part in turn.parts if isinstance(part, Result)]
     answers, left = answer_calls(calls, results, notes)
     orphans = set(map(id, left))
@@ -3778,7 +3810,7 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
                 parts.append(Text("[Result of an earlier tool call] " + result_text(part)))
                 parts += part.images
         if parts:
-            settled.append(Turn("user", parts))
+            settled.append(Turn(turn.role, parts))
     return settled
 
 
@@ -3800,13 +3832,13 @@ def settle_assistant(turn: Turn, taken: Dict[str, int],
 
 
 def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
-    """The whole history, repaired; roles are then user, assistant and tool."""
+    """The whole history, repaired; roles are then user, assistant, system and tool."""
     repaired: List[Turn] = []
     taken: Dict[str, int] = {}
     users: List[Turn] = []
     calls: List[Tuple[str, Call]] = []
     for turn in merge_assistants(turns):
-        if turn.role == "user":
+        if turn.role != "assistant":
             users.append(turn)
             continue
         repaired += settle_users(users, calls, notes)
@@ -4788,10 +4820,36 @@ def alpha_choice(choice: Choice) -> Json:
     return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
 
 
+def reminder_text(turn: Turn) -> Text:
+    """A system turn as a user's text: the same bytes on every turn of the conversation."""
+    texts = [part for part in turn.parts if isinstance(part, Text)]
+    caches = [text.cache for text in texts if text.cache]
+    words = "\n\n".join(text.text for text in texts)
+    return Text("<system-reminder>\n%s\n</system-reminder>" % words, caches[-1] if caches else None)
+
+
+def fold_system_turns(turns: List[Turn]) -> List[Turn]:
+    """Turns for an API without the role `system`: reminders begin the user turn that follows, or
+    are one of their own."""
+    folded: List[Turn] = []
+    waiting: List[Part] = []
+    for turn in turns:
+        if turn.role == "system":
+            waiting.append(reminder_text(turn))
+            continue
+        if waiting and turn.role == "user":
+            turn = Turn("user", waiting + turn.parts)
+        elif waiting:
+            folded.append(Turn("user", waiting))
+        waiting = []
+        folded.append(turn)
+    return folded + ([Turn("user", waiting)] if waiting else [])
+
+
 def alpha_messages(turns: List[Turn]) -> List[Json]:
     """All messages, an assistant's parts in order; thinking whose text was withheld is left out."""
     messages = []
-    for turn in turns:
+    for turn in fold_system_turns(turns):
         parts = order_parts(turn.parts) if turn.role == "assistant" else turn.parts
         content = [alpha_part(part) for part in parts
                    if not isinstance(part, Thinking) or part.text]
@@ -5030,17 +5088,24 @@ def openai_assistant(turn: Turn) -> Json:
     return message
 
 
+def openai_system(turn: Turn) -> Json:
+    return {"role": "system", "content": joined_text(turn.parts, Text, "\n\n")}
+
+
+OPENAI_ROLES = {"user": openai_user, "assistant": openai_assistant, "system": openai_system}
+
+
 def openai_messages(prompt: Prompt) -> List[Json]:
     """All messages; cache_control has no place here, for these services cache by themselves."""
     messages: List[Json] = []
     if prompt.system:
-        messages.append({"role": "system", "content": joined_text(prompt.system, Text, "\n\n")})
+        messages.append(openai_system(Turn("system", list(prompt.system))))
     for turn in prompt.turns:
         if turn.role == "tool":
             messages += [{"role": "tool", "tool_call_id": part.id, "content": result_text(part)}
                          for part in turn.parts if isinstance(part, Result)]
             continue
-        message = (openai_assistant if turn.role == "assistant" else openai_user)(turn)
+        message = OPENAI_ROLES[turn.role](turn)
         if len(message) > 2 or message["content"]:      # else thinking alone, its text withheld
             messages.append(message)
     return messages
@@ -5282,7 +5347,7 @@ def anthropic_messages(prompt: Prompt) -> List[Json]:
     """All messages, neighbours of one role made one, as the API itself would; the first must be the
     user's.  Raises ProxyError `invalid` when all of them are blank."""
     messages: List[Json] = []
-    for turn in prompt.turns:
+    for turn in fold_system_turns(prompt.turns):
         role = "assistant" if turn.role == "assistant" else "user"
         blocks = anthropic_blocks(turn, prompt.notes)
         if blocks and messages and messages[-1]["role"] == role:
@@ -5904,6 +5969,7 @@ def read_input(body: Json, prompt: Prompt) -> None:
             add_note(prompt.notes, "dropped", "%s at %s" % (kind, path))
         else:
             reader(item, path, prompt)
+    lift_leading_system(prompt)
 
 
 # === FACE: RESPONSES (pure) =================================================

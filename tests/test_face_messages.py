@@ -142,14 +142,15 @@ def test_a_request_of_claude_code():
     params = sent["params"]
     check_params(params)
     assert notes == [] and params["max_tokens"] == 128_000 and params["reasoning_effort"] == "high"
-    assert params["system"] == [text("You are an agent.\n", cache_control=cache),
-                                text("Environment: ...")]
-    assert [message["role"] for message in params["messages"]] == ["user", "assistant", "tool",
-                                                                   "user", "user"]
-    assert [part["toolCallId"] for part in at(params, "messages.2.content")] == ["t1", "t2"]
-    assert at(params, "messages.2.content.0.output.value") == "Tool available: Read"
-    assert at(params, "messages.3.content.1.image") == "data:image/png;base64,AAAA"
-    assert at(params, "messages.4.content") == [text("go on")]
+    assert params["system"] == [text("You are an agent.", cache_control=cache)]
+    assert [message["role"] for message in params["messages"]] == ["user", "user", "assistant",
+                                                                   "tool", "user", "user"]
+    assert at(params, "messages.1.content.0.text") == \
+        "<system-reminder>\nEnvironment: ...\n</system-reminder>"
+    assert [part["toolCallId"] for part in at(params, "messages.3.content")] == ["t1", "t2"]
+    assert at(params, "messages.3.content.0.output.value") == "Tool available: Read"
+    assert at(params, "messages.4.content.1.image") == "data:image/png;base64,AAAA"
+    assert at(params, "messages.5.content") == [text("go on")]
     assert at(params, "tools.0.input_schema.properties.n.exclusiveMinimum") == 0
 
 

@@ -62,8 +62,8 @@ HISTORIES = [   # (messages, what is sent in short, words of a note)
     ([USER, said(text("a"))], ["u:hi", "a:a"], "prefill"),
     ([USER, said(), USER], ["u:hi", "u:hi"], None),
     ([USER, said(text("")), asked(text("")), said(text("a")), USER], ["u:hi", "a:a", "u:hi"], None),
-    ([USER, {"role": "system", "content": "s"}, said(text("a")), USER], ["u:hi", "a:a", "u:hi"],
-     None),
+    ([USER, {"role": "system", "content": "s"}, said(text("a")), USER],
+     ["u:hi", "u:<system-reminder>\ns\n</system-reminder>", "a:a", "u:hi"], None),
     # Results in any order, text behind them, in several messages.
     ([USER, said(use("1"), use("2")), asked(result("2", "y"), result("1", "x"))],
      ["u:hi", "a:f(1) f(2)", "t:1=x 2=y"], None),
@@ -127,8 +127,186 @@ def test_chat_histories():
 
 
 def test_nothing_left_to_answer():
-    for messages in ([asked(text(""))], [said()], [{"role": "system", "content": "s"}]):
+    for messages in ([asked(text(""))], [said()], [{"role": "system", "content": ""}],
+                     [asked(), {"role": "system", "content": [text("")]}]):
         assert refusal("messages", request("messages", messages=messages)).param == "messages"
+
+
+# System messages amid a conversation: each upstream format's messages in short, `s:` for OpenAI's
+# own role and `<words>` for a reminder.
+
+BUILDERS = {"alpha": ccproxy.build_alpha, "openai": ccproxy.build_openai,
+            "anthropic": ccproxy.build_anthropic}
+REMINDER = re.compile("<system-reminder>\n(.*?)\n</system-reminder>", re.S)
+
+
+def system(*parts, role="system", **members):
+    return {"role": role, "content": parts[0] if len(parts) == 1 else list(parts), **members}
+
+
+def upstream_messages(fmt, messages, face="messages", **members):
+    """(system texts, messages) as they are sent in an upstream format."""
+    name = "input" if face == "responses" else "messages"
+    prompt = read_prompt(face, request(face, **{name: messages}, **members))
+    body = json.loads(BUILDERS[fmt](prompt, "S"))
+    body = body.get("params", body)
+    sent = body["messages"]
+    if fmt == "openai" and sent[0]["role"] == "system":
+        return sent[0]["content"], sent[1:]
+    return body.get("system", []), sent
+
+
+def flatten(messages):
+    """Every part of a request with its role, in order: what a provider's cache goes by."""
+    flat = []
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            flat.append([message["role"], part])
+        flat += [[message["role"], call] for call in message.get("tool_calls", [])]
+    return flat
+
+
+def short_part(role, part):
+    """A part of any format in short."""
+    if isinstance(part, str):
+        return {"tool": "=%s", "system": "s:%s"}.get(role, "%s") % part
+    kind = part["type"].replace("_", "-")
+    if kind in ("tool-result", "tool-call", "tool-use", "function"):
+        return "=" + (part["content"] if "content" in part else part["output"]["value"]) \
+            if kind == "tool-result" else "f()"
+    return "IMAGE" if kind.startswith("image") else REMINDER.sub(r"<\1>", part.get("text", ""))
+
+
+def short_of(messages):
+    return " ".join(short_part(role, part) for role, part in flatten(messages) if part is not None)
+
+
+MID = [     # (messages, what user parts, calls and results become; a reminder is <words>)
+    ([USER, system("s"), said(text("a")), USER], "hi <s> a hi"),
+    ([USER, said(text("a")), system("s"), USER], "hi a <s> hi"),
+    ([USER, said(text("a")), system("s", role="developer"), USER], "hi a <s> hi"),
+    ([USER, said(text("a")), USER, system("s")], "hi a hi <s>"),
+    ([USER, said(text("a")), system("s"), system("t"), USER], "hi a <s> <t> hi"),
+    ([system("lead"), USER, system("s"), USER], "hi <s> hi"),
+    ([said(text("a")), system("s"), USER], "a <s> hi"),
+    ([USER, system([text("s"), text("t")]), USER], "hi <s\n\nt> hi"),
+    ([USER, system([text("x-anthropic-billing-header: cch=1"), text("")]), USER], "hi hi"),
+    # Calls that are open: the results come first.
+    ([USER, said(use("1")), system("s"), asked(result("1"))], "hi f() =r <s>"),
+    ([USER, said(use("1")), system("s"), asked(text("x"), result("1"))], "hi f() =r <s> x"),
+    ([USER, said(use("1")), asked(result("1")), system("s"), USER], "hi f() =r <s> hi"),
+    ([USER, said(use("1"), use("2")), asked(result("1")), system("s"), asked(result("2", "q"))],
+     "hi f() f() =r =q <s>"),
+    ([USER, said(use("1")), system("s"), said(use("2")), asked(result("1")),
+      asked(result("2", "q"))], "hi f() f() =r =q <s>"),
+    ([USER, said(use("1")), system("s"), said(text("a")), system("t"), asked(result("1")), USER],
+     "hi a f() =r <s> <t> hi"),
+    ([USER, said(use("1")), system("s"), asked(result("1", [text("r"), picture()]))],
+     "hi f() =r Pictures returned by the tool f: IMAGE <s>"),
+    ([USER, said(use("1")), system("s"), USER], "hi f() =%s <s> hi" % NO_RESULT),
+    ([USER, said(use("1")), asked(result("1")), system("s"), said(text("a")), USER],
+     "hi f() =r <s> a hi")]
+
+
+@pytest.mark.parametrize("fmt", sorted(BUILDERS))
+@pytest.mark.parametrize("messages,sent", MID, ids=range(len(MID)))
+def test_system_messages_keep_their_place(fmt, messages, sent):
+    """Behind all results of open calls, in front of what the user says next."""
+    texts, messages = upstream_messages(fmt, messages)
+    assert "s" not in texts and all("s" != block for block in texts)
+    if fmt == "anthropic" and messages[0]["content"][0].get("text") == "(begin)":
+        del messages[0]
+    shown = short_of(messages)
+    if fmt == "openai":
+        assert "<" not in shown
+        sent = re.sub("<(.*?)>", r"s:\1", sent, flags=re.S)
+    assert shown == sent
+
+
+def test_a_reminder_begins_the_next_user_turn_or_is_one_of_its_own():
+    _, sent = upstream_messages("alpha", [USER, said(text("a")), system("s"), USER])
+    assert [message["role"] for message in sent] == ["user", "assistant", "user"]
+    assert sent[2]["content"] == [text("<system-reminder>\ns\n</system-reminder>"), text("hi")]
+    _, sent = upstream_messages("alpha", [USER, system("s"), said(text("a")), USER])
+    assert [message["role"] for message in sent] == ["user", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("fmt", ["alpha", "anthropic"])
+@pytest.mark.parametrize("message", [
+    system("s", cache_control={"type": "ephemeral"}),
+    system([text("s", cache_control={"type": "ephemeral"})])])
+def test_a_reminder_keeps_its_cache_control(fmt, message):
+    _, sent = upstream_messages(fmt, [USER, said(text("a")), message, USER])
+    assert sent[2]["content"][0]["cache_control"] == {"type": "ephemeral"}
+    assert "cache_control" not in sent[2]["content"][1]
+
+
+GROWING = [     # a conversation by its requests: what each adds to the one before
+    [system("lead"), USER, system("env", cache_control={"type": "ephemeral"})],
+    [said(text("a"), use("1"), use("2")), system("s"), asked(result("1"), result("2"))],
+    [said(use("3")), asked(result("3", [text("r"), picture()])), system("t"), system("u")],
+    [said(text("b")), system("v"), USER],
+    [said(use("1")), system("w"), said(use("4")), asked(result("1")), system("x"),
+     asked(result("4")), asked(text("and"))],
+    [system("y")], [said(text("c")), USER]]
+
+
+@pytest.mark.parametrize("fmt", sorted(BUILDERS))
+@pytest.mark.parametrize("face", ["chat", "messages"])
+def test_a_longer_conversation_begins_as_the_shorter_one(face, fmt):
+    """The provider's cache lives on equal beginnings: system texts, messages, their parts."""
+    messages, before, lead = [], [], None
+    for added in GROWING:
+        messages += added
+        texts, sent = upstream_messages(fmt, messages, face)
+        flat = flatten(sent)
+        assert flat[:len(before)] == before and len(flat) > len(before)
+        assert texts == (lead or texts)
+        before, lead = flat, texts
+
+
+ALONE = [       # messages without any but system messages: (messages, system texts, user's parts)
+    ([system("a")], [], ["a"]), ([system("a", role="developer")], [], ["a"]),
+    ([system("a"), system("b"), system([text("c"), text("d")])], ["a", "b"], ["c", "d"]),
+    ([system("a"), system("")], [], ["a"]), ([system("a"), asked(text(""))], [], ["a"])]
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("messages,texts,parts", ALONE, ids=range(len(ALONE)))
+def test_system_messages_alone_are_answered(face, messages, texts, parts):
+    name = "input" if face == "responses" else "messages"
+    body, notes = translate(face, request(face, **{name: messages}))
+    params = body["params"]
+    shown = [] if params["system"] == " " else [block["text"] for block in params["system"]]
+    assert "".join(shown).split() == texts
+    assert params["messages"] == [{"role": "user", "content": [text(part) for part in parts]}]
+    assert has_note(notes, "repaired=")
+    prompt = read_prompt(face, request(face, **{name: messages}))
+    assert ccproxy.first_user_text(prompt) == "\n".join(parts)
+
+
+def test_system_of_the_request_is_not_made_the_users():
+    error = refusal("messages", request("messages", system="s", messages=[asked(text(""))]))
+    assert error.param == "messages"
+
+
+def test_a_system_message_does_not_change_what_a_conversation_is_known_by():
+    messages = [said(text("x")), system("s"), USER]
+    assert ccproxy.first_user_text(read_prompt("chat", request("chat", messages=messages))) == "hi"
+
+
+def test_a_request_wide_cache_control_on_a_system_message():
+    cache = {"type": "ephemeral"}
+    _, sent = upstream_messages("alpha", [USER, system("s")], cache_control=cache)
+    assert sent[1]["content"][0]["cache_control"] == cache
+
+
+def test_many_system_messages_wait_for_a_result():
+    messages = [USER, said(*[text("a")] * 2000, use("1"))] + [system("s")] * 20_000 + [
+        asked(result("1"))]
+    _, sent = upstream_messages("alpha", messages)
+    assert [len(message["content"]) for message in sent] == [1, 2001, 1, 20_000]
 
 
 def random_history(rng):
@@ -140,6 +318,8 @@ def random_history(rng):
                                  use(rng.choice(ids), rng.choice(["f", "g.h", "x" * 70]))])
                      for _ in range(rng.randrange(4))]
             messages.append(said(*parts))
+        elif rng.random() < 0.3:
+            messages.append(system(rng.choice(["s", "", [text("s"), text("t")]])))
         else:
             parts = [rng.choice([text("b"), text(""), picture(), result(rng.choice(ids)),
                                  result(rng.choice(ids), [text("x"), picture()])])
@@ -153,10 +333,11 @@ def test_random_histories_are_made_fit():
     for _ in range(400):
         messages = random_history(rng)
         try:
-            params = params_of("messages", request("messages", messages=messages))
+            body, notes = translate("messages", request("messages", messages=messages))
         except ccproxy.ProxyError as error:
             assert error.param == "messages"
             continue
+        params = body["params"]
         try:
             check_params(params)
         except AssertionError:
@@ -165,6 +346,11 @@ def test_random_histories_are_made_fit():
         assert sent.count('"image":') == given.count('"media_type"')
         assert sent.count('"tool-call"') == given.count('"tool_use"')
         assert sent.count('"text": "b"') == given.count('"text": "b"')
+        leading = [one["role"] == "system" for one in messages + [USER]].index(False)
+        reminders = sum(one["role"] == "system" and one["content"] != ""
+                        for one in messages[leading:])
+        alone = has_note(notes, "last system message")
+        assert alone or sent.count("<system-reminder>") == reminders
 
 
 def test_many_equal_ids():

@@ -119,8 +119,7 @@ SYSTEM = [      # (body's members, system texts)
     ({"input": "hi", "instructions": None}, []), ({"input": "hi", "instructions": ""}, []),
     ({"input": "hi", "instructions": [part("list")]}, ["list"]),
     ({"input": [message("developer", part("two"), part("three")), HI], "instructions": "one"},
-     ["one", "two", "three"]),
-    ({"input": [HI, message("developer", part("late"))]}, ["late"])]
+     ["one", "two", "three"])]
 
 
 @pytest.mark.parametrize("members,texts", SYSTEM, ids=range(len(SYSTEM)))
@@ -128,6 +127,21 @@ def test_instructions_and_developer_items(members, texts):
     prompt = ccproxy.parse_responses({"model": "m", **members}, [])
     assert [text.text for text in prompt.system] == texts
     assert prompt.turns == [user(Text("hi"))]
+
+
+def test_later_developer_items_keep_their_place():
+    prompt = parse([message("developer", part("lead")), HI, message("developer", part("late"))])
+    assert [text.text for text in prompt.system] == ["lead"]
+    assert prompt.turns == [user(Text("hi")), Turn("system", [Text("late")])]
+
+
+def test_a_developer_item_between_parallel_calls_comes_behind_their_results():
+    items = [HI, call(call_id="1"), message("developer", part("late")), call(call_id="2"),
+             output("a", call_id="1"), output("b", call_id="2")]
+    body, notes = translate("responses", request("responses", input=items))
+    assert [one["role"] for one in at(body, "params.messages")] == ["user", "assistant", "tool",
+                                                                    "user"]
+    assert "late" in at(body, "params.messages.3.content.0.text") and notes == []
 
 
 def test_a_string_is_one_user_turn():
@@ -200,7 +214,7 @@ def test_refusals_name_the_field(members, path, words):
 
 
 @pytest.mark.parametrize("given", ["", [message("user", part(""))], [message("developer",
-                                                                             part("x"))]])
+                                                                             part(""))]])
 def test_nothing_to_answer_names_the_field_that_responses_has(given):
     error = refusal("responses", {"model": "m", "input": given})
     assert error.status == 400 and error.param == "input" and "messages" not in error.message

@@ -56,6 +56,8 @@ def test_every_kind_of_part_counts(part):
 def test_system_and_tools_count():
     plain = estimate(Text("x"))
     assert estimate(Text("x"), system=[Text(ENGLISH)]) >= plain + 15
+    later = ccproxy.Prompt("m", [Turn("user", [Text("x")]), Turn("system", [Text(ENGLISH)])])
+    assert ccproxy.estimate_input(later) >= plain + 15
     assert estimate(Text("x"), tools=[Tool("f", ENGLISH, {})]) >= plain + 15
     assert estimate(Text("x"), tools=[Tool("f", "", {"description": ENGLISH})]) >= plain + 15
 
