@@ -36,6 +36,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     CONTENT CODINGS (pure)
     STREAM FRAMING (pure)
     JSON TEXT (pure)
+    ATTACHED DATA (pure)
     CATALOGUE (pure)
     MODELS (pure)
     MODELS ALLOWED (pure)
@@ -152,7 +153,6 @@ from __future__ import annotations      # Python 3.9 or newer is needed
 
 import asyncio
 import base64
-import binascii
 import bisect
 import copy
 import errno
@@ -1557,6 +1557,110 @@ def parse_object(data: bytes, notes: List[str]) -> Json:
     return value
 
 
+# === ATTACHED DATA (pure) ===================================================
+# What clients attach to a message, as base64 or as a data URL (RFC 2397): read,
+# healed where that is safe, its type told by its bytes, or the reason why it
+# cannot be shown to a model.  Pictures are never decoded: they may be large.
+
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,",
+                      re.ASCII | re.I)
+MAX_DATA_PREFIXES = 4           # clients put one data URL into another
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+# How pictures begin, as base64: an offset and the characters there.  The types that models do not
+# take are here because clients label them as others.
+PICTURE_BYTES = (
+    (0, "iVBORw0KGgo", "image/png"), (0, "/9j/", "image/jpeg"), (0, "R0lGOD", "image/gif"),
+    (12, "RUJQ", "image/webp"), (6, "Z0eX", "image/heic"), (0, "SUkqA", "image/tiff"),
+    (0, "TU0AK", "image/tiff"), (0, "PHN2Zy", "image/svg+xml"), (0, "PD94bW", "text/xml"),
+    (0, "JVBERi", "application/pdf"))
+BASE64_TEXT = re.compile(r"[A-Za-z0-9+/]*")
+NOT_IN_BASE64 = " \n\r\t-_.:,;%[(<{"     # left by line breaks, other alphabets and cuts
+NOT_FETCHED = "a URL is not fetched here, so inline it as a base64 data URL"
+BROKEN = "its base64 is broken"
+EMPTY = "it is empty"
+
+
+class PictureData(NamedTuple):
+    """A picture's media type and base64; `fault` says why it cannot be shown, `healed` what was
+    changed; either is "" as a rule."""
+
+    mime: str
+    data: str
+    fault: str
+    healed: str
+
+
+def clean_base64(data: str) -> Optional[str]:
+    """Base64 (RFC 4648, section 4) without white space, padded and in its usual alphabet; None
+    where it is broken.  What is sound costs a few plain searches, which run at memory's speed."""
+    if data.isascii() and len(data) % 4 == 0 and data.find("=", 0, -2) < 0 and not any(
+            character in data for character in NOT_IN_BASE64):
+        return data
+    healed = "".join(data.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    if len(healed) % 4 == 1 or not BASE64_TEXT.fullmatch(healed):
+        return None
+    return healed + "=" * (-len(healed) % 4)
+
+
+class AttachedData(NamedTuple):
+    """What a data URL, or data beside its media type, tells: the type, whether the data is inline
+    base64, the number of prefixes in front of it."""
+
+    mime: str
+    inline: bool
+    prefixes: int
+    data: str
+
+
+def split_data_url(given: str, label: Optional[str]) -> AttachedData:
+    """A URL (`label` is None) or base64 labelled with a media type, without any prefix."""
+    mime, inline, prefixes, at = (label or "").lower(), label is not None, 0, 0
+    while prefixes < MAX_DATA_PREFIXES:
+        found = DATA_URL.match(given, at)
+        if found is None:
+            break
+        mime, inline, at = (found[1] or mime).lower(), bool(found[3]), found.end()
+        prefixes += 1
+    return AttachedData(mime, inline, prefixes, given[at:] if at else given)
+
+
+def picture_fault(data: str, cleaned: Optional[str], inline: bool, mime: str) -> str:
+    """Why data cannot be shown as a picture; "" where it can."""
+    if not data:
+        return EMPTY
+    if not inline:
+        return "its data URL is not base64" if mime or data[:5] == "data:" else NOT_FETCHED
+    if cleaned is None:
+        return BROKEN
+    return "" if mime in IMAGE_TYPES else "%s is not one of png, jpeg, gif or webp" % (
+        printable(mime, 60) or "an unknown type")
+
+
+def examine_picture(given: str, label: Optional[str]) -> PictureData:
+    """A picture from a URL (`label` is None), or from base64 labelled with a media type."""
+    named, inline, prefixes, data = split_data_url(given, label)
+    named = "image/jpeg" if named == "image/jpg" else named
+    cleaned = clean_base64(data)
+    start = (cleaned or "")[:20]
+    told = next((mime for at, text, mime in PICTURE_BYTES if start.startswith(text, at)), "")
+    healed = "%s labelled %s" % (told, named or "nothing") if told not in ("", named) else ""
+    if cleaned != data or prefixes > (1 if label is None else 0):
+        healed = healed or "base64 of the picture"
+    fault = picture_fault(data, cleaned, inline or bool(told), told or named)
+    return PictureData(told or named, cleaned or "", fault, healed)
+
+
+def decode_document(data: str, mime: str, encoded: bool) -> Tuple[str, str]:
+    """(text, "") of a document's data, base64 or percent-encoded, or ("", why there is none)."""
+    if not mime.startswith("text/") and mime != "application/json":
+        return "", "%s cannot be read as text" % printable(mime, 60)
+    cleaned = clean_base64(data) if encoded else ""
+    if cleaned is None:
+        return "", BROKEN
+    text = base64.b64decode(cleaned).decode("utf-8", "replace") if encoded else unquote(data)
+    return (text, "") if text.strip() else ("", EMPTY)
+
+
 # === CATALOGUE (pure) =======================================================
 # The models of the vendor's own client 1.64.0, read 2026-11-20: the fallback
 # when the live list cannot be had, and the only source of efforts, limits and
@@ -2525,10 +2629,12 @@ def remove_credential(rows: List[Any], name: str, source: str) -> str:
 
 
 class Text(NamedTuple):
-    """Text of a prompt; `cache` is its cache_control, carried along untouched."""
+    """Text of a prompt; `cache` is its cache_control, carried along untouched.  `fault` is the
+    error of the part whose place it takes because that part cannot be shown."""
 
     text: str
     cache: Optional[Json] = None
+    fault: Optional[ProxyError] = None
 
 
 class Image(NamedTuple):
@@ -3008,14 +3114,19 @@ def sign_thinking(reading: Reading, signature: Any) -> Iterator[Event]:
 # === CONTENT PARTS (pure) ===================================================
 # One table of every content part that any API may bring: clients mix them, so
 # every face uses it.  A wrong type in a field that is used is a 400 that names
-# its path; what cannot be passed on leaves a note.  Nothing is ever fetched.
+# its path.  A part that cannot be shown (a PDF, audio, a picture by its URL)
+# becomes one line of text, with a note: a 400 would lock the conversation, for
+# clients send their whole history again.  Nothing is ever fetched.
 
 JSON_TYPES: Dict[str, Any] = {"a string": str, "a list": list, "an object": dict,
                               "a boolean": bool, "a number": (int, float)}
-DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.ASCII)
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 BILLING_LINE = "x-anthropic-billing-header:"        # changes on every request: breaks the cache
 UNNAMED = "unnamed"
+NOT_STORED = "no files are kept here, so send its data (image_url, source or file_data)"
+NO_DATA = "it holds no data (image_url, source or file_data)"
+MEDIA_KINDS = {"input_audio": "audio", "audio": "audio", "audio_url": "audio", "media": "media",
+               "input_video": "video", "video": "video", "video_url": "video",
+               "container_upload": "file"}
 
 
 def wrong(path: str, problem: str) -> ProxyError:
@@ -3052,51 +3163,70 @@ def read_text(part: Json, path: str, notes: List[str]) -> List[Part]:
     return [Text(text, read_cache(part, path))] if text else []
 
 
-def read_image_url(url: Any, path: str, cache: Optional[Json]) -> Image:
-    """A picture given as a data URL; any other URL is refused."""
-    check(url, "a string", path)
-    found = DATA_URL.match(url)
-    if not found or not found[3]:
-        raise wrong(path, "must be a base64 data URL (data:image/png;base64,...): nothing is "
-                    "fetched here, so inline the image")
-    return make_image((found[1] or "").lower(), url[found.end():], url, path, cache)
+def unreadable(name: str, reason: str, path: str, cache: Optional[Json],
+               notes: List[str]) -> List[Part]:
+    """One line for the model in the place of a part that cannot be shown."""
+    add_note(notes, "unreadable", "%s at %s" % (name, path))
+    return [Text("[attached: %s, not shown: %s]" % (name, reason), cache,
+                 wrong(path, "cannot be shown to the model: %s" % reason))]
 
 
-def make_image(mime: str, data: str, url: str, path: str, cache: Optional[Json]) -> Image:
-    """An Image of a type that models take; `url` is used as it is where it says that type."""
-    mime = "image/jpeg" if mime == "image/jpg" else mime
-    if mime not in IMAGE_TYPES:
-        raise wrong(path, "must be a picture of type png, jpeg, gif or webp, not %s"
-                    % (printable(mime, 60) or "unknown"))
-    if not data:
-        raise wrong(path, "holds an empty picture")
-    plain = "data:%s;base64," % mime
-    return Image(url if url.startswith(plain) else plain + data, mime, cache)
+def why_no_data(*holders: Any) -> str:
+    """Why a part has no data of its own, by what its objects hold in place of it."""
+    members = {name for holder in holders if isinstance(holder, dict)
+               for name in ("file_id", "file_url", "url") if holder.get(name)}
+    return NOT_STORED if "file_id" in members else NOT_FETCHED if members else NO_DATA
+
+
+def read_picture(given: str, label: Optional[str], path: str, cache: Optional[Json],
+                 notes: List[str]) -> List[Part]:
+    """An Image of a URL (`label` is None), or of base64 labelled with a media type."""
+    given = given.strip()
+    picture = examine_picture(given, label)
+    if picture.fault:
+        return unreadable("picture", picture.fault, path, cache, notes)
+    plain = "data:%s;base64," % picture.mime
+    if picture.healed:
+        add_note(notes, "repaired", "%s at %s" % (picture.healed, path))
+    elif given.startswith(plain):       # nearly always: not copied
+        return [Image(given, picture.mime, cache)]
+    return [Image(plain + picture.data, picture.mime, cache)]
+
+
+def picture_source(part: Json, path: str) -> Tuple[Any, Optional[str], str]:
+    """(URL or base64, base64's media type or None for a URL, path) of a picture in any API's
+    spelling, among them MCP's (data and mimeType in the part itself)."""
+    given = part.get("image_url")
+    if isinstance(given, dict):
+        return get(given, "url", "a string", path + ".image_url"), None, path + ".image_url.url"
+    if given is not None:
+        return check(given, "a string", path + ".image_url"), None, path + ".image_url"
+    source = get(part, "source", "an object", path)
+    where = path if source is None else path + ".source"
+    source = part if source is None else source
+    get(source, "type", "a string", where)
+    data = get(source, "data", "a string", where)
+    mimes = [get(source, name, "a string", where) for name in ("media_type", "mimeType")]
+    if data is not None:
+        return data, mimes[0] or mimes[1] or "", where + ".media_type"
+    url = get(source, "url", "a string", where)
+    return url, None, where if url is None else where + ".url"
 
 
 def read_image(part: Json, path: str, notes: List[str]) -> List[Part]:
     """Chat's image_url, Responses' input_image and Anthropic's image."""
     cache = read_cache(part, path)
-    given = part.get("image_url")
-    if isinstance(given, dict):
-        return [read_image_url(given.get("url"), path + ".image_url.url", cache)]
-    if given is not None:
-        return [read_image_url(given, path + ".image_url", cache)]
-    source = get(part, "source", "an object", path)
-    if source is None:
-        raise wrong(path, "holds neither image_url nor source")
-    if get(source, "type", "a string", path + ".source") != "base64":
-        return [read_image_url(source.get("url"), path + ".source.url", cache)]
-    mime = get(source, "media_type", "a string", path + ".source") or ""
-    data = get(source, "data", "a string", path + ".source") or ""
-    return [make_image(mime.lower(), data, "", path + ".source.media_type", cache)]
+    given, label, where = picture_source(part, path)
+    if given is None:
+        reason = why_no_data(part, part.get("image_url"), part.get("source"))
+        return unreadable("picture", reason, where, cache, notes)
+    return read_picture(given, label, where, cache, notes)
 
 
-def decode_text(data: str, path: str) -> str:
-    try:
-        return base64.b64decode(data, validate=False).decode("utf-8", "replace")
-    except (binascii.Error, ValueError):
-        raise wrong(path, "is not base64") from None
+def read_media(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Audio, video and files that lie elsewhere: no upstream takes them."""
+    reason = NOT_STORED if part.get("file_id") else "only text and pictures can be shown"
+    return unreadable(MEDIA_KINDS[part["type"]], reason, path, read_cache(part, path), notes)
 
 
 def inner_file(part: Json, path: str) -> Tuple[Json, str]:
@@ -3105,52 +3235,51 @@ def inner_file(part: Json, path: str) -> Tuple[Json, str]:
     return (part, path) if inner is None else (inner, path + ".file")
 
 
-def document_data(part: Json, path: str) -> Tuple[Optional[str], str]:
-    """(data, media type) of a document, as far as they are given."""
+def document_data(part: Json, path: str) -> Tuple[Optional[str], str, bool]:
+    """(data, media type, whether the data is base64) of a document, as far as they are given."""
     inner, inner_path = inner_file(part, path)
     source = get(part, "source", "an object", path) or {}
     data = get(source, "data", "a string", path + ".source")
     mime = get(source, "media_type", "a string", path + ".source")
     data = get(inner, "file_data", "a string", inner_path) if data is None else data
-    found = DATA_URL.match(data or "")
-    if found and data:
-        mime, data = found[1] or "text/plain", data[found.end():]
-    return data, mime or "application/octet-stream"
+    if data is None:
+        return None, "", True
+    found = split_data_url(data, mime or "")
+    return found.data, found.mime or (
+        "text/plain" if found.prefixes else "application/octet-stream"), found.inline
 
 
 def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
-    """(text, media type) of a document; text "" where it cannot be read here."""
+    """(text, "") of a document, or ("", the reason why it has none)."""
     source = get(part, "source", "an object", path) or {}
     kind = get(source, "type", "a string", path + ".source")
+    data, mime, encoded = document_data(part, path)
     if kind == "content":
         parts = read_content(source.get("content"), path + ".source.content", notes)
         if not all(isinstance(one, Text) for one in parts):
             add_note(notes, "dropped", "pictures in the document at %s" % path)
-        return "\n".join(one.text for one in parts if isinstance(one, Text)), "text/plain"
-    data, mime = document_data(part, path)
-    if kind == "text":
-        return data or "", "text/plain"
-    readable = mime.startswith("text/") or mime == "application/json"
-    return (decode_text(data, path) if data and readable else ""), mime
+        data = "\n".join(one.text for one in parts if isinstance(one, Text))
+    elif kind != "text" and data:
+        return decode_document(data, mime, encoded)
+    elif data is None:
+        return "", why_no_data(part, part.get("file"), source)
+    return (data, "") if data.strip() else ("", EMPTY)
 
 
 def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
-    """A text document as text; anything else as one line that says what was attached.
-
-    A 400 for a PDF would lock an agent's whole conversation, for it is sent again every turn.
-    """
+    """A text document as text, a picture as a picture."""
     inner, inner_path = inner_file(part, path)
     title = (get(part, "title", "a string", path)
-             or get(inner, "filename", "a string", inner_path) or UNNAMED)
-    text, mime = document_text(part, path, notes)
+             or get(inner, "filename", "a string", inner_path) or "")
     cache = read_cache(part, path)
-    if text:
-        return [Text("<document title=%s>\n%s\n</document>" % (json.dumps(title[:200]), text),
-                     cache)]
-    add_note(notes, "unreadable", "document %s at %s" % (mime, path))
-    return [Text("[A file was attached here, %s of type %s, but its content cannot be read over "
-                 "this connection. Say so if it matters.]" % (json.dumps(title[:200]), mime[:100]),
-                 cache)]
+    data, mime, _ = document_data(part, path)
+    if data and mime.startswith("image/"):
+        return read_picture(data, mime, path, cache, notes)
+    text, reason = document_text(part, path, notes)
+    if reason:
+        return unreadable(" ".join(title[:200].split()) or "document", reason, path, cache, notes)
+    return [Text("<document title=%s>\n%s\n</document>" % (
+        json.dumps(title[:200] or UNNAMED), text), cache)]
 
 
 def read_thinking(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -3227,7 +3356,7 @@ PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
     "document": read_document, "file": read_document, "input_file": read_document,
     "thinking": read_thinking, "redacted_thinking": read_unusable,
     "tool_use": read_call, "tool_result": read_result, "tool_reference": read_tool_reference,
-    "search_result": read_search_result}
+    "search_result": read_search_result, **dict.fromkeys(MEDIA_KINDS, read_media)}
 
 
 def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
@@ -3867,8 +3996,19 @@ def settle_choice(prompt: Prompt) -> None:
             add_note(prompt.notes, "ignored", "tool_choice without tools")
 
 
+def refuse_unreadable(prompt: Prompt) -> None:
+    """A newest user turn that holds nothing but parts which cannot be shown is a 400; earlier ones
+    are not, nor is one with a result of a tool, for the client could not go on."""
+    newest = next((turn for turn in reversed(prompt.turns) if turn.role == "user" and turn.parts),
+                  None)
+    faults = [getattr(part, "fault", None) for part in newest.parts] if newest else []
+    if faults and all(faults):
+        raise faults[0]
+
+
 def repair_prompt(prompt: Prompt) -> None:
     """Everything above, in order.  Raises ProxyError `invalid` when nothing is left to answer."""
+    refuse_unreadable(prompt)
     settle_choice(prompt)
     prompt.turns = repair_turns(prompt.turns, prompt.notes)
     if not prompt.turns:

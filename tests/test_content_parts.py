@@ -63,7 +63,6 @@ PARTS = [
     ({"type": "search_result", "title": "T", "source": "S", "content": [text("c")]},
      [text("T\nS\nc")], None),
     ({"type": "wibble", "x": 1}, [], "wibble"),
-    ({"type": "input_audio", "input_audio": {}}, [], "input_audio"),
     ({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "one"},
       "title": "a.txt"}, [text('<document title="a.txt">\none\n</document>')], None),
     ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": DATA}},
@@ -89,24 +88,224 @@ def test_parts_of_a_user(face, part, sent, note):
     assert has_note(notes, note) if note else notes == []
 
 
+# Parts that cannot be shown: (part, the part's path behind its own, the name, words of the reason).
+
+def document(mime, data, **members):
+    return {"type": "document", "source": {"type": "base64", "media_type": mime, "data": data},
+            **members}
+
+
+def chat_file(**members):
+    return {"type": "file", "file": members}
+
+
+def source(**members):
+    return {"type": "image", "source": members}
+
+
 UNREADABLE = [
-    {"type": "document", "source": {"type": "base64", "media_type": "application/pdf",
-                                    "data": "JVBERi0="}, "title": "a.pdf"},
-    {"type": "document", "source": {"type": "url", "url": "https://example.invalid/a.pdf"},
-     "title": "a.pdf"},
-    {"type": "file", "file": {"filename": "a.pdf",
-                              "file_data": "data:application/pdf;base64,JVBERi0="}},
-    {"type": "input_file", "filename": "a.pdf", "file_id": "file_1"},
-    {"type": "document", "source": {"type": "file", "file_id": "file_1"}, "title": "a.pdf"}]
+    (document("application/pdf", "JVBERi0=", title="a.pdf"), "", "a.pdf", "application/pdf"),
+    (document("application/pdf", "JVBERi0=", title="a\nb\tc"), "", "a b c", "application/pdf"),
+    (document("application/pdf", "JVBERi0="), "", "document", "application/pdf"),
+    (document("text/plain", "A"), "", "document", "broken"),
+    (document("text/plain", "IA=="), "", "document", "empty"),
+    ({"type": "document", "source": {"type": "url", "url": "https://example.invalid/a.pdf"},
+      "title": "a.pdf"}, "", "a.pdf", "not fetched"),
+    ({"type": "document", "source": {"type": "file", "file_id": "file_1"}, "title": "a.pdf"}, "",
+     "a.pdf", "no files are kept"),
+    ({"type": "document", "source": {"type": "content", "content": []}}, "", "document", "empty"),
+    ({"type": "document", "source": {"type": "text", "data": " "}}, "", "document", "empty"),
+    ({"type": "document"}, "", "document", "no data"),
+    (chat_file(filename="a.pdf", file_data="data:application/pdf;base64,JVBERi0="), "", "a.pdf",
+     "application/pdf"),
+    (chat_file(file_id="file_1"), "", "document", "no files are kept"),
+    ({"type": "input_file", "filename": "a.pdf", "file_id": "file_1"}, "", "a.pdf",
+     "no files are kept"),
+    ({"type": "input_file", "file_url": "https://example.invalid/a.pdf"}, "", "document",
+     "not fetched"),
+    ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, "", "audio",
+     "only text and pictures"),
+    ({"type": "input_audio", "input_audio": {}}, "", "audio", "only text and pictures"),
+    ({"type": "audio_url", "audio_url": {"url": "https://x.test/a"}}, "", "audio", "only text"),
+    ({"type": "video_url", "video_url": {"url": "https://x.test/a"}}, "", "video", "only text"),
+    ({"type": "input_video", "input_video": {}}, "", "video", "only text"),
+    ({"type": "container_upload", "file_id": "file_1"}, "", "file", "no files are kept"),
+    ({"type": "image_url", "image_url": {"url": "https://example.invalid/x.png"}},
+     ".image_url.url", "picture", "inline"),
+    ({"type": "image_url", "image_url": "http://example.invalid/x.png"}, ".image_url", "picture",
+     "inline"),
+    ({"type": "image_url", "image_url": "x.png"}, ".image_url", "picture", "inline"),
+    (source(type="url", url="https://example.invalid/x.png"), ".source.url", "picture", "inline"),
+    ({"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,AAAA"}},
+     ".image_url.url", "picture", "image/svg+xml is not one of png, jpeg, gif or webp"),
+    (data_url("image/png", ",x"), ".image_url.url", "picture", "not base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}, ".image_url.url",
+     "picture", "not base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ".image_url.url",
+     "picture", "empty"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo...[cut]"}},
+     ".image_url.url", "picture", "broken"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAAA"}}, ".image_url.url",
+     "picture", "broken"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==AAAA"}},
+     ".image_url.url", "picture", "broken"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA\u00e9A"}},
+     ".image_url.url", "picture", "broken"),
+    ({"type": "image_url", "image_url": {"url": ""}}, ".image_url.url", "picture", "empty"),
+    ({"type": "image_url", "image_url": {}}, ".image_url.url", "picture", "no data"),
+    ({"type": "image_url", "image_url": {"file_id": "file_1"}}, ".image_url.url", "picture",
+     "no files are kept"),
+    ({"type": "image_url"}, "", "picture", "no data"),
+    ({"type": "image"}, "", "picture", "no data"),
+    ({"type": "input_image", "file_id": "file_1"}, "", "picture", "no files are kept"),
+    (source(type="file", file_id="file_1"), ".source", "picture", "no files are kept"),
+    (source(type="base64", media_type="image/tiff", data="AAAA"), ".source.media_type", "picture",
+     "image/tiff"),
+    (source(type="base64", data="AAAA"), ".source.media_type", "picture", "an unknown type"),
+    (source(type="base64", media_type="image/png", data=""), ".source.media_type", "picture",
+     "empty"),
+    (source(type="base64", media_type="image/png", data="PHN2ZyB4bWxucz0i"), ".source.media_type",
+     "picture", "image/svg+xml"),
+    (source(type="base64", media_type="image/jpeg", data="AAAAGGZ0eXBoZWlj"),
+     ".source.media_type", "picture", "image/heic")]
+each_unreadable = pytest.mark.parametrize("part,path,name,reason", UNREADABLE,
+                                          ids=range(len(UNREADABLE)))
+
+
+def is_attachment(words, name, reason):
+    return words.startswith("[attached: %s, not shown: " % name) and words.endswith("]") \
+        and reason in words and "\n" not in words and "JVBER" not in words
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)
-@pytest.mark.parametrize("part", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_documents_that_cannot_be_read_become_one_line(face, part):
-    body, notes = translate(face, request(face, messages=user(part)))
-    (shown,) = at(body, "params.messages.0.content")
-    assert "a.pdf" in shown["text"] and "\n" not in shown["text"] and "JVBER" not in shown["text"]
-    assert has_note(notes, "unreadable=")
+@each_unreadable
+def test_a_part_that_cannot_be_shown_becomes_one_line(face, part, path, name, reason):
+    """A 400 would lock the conversation: clients send the part again on every turn."""
+    body, notes = translate(face, request(face, messages=user(text("x"), part)))
+    beside, shown = at(body, "params.messages.0.content")
+    assert beside == text("x") and is_attachment(shown["text"], name, reason)
+    assert has_note(notes, "unreadable=") and has_note(notes, "messages[0].content[1]" + path)
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@each_unreadable
+def test_a_newest_message_of_such_parts_alone_is_refused(face, part, path, name, reason):
+    for parts in ([part], [part, part], [text(""), part]):
+        error = refusal(face, request(face, messages=[USER, *user(*parts)]))
+        at_part = "messages[1].content[%d]%s" % (parts.index(part), path)
+        assert (error.kind, error.status, error.param) == ("invalid", 400, at_part)
+        assert error.param in error.message and reason in error.message
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@each_unreadable
+def test_an_earlier_message_of_such_parts_alone_is_no_error(face, part, path, name, reason):
+    for behind in ([USER], [{"role": "assistant", "content": "a"}, USER]):
+        body, notes = translate(face, request(face, messages=user(part) + behind))
+        (shown,) = at(body, "params.messages.0.content")
+        assert is_attachment(shown["text"], name, reason) and has_note(notes, "unreadable=")
+
+
+CALLED = {"messages": {"role": "assistant", "content": [
+    {"type": "tool_use", "id": "c", "name": "f", "input": {}}]}, "chat": {
+    "role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
+        "name": "f", "arguments": "{}"}}]}}
+
+
+def with_result(face, content):
+    answered = {"role": "tool", "tool_call_id": "c", "content": content} if face == "chat" else \
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c",
+                                      "content": content}]}
+    return [USER, CALLED[face], answered]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part,path,name,reason", [
+    row for row in UNREADABLE if any(isinstance(value, dict) for value in row[0].values())])
+def test_such_a_part_in_a_result_never_refuses(face, part, path, name, reason):
+    body, notes = translate(face, request(face, messages=with_result(face, [part])))
+    value = at(body, "params.messages.2.content.0.output.value")
+    assert is_attachment(value, name, reason) and has_note(notes, "unreadable=")
+
+
+def test_a_result_beside_such_a_part_is_no_error():
+    messages = with_result("messages", "r")
+    messages[-1]["content"].append({"type": "input_audio", "input_audio": {}})
+    body, _ = translate("messages", request("messages", messages=messages))
+    assert "[attached: audio" in at(body, "params.messages.3.content.0.text")
+
+
+def test_such_a_part_of_an_assistant_or_a_system_message():
+    part = {"type": "input_audio", "input_audio": {}}
+    for role in ("assistant", "system"):
+        messages = [USER, {"role": role, "content": [text("a"), part]}, USER]
+        body, notes = translate("chat", request("chat", messages=messages))
+        assert "[attached: audio" in json.dumps(body) and has_note(notes, "unreadable=")
+
+
+# Pictures whose bytes or base64 say another thing than their label.
+
+PNG_DATA, JPEG_DATA, GIF_DATA = "iVBORw0KGgoAAAAN", "/9j/4AAQSkZJRgAB", "R0lGODlhAQABAIAA"
+WEBP_DATA = "UklGRiQAAABXRUJQVlA4"
+HEALED = [      # (part, the data URL that is sent, words of a note)
+    (source(type="base64", media_type="image/jpeg", data=PNG_DATA),
+     "data:image/png;base64," + PNG_DATA, "image/png labelled image/jpeg"),
+    (source(type="base64", media_type="image/png", data=JPEG_DATA),
+     "data:image/jpeg;base64," + JPEG_DATA, "image/jpeg labelled image/png"),
+    (source(type="base64", media_type="image/png", data=GIF_DATA),
+     "data:image/gif;base64," + GIF_DATA, "image/gif labelled"),
+    (source(type="base64", media_type="image/png", data=WEBP_DATA),
+     "data:image/webp;base64," + WEBP_DATA, "image/webp labelled"),
+    (source(type="base64", media_type="application/octet-stream", data=PNG_DATA), PNG[:22]
+     + PNG_DATA, "image/png labelled"),
+    (source(type="base64", data=PNG_DATA), PNG[:22] + PNG_DATA, "labelled nothing"),
+    (source(type="base64", media_type="image/png", data=PNG[:22] + PNG_DATA), PNG[:22] + PNG_DATA,
+     "base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64," + PNG_DATA}},
+     PNG[:22] + PNG_DATA, "image/png labelled"),
+    ({"type": "image_url", "image_url": {"url": PNG[:22] + PNG[:22] + PNG_DATA}},
+     PNG[:22] + PNG_DATA, "base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,data:;base64," + PNG_DATA}},
+     PNG[:22] + PNG_DATA, "base64"),
+    ({"type": "image_url", "image_url": {"url": PNG[:22] + "iVBORw0K\r\nGgoA AAAN\n"}},
+     PNG[:22] + PNG_DATA, "base64"),
+    ({"type": "image_url", "image_url": {"url": PNG[:22] + "iVBORw0KGgoAAAA-_w"}},
+     PNG[:22] + "iVBORw0KGgoAAAA+/w==", "base64"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png," + PNG_DATA}},
+     PNG[:22] + PNG_DATA, ""),
+    ({"type": "image_url", "image_url": {"url": PNG_DATA}}, PNG[:22] + PNG_DATA,
+     "labelled nothing"),
+    ({"type": "image_url", "image_url": {"url": "DATA:image/PNG;BASE64," + PNG_DATA}},
+     PNG[:22] + PNG_DATA, ""),
+    ({"type": "image", "data": PNG_DATA, "mimeType": "image/png"}, PNG[:22] + PNG_DATA, ""),
+    (chat_file(filename="a.png", file_data=PNG[:22] + PNG_DATA), PNG[:22] + PNG_DATA, ""),
+    (document("image/png", PNG_DATA), PNG[:22] + PNG_DATA, "")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part,url,note", HEALED, ids=range(len(HEALED)))
+def test_pictures_are_healed_and_their_bytes_decide_their_type(face, part, url, note):
+    body, notes = translate(face, request(face, messages=user(text("x"), part)))
+    mime = url.partition(";")[0][len("data:"):]
+    assert at(body, "params.messages.0.content.1") == {"type": "image", "image": url,
+                                                       "mimeType": mime}
+    assert len(notes) == (1 if note else 0)
+    assert not note or notes[0].startswith("repaired=") and note in notes[0]
+
+
+def test_pictures_of_results_are_healed_too():
+    part = source(type="base64", media_type="image/jpeg", data=PNG_DATA)
+    body, notes = translate("messages", request("messages",
+                                                messages=with_result("messages", [part])))
+    assert at(body, "params.messages.3.content.1.mimeType") == "image/png"
+    assert has_note(notes, "image/png labelled image/jpeg")
+
+
+def test_a_text_document_that_is_not_base64():
+    part = chat_file(filename="a", file_data="data:text/plain,one%20two")
+    body, _ = translate("chat", request("chat", messages=user(part)))
+    assert at(body, "params.messages.0.content") == [
+        text('<document title="a">\none two\n</document>')]
 
 
 def test_pictures_in_a_document_are_noted():
@@ -115,35 +314,6 @@ def test_pictures_in_a_document_are_noted():
     body, notes = translate("messages", request("messages", messages=user(part)))
     sent = json.dumps(body)
     assert "one" in sent and ("iVBOR" in sent or notes)
-
-
-REFUSED = [     # (part, path behind `messages[0].content[1]`, words)
-    ({"type": "image_url", "image_url": {"url": "https://example.invalid/x.png"}},
-     ".image_url.url", "inline"),
-    ({"type": "image_url", "image_url": "http://example.invalid/x.png"}, ".image_url", "inline"),
-    ({"type": "image", "source": {"type": "url", "url": "https://example.invalid/x.png"}},
-     ".source.url", "inline"),
-    ({"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,AAAA"}}, ".image_url",
-     "png, jpeg, gif or webp"),
-    ({"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}, ".image_url", "base64"),
-    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ".image_url", "empty"),
-    ({"type": "image_url", "image_url": {}}, ".image_url.url", "a string"),
-    ({"type": "image_url"}, "", "image_url"),
-    ({"type": "image"}, "", "source"),
-    ({"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": "AA"}},
-     ".source.media_type", "png"),
-    ({"type": "image", "source": {"type": "base64", "data": "AA"}}, ".source.media_type", "png"),
-    ({"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "A"}},
-     "", "base64")]
-
-
-@pytest.mark.parametrize("face", FACE_NAMES)
-@pytest.mark.parametrize("part,path,words", REFUSED, ids=range(len(REFUSED)))
-def test_parts_that_are_refused(face, part, path, words):
-    error = refusal(face, request(face, messages=user(text("x"), part)))
-    assert error.kind == "invalid" and error.status == 400
-    assert error.param.startswith("messages[0].content[1]" + path)
-    assert words in error.message and error.param in error.message
 
 
 # Assistants and tools.
@@ -505,8 +675,8 @@ WRONG = [       # (face, path, wrong values)
     ("chat", "messages[0].content[0].text", NOT_TEXT),
     ("chat", "messages[0].content[0].cache_control", NOT_OBJECT),
     ("chat", "messages[1].content", [5, True]),
-    ("chat", "messages[1].content[1].image_url", [5, True, ["x"], "x"]),
-    ("chat", "messages[1].content[1].image_url.url", NOT_TEXT + [None]),
+    ("chat", "messages[1].content[1].image_url", [5, True, ["x"]]),
+    ("chat", "messages[1].content[1].image_url.url", NOT_TEXT),
     ("chat", "messages[1].content[2].file", NOT_OBJECT),
     ("chat", "messages[1].content[2].file.file_data", NOT_TEXT),
     ("chat", "messages[1].content[2].file.filename", NOT_TEXT),
