@@ -3158,9 +3158,14 @@ def read_cache(holder: Json, path: str) -> Optional[Json]:
     return {"type": "ephemeral", **lifetime}
 
 
+def is_blank(text: Optional[str]) -> bool:
+    """Whether a text says nothing: providers refuse white space alone as they do nothing at all."""
+    return not text or text.isspace()
+
+
 def read_text(part: Json, path: str, notes: List[str]) -> List[Part]:
     text = get(part, "refusal" if part.get("type") == "refusal" else "text", "a string", path)
-    return [Text(text, read_cache(part, path))] if text else []
+    return [] if is_blank(text) else [Text(text, read_cache(part, path))]
 
 
 def unreadable(name: str, reason: str, path: str, cache: Optional[Json],
@@ -3361,10 +3366,8 @@ PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
 
 def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
     """A message's content, a string or a list of parts of any API, as parts of the waist."""
-    if content is None or content == "":
-        return []
-    if isinstance(content, str):
-        return [Text(content)]
+    if content is None or isinstance(content, str):
+        return [] if is_blank(content) else [Text(content)]
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
@@ -3373,7 +3376,7 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
     for index, part in enumerate(content):
         here = "%s[%d]" % (path, index)
         if isinstance(part, str):
-            parts += [Text(part)] if part else []
+            parts += [] if is_blank(part) else [Text(part)]
             continue
         kind = check(part, "an object", here).get("type", "text")
         reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
@@ -3507,7 +3510,7 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
         text = part.text
         if text.startswith(BILLING_LINE):
             text = text.partition("\n")[2]
-        if text:
+        if not is_blank(text):
             texts.append(part if text is part.text else part._replace(text=text))
     return texts
 

@@ -62,6 +62,7 @@ HISTORIES = [   # (messages, what is sent in short, words of a note)
     ([USER, said(text("a"))], ["u:hi", "a:a"], "prefill"),
     ([USER, said(), USER], ["u:hi", "u:hi"], None),
     ([USER, said(text("")), asked(text("")), said(text("a")), USER], ["u:hi", "a:a", "u:hi"], None),
+    ([USER, said(text("\n")), asked(text(" "), text("two"))], ["u:hi", "u:two"], None),
     ([USER, {"role": "system", "content": "s"}, said(text("a")), USER],
      ["u:hi", "u:<system-reminder>\ns\n</system-reminder>", "a:a", "u:hi"], None),
     # Results in any order, text behind them, in several messages.
@@ -128,6 +129,7 @@ def test_chat_histories():
 
 def test_nothing_left_to_answer():
     for messages in ([asked(text(""))], [said()], [{"role": "system", "content": ""}],
+                     [asked(text(" \n"))], [asked(text(" ")), said(text("\n"))],
                      [asked(), {"role": "system", "content": [text("")]}]):
         assert refusal("messages", request("messages", messages=messages)).param == "messages"
 
@@ -270,6 +272,14 @@ ALONE = [       # messages without any but system messages: (messages, system te
     ([system("a")], [], ["a"]), ([system("a", role="developer")], [], ["a"]),
     ([system("a"), system("b"), system([text("c"), text("d")])], ["a", "b"], ["c", "d"]),
     ([system("a"), system("")], [], ["a"]), ([system("a"), asked(text(""))], [], ["a"])]
+
+
+@pytest.mark.parametrize("fmt", sorted(BUILDERS))
+def test_white_space_alone_is_nothing_in_any_format(fmt):
+    messages = [system(" "), asked(text("\n"), text("one")), said(text(" ")), system("\n"),
+                asked(text(" "), text("two"))]
+    texts, sent = upstream_messages(fmt, messages)
+    assert texts in ([], " ") and short_of(sent) == "one two"
 
 
 @pytest.mark.parametrize("face", ["chat", "messages", "responses"])
