@@ -3323,8 +3323,8 @@ def read_call(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 
 def read_result(part: Json, path: str, notes: List[str]) -> List[Part]:
-    """Anthropic's tool_result: a string, or parts of which pictures are kept apart."""
-    parts = read_content(part.get("content"), path + ".content", notes)
+    """Anthropic's tool_result: a string, parts of which pictures are kept apart, or any object."""
+    parts = read_result_parts(part.get("content"), path + ".content", notes)
     return [make_result(get(part, "tool_use_id", "a string", path) or "", parts,
                         bool(get(part, "is_error", "a boolean", path)),
                         read_cache(part, path))]
@@ -3382,6 +3382,45 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
         reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
         parts += reader(part, here, notes)
     return parts
+
+
+PICTURE_MEMBERS: Json = {"image_url": (str, dict), "source": dict, "file_id": str, "data": str}
+FILE_MEMBERS: Json = {"source": dict, "file": dict, "file_data": str, "file_id": str,
+                      "file_url": str}
+# The parts that a tool's result can have, by members that tell them from a tool's own objects:
+# {"type": "file", "path": "a.txt"} is an entry of a listing.
+RESULT_PARTS: Dict[str, Json] = {
+    **dict.fromkeys(("text", "input_text", "output_text"), {"text": object}),
+    "refusal": {"refusal": object}, "tool_reference": {"tool_name": object},
+    **dict.fromkeys(("image_url", "input_image", "image"), PICTURE_MEMBERS),
+    **dict.fromkeys(("document", "file", "input_file"), FILE_MEMBERS),
+    "search_result": {"content": (list, str)},
+    **{kind: {kind: dict, "data": str, "file_id": str} for kind in MEDIA_KINDS}}
+
+
+def is_result_part(value: Any) -> bool:
+    """Whether a value in a tool's result is a content part, not an object of the tool's own."""
+    if not isinstance(value, dict):
+        return False
+    if "type" not in value:
+        return "text" in value and len(value) == 1
+    kind = value["type"]
+    members = RESULT_PARTS.get(kind, {}) if isinstance(kind, str) else {}
+    return any(name in value and isinstance(value[name], types)
+               for name, types in members.items())
+
+
+def read_result_parts(content: Any, path: str, notes: List[str]) -> List[Part]:
+    """A tool's result: a string as it is, parts as parts, other objects and lists as JSON text."""
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    if isinstance(content, dict) or content and isinstance(content, list):
+        values = content if isinstance(content, list) else [content]
+        if not any(map(is_result_part, values)):
+            return [Text(ENCODER.encode(content))]
+        content = [value if isinstance(value, str) or is_result_part(value)
+                   else ENCODER.encode(value) for value in values]
+    return read_content(content, path, notes)
 
 
 # === TOOLS (pure) ===========================================================
@@ -3601,7 +3640,7 @@ def read_tool_message(message: Json, path: str, prompt: Prompt) -> None:
     call_id = get(message, "tool_call_id", "a string", path)
     if call_id is None:
         call_id = "function_" + name
-    parts = read_content(message.get("content"), path + ".content", prompt.notes)
+    parts = read_result_parts(message.get("content"), path + ".content", prompt.notes)
     result = make_result(call_id, parts, False, read_cache(message, path))
     prompt.turns.append(Turn("user", [result._replace(name=name)]))
 
@@ -6067,8 +6106,8 @@ def read_call_item(item: Json, path: str, prompt: Prompt) -> None:
 
 
 def read_output_item(item: Json, path: str, prompt: Prompt) -> None:
-    """The output of a tool: a string, or a list of parts (Codex's view_image)."""
-    parts = read_content(item.get("output"), path + ".output", prompt.notes)
+    """The output of a tool: a string, a list of parts (Codex's view_image), or any object."""
+    parts = read_result_parts(item.get("output"), path + ".output", prompt.notes)
     prompt.turns.append(Turn("user", [
         make_result(get(item, "call_id", "a string", path) or "", parts, False, None)]))
 

@@ -383,7 +383,21 @@ def test_arguments_of_calls(given, sent, noted):
 
 
 RESULTS = [     # (content of a tool_result, value)
-    ("r", "r"), ([text("a"), text("b")], "a\nb"), ([], ""), (None, ""), ("", ""),
+    ("r", "r"), ([text("a"), text("b")], "a\nb"), ([], ""), (None, ""), ("", ""), (" ", " "),
+    ({"temp": 21}, '{"temp":21}'), ({}, "{}"), ([1, 2], "[1,2]"), (["a", "b"], '["a","b"]'),
+    ([None], "[null]"), ([[]], "[[]]"), ([True, 1.5, "\u00e9"], '[true,1.5,"\u00e9"]'),
+    ([{"temp": 21}, {"temp": 22}], '[{"temp":21},{"temp":22}]'), ({"a": {"b": []}},
+                                                                  '{"a":{"b":[]}}'),
+    (text("a"), "a"), ({"text": "a"}, "a"), ({"text": "a", "score": 1}, '{"text":"a","score":1}'),
+    ([text("a"), {"temp": 21}, "b", 5], 'a\n{"temp":21}\nb\n5'),
+    ([text("a"), text("\n"), text("b")], "a\nb"), ([text(" ")], ""),
+    ({"type": "weather", "temp": 21}, '{"type":"weather","temp":21}'),
+    ([{"type": "file", "name": "a.txt"}, {"type": "directory", "name": "b"}],
+     '[{"type":"file","name":"a.txt"},{"type":"directory","name":"b"}]'),
+    ({"type": "file", "file": "a.txt"}, '{"type":"file","file":"a.txt"}'),
+    ({"type": "text"}, '{"type":"text"}'), ({"type": None, "a": 1}, '{"type":null,"a":1}'),
+    ({"type": ["x"], "a": 1}, '{"type":["x"],"a":1}'), ({"type": 5}, '{"type":5}'),
+    ({"type": "tool_use", "name": "f"}, '{"type":"tool_use","name":"f"}'),
     ([{"type": "tool_reference", "tool_name": "f"}], "Tool available: f"),
     ([text("a"), {"type": "tool_reference", "tool_name": "g"}], "a\nTool available: g")]
 
@@ -405,7 +419,7 @@ def test_results_of_messages(content, value, is_error):
     assert sent[3] == {"role": "user", "content": [text("and")]}
 
 
-@pytest.mark.parametrize("content,value", RESULTS[:5], ids=range(5))
+@pytest.mark.parametrize("content,value", RESULTS, ids=range(len(RESULTS)))
 def test_results_of_chat(content, value):
     messages = [USER, {"role": "assistant", "tool_calls": [call()]},
                 {"role": "tool", "tool_call_id": "c", "content": content}]

@@ -63,6 +63,7 @@ HISTORIES = [   # (messages, what is sent in short, words of a note)
     ([USER, said(), USER], ["u:hi", "u:hi"], None),
     ([USER, said(text("")), asked(text("")), said(text("a")), USER], ["u:hi", "a:a", "u:hi"], None),
     ([USER, said(text("\n")), asked(text(" "), text("two"))], ["u:hi", "u:two"], None),
+    ([USER, said(use("1")), asked(result("1", " "))], ["u:hi", "a:f(1)", "t:1= "], None),
     ([USER, {"role": "system", "content": "s"}, said(text("a")), USER],
      ["u:hi", "u:<system-reminder>\ns\n</system-reminder>", "a:a", "u:hi"], None),
     # Results in any order, text behind them, in several messages.
