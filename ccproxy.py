@@ -3122,6 +3122,7 @@ JSON_TYPES: Dict[str, Any] = {"a string": str, "a list": list, "an object": dict
                               "a boolean": bool, "a number": (int, float)}
 BILLING_LINE = "x-anthropic-billing-header:"        # changes on every request: breaks the cache
 UNNAMED = "unnamed"
+REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 NOT_STORED = "no files are kept here, so send its data (image_url, source or file_data)"
 NO_DATA = "it holds no data (image_url, source or file_data)"
 MEDIA_KINDS = {"input_audio": "audio", "audio": "audio", "audio_url": "audio", "media": "media",
@@ -3260,10 +3261,7 @@ def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
     kind = get(source, "type", "a string", path + ".source")
     data, mime, encoded = document_data(part, path)
     if kind == "content":
-        parts = read_content(source.get("content"), path + ".source.content", notes)
-        if not all(isinstance(one, Text) for one in parts):
-            add_note(notes, "dropped", "pictures in the document at %s" % path)
-        data = "\n".join(one.text for one in parts if isinstance(one, Text))
+        data = "\n".join(inner_texts(source, path + ".source", notes))
     elif kind != "text" and data:
         return decode_document(data, mime, encoded)
     elif data is None:
@@ -3342,12 +3340,30 @@ def read_tool_reference(part: Json, path: str, notes: List[str]) -> List[Part]:
     return [Text("Tool available: %s" % name)] if name else []
 
 
-def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
+def inner_texts(part: Json, path: str, notes: List[str]) -> List[str]:
+    """The texts of a part's own content; a note for other parts in it."""
     parts = read_content(part.get("content"), path + ".content", notes)
+    if not all(isinstance(one, Text) for one in parts):
+        add_note(notes, "dropped", "pictures in %s at %s" % (part.get("type"), path))
+    return [one.text for one in parts if isinstance(one, Text)]
+
+
+def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
     texts = [get(part, name, "a string", path) for name in ("title", "source")]
-    texts += [one.text for one in parts if isinstance(one, Text)]
-    text = "\n".join(filter(None, texts))
+    text = "\n".join(filter(None, texts + inner_texts(part, path, notes)))
     return [Text(text, read_cache(part, path))] if text else []
+
+
+def read_compaction(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Anthropic's summary of earlier turns; its content is null where summing up failed."""
+    text = "\n".join(inner_texts(part, path, notes))
+    return [Text(text, read_cache(part, path))] if text else []
+
+
+def read_system_block(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Anthropic's mid_conv_system, a system message inside a user's."""
+    text = "\n\n".join(inner_texts(part, path, notes))
+    return [Text(REMINDER % text, read_cache(part, path))] if text else []
 
 
 def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -3361,7 +3377,8 @@ PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
     "document": read_document, "file": read_document, "input_file": read_document,
     "thinking": read_thinking, "redacted_thinking": read_unusable,
     "tool_use": read_call, "tool_result": read_result, "tool_reference": read_tool_reference,
-    "search_result": read_search_result, **dict.fromkeys(MEDIA_KINDS, read_media)}
+    "search_result": read_search_result, "compaction": read_compaction,
+    "mid_conv_system": read_system_block, **dict.fromkeys(MEDIA_KINDS, read_media)}
 
 
 def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
@@ -5007,7 +5024,7 @@ def reminder_text(turn: Turn) -> Text:
     texts = [part for part in turn.parts if isinstance(part, Text)]
     caches = [text.cache for text in texts if text.cache]
     words = "\n\n".join(text.text for text in texts)
-    return Text("<system-reminder>\n%s\n</system-reminder>" % words, caches[-1] if caches else None)
+    return Text(REMINDER % words, caches[-1] if caches else None)
 
 
 def fold_system_turns(turns: List[Turn]) -> List[Turn]:
