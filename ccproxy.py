@@ -3645,7 +3645,7 @@ def read_assistant(message: Json, path: str, prompt: Prompt) -> None:
     if isinstance(thinking, str) and thinking:
         parts.append(Thinking(thinking))
     parts += read_role_content(message, path, (Thinking, Text, Call), prompt.notes)
-    if not parts and isinstance(message.get("refusal"), str):
+    if isinstance(message.get("refusal"), str) and not is_blank(message["refusal"]):
         parts.append(Text(message["refusal"]))
     parts += read_chat_calls(message, path, prompt.notes)
     prompt.turns.append(Turn("assistant", with_cache(parts, read_cache(message, path))))
@@ -6097,13 +6097,12 @@ def carried_thinking(given: Any) -> Thinking:
 
 def read_reasoning_item(item: Json, path: str, prompt: Prompt) -> None:
     """Thinking of an earlier turn: carried in full, else what its content or summary tells."""
-    thinking, texts = carried_thinking(item.get("encrypted_content")), [""]
+    thinking = carried_thinking(item.get("encrypted_content"))
     for name in ("content", "summary"):
-        for part in get(item, name, "a list", path) or []:
-            if not any(texts) and isinstance(part, dict) and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-    if not any(thinking):
-        thinking = Thinking("\n".join(filter(None, texts)))
+        texts = [part["text"] for part in get(item, name, "a list", path) or []
+                 if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        if not any(thinking):
+            thinking = Thinking("\n\n".join(filter(None, texts)))
     if any(thinking):
         prompt.turns.append(Turn("assistant", [thinking]))
     else:

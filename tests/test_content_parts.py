@@ -344,6 +344,8 @@ ASSISTANTS = [  # (face, message, what is sent of it)
     ("chat", {"content": "\n"}, []), ("messages", {"content": [text(" "), text("a")]}, [text("a")]),
     ("chat", {"content": None, "refusal": "no"}, [text("no")]),
     ("chat", {"content": "", "tool_calls": []}, []),
+    ("chat", {"content": "a", "refusal": "no"}, [text("a"), text("no")]),
+    ("chat", {"content": "a", "refusal": ""}, [text("a")]),
     ("messages", {"content": [{"type": "compaction", "content": "SUMMARY"}, text("ok")]},
      [text("SUMMARY"), text("ok")]),
     ("chat", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text("a")]},

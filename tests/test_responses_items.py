@@ -98,7 +98,13 @@ ITEMS = [
     (reasoning(encrypted_content=ccproxy.carry_thinking("hm") + ".%", summary=[
         part("short", "summary_text")]), [assistant(Thinking("short"))]),
     (reasoning(summary=[part("short", "summary_text")]), [assistant(Thinking("short"))]),
+    (reasoning(summary=[part("one", "summary_text"), part("", "summary_text"),
+                        part("two", "summary_text")]), [assistant(Thinking("one\n\ntwo"))]),
     (reasoning(content=[part("long", "reasoning_text")]), [assistant(Thinking("long"))]),
+    (reasoning(content=[part("one", "reasoning_text"), part("two", "reasoning_text")],
+               summary=[part("short", "summary_text")]), [assistant(Thinking("one\n\ntwo"))]),
+    (reasoning(content=[part("", "reasoning_text")], summary=[part("s", "summary_text")]),
+     [assistant(Thinking("s"))]),
     (reasoning(content=None, encrypted_content=None, summary=[part("s", "summary_text")]),
      [assistant(Thinking("s"))])]
 
