@@ -1575,19 +1575,21 @@ PICTURE_BYTES = (
     (0, "JVBERi", "application/pdf"))
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/]*")
 NOT_IN_BASE64 = " \n\r\t-_.:,;%[(<{"     # left by line breaks, other alphabets and cuts
-NOT_FETCHED = "a URL is not fetched here, so inline it as a base64 data URL"
+NOT_FETCHED = "nothing is fetched here, so inline it as a base64 data URL"
 BROKEN = "its base64 is broken"
 EMPTY = "it is empty"
 
 
-class PictureData(NamedTuple):
-    """A picture's media type and base64; `fault` says why it cannot be shown, `healed` what was
-    changed; either is "" as a rule."""
+class Attached(NamedTuple):
+    """Attached data: its media type, whether it is inline base64, the number of data URL prefixes
+    that stood before it; why it cannot be shown and what was healed, "" as a rule."""
 
-    mime: str
     data: str
-    fault: str
-    healed: str
+    mime: str
+    inline: bool
+    prefixes: int
+    fault: str = ""
+    healed: str = ""
 
 
 def clean_base64(data: str) -> Optional[str]:
@@ -1602,17 +1604,7 @@ def clean_base64(data: str) -> Optional[str]:
     return healed + "=" * (-len(healed) % 4)
 
 
-class AttachedData(NamedTuple):
-    """What a data URL, or data beside its media type, tells: the type, whether the data is inline
-    base64, the number of prefixes in front of it."""
-
-    mime: str
-    inline: bool
-    prefixes: int
-    data: str
-
-
-def split_data_url(given: str, label: Optional[str]) -> AttachedData:
+def split_data_url(given: str, label: Optional[str]) -> Attached:
     """A URL (`label` is None) or base64 labelled with a media type, without any prefix."""
     mime, inline, prefixes, at = (label or "").lower(), label is not None, 0, 0
     while prefixes < MAX_DATA_PREFIXES:
@@ -1621,33 +1613,31 @@ def split_data_url(given: str, label: Optional[str]) -> AttachedData:
             break
         mime, inline, at = (found[1] or mime).lower(), bool(found[3]), found.end()
         prefixes += 1
-    return AttachedData(mime, inline, prefixes, given[at:] if at else given)
+    return Attached(given[at:] if at else given, mime, inline, prefixes)
 
 
 def picture_fault(data: str, cleaned: Optional[str], inline: bool, mime: str) -> str:
     """Why data cannot be shown as a picture; "" where it can."""
-    if not data:
-        return EMPTY
-    if not inline:
-        return "its data URL is not base64" if mime or data[:5] == "data:" else NOT_FETCHED
+    if not data or not inline:
+        return NOT_FETCHED if data else EMPTY
     if cleaned is None:
         return BROKEN
     return "" if mime in IMAGE_TYPES else "%s is not one of png, jpeg, gif or webp" % (
         printable(mime, 60) or "an unknown type")
 
 
-def examine_picture(given: str, label: Optional[str]) -> PictureData:
+def examine_picture(given: str, label: Optional[str]) -> Attached:
     """A picture from a URL (`label` is None), or from base64 labelled with a media type."""
-    named, inline, prefixes, data = split_data_url(given, label)
-    named = "image/jpeg" if named == "image/jpg" else named
-    cleaned = clean_base64(data)
+    found = split_data_url(given, label)
+    named = "image/jpeg" if found.mime == "image/jpg" else found.mime
+    cleaned = clean_base64(found.data)
     start = (cleaned or "")[:20]
     told = next((mime for at, text, mime in PICTURE_BYTES if start.startswith(text, at)), "")
     healed = "%s labelled %s" % (told, named or "nothing") if told not in ("", named) else ""
-    if cleaned != data or prefixes > (1 if label is None else 0):
+    if cleaned != found.data or found.prefixes > (1 if label is None else 0):
         healed = healed or "base64 of the picture"
-    fault = picture_fault(data, cleaned, inline or bool(told), told or named)
-    return PictureData(told or named, cleaned or "", fault, healed)
+    fault = picture_fault(found.data, cleaned, found.inline or bool(told), told or named)
+    return found._replace(data=cleaned or "", mime=told or named, fault=fault, healed=healed)
 
 
 def decode_document(data: str, mime: str, encoded: bool) -> Tuple[str, str]:
@@ -2678,8 +2668,8 @@ Part = Union[Text, Image, Thinking, Call, Result]
 
 
 class Turn(NamedTuple):
-    """One message of a conversation: role `user`, `assistant`, `system` (Text parts alone, behind
-    the first message) or (after repair) `tool`."""
+    """One message of a conversation: role `user`, `assistant`, `system` (one Text, behind the first
+    message) or (after repair) `tool`."""
 
     role: str
     parts: List[Part]
@@ -3401,18 +3391,16 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
     return parts
 
 
-PICTURE_MEMBERS: Json = {"image_url": (str, dict), "source": dict, "file_id": str, "data": str}
-FILE_MEMBERS: Json = {"source": dict, "file": dict, "file_data": str, "file_id": str,
-                      "file_url": str}
+DATA_MEMBERS: Json = {"image_url": (str, dict), "source": dict, "file": dict, "data": str,
+                      "file_data": str, "file_id": str, "file_url": str}
 # The parts that a tool's result can have, by members that tell them from a tool's own objects:
 # {"type": "file", "path": "a.txt"} is an entry of a listing.
 RESULT_PARTS: Dict[str, Json] = {
     **dict.fromkeys(("text", "input_text", "output_text"), {"text": object}),
-    "refusal": {"refusal": object}, "tool_reference": {"tool_name": object},
-    **dict.fromkeys(("image_url", "input_image", "image"), PICTURE_MEMBERS),
-    **dict.fromkeys(("document", "file", "input_file"), FILE_MEMBERS),
-    "search_result": {"content": (list, str)},
-    **{kind: {kind: dict, "data": str, "file_id": str} for kind in MEDIA_KINDS}}
+    **dict.fromkeys(("image_url", "input_image", "image", "document", "file", "input_file"),
+                    DATA_MEMBERS),
+    **{kind: {kind: dict, **DATA_MEMBERS} for kind in MEDIA_KINDS}, "refusal": {"refusal": object},
+    "tool_reference": {"tool_name": object}, "search_result": {"content": (list, str)}}
 
 
 def is_result_part(value: Any) -> bool:
@@ -3605,7 +3593,14 @@ def lift_leading_system(prompt: Prompt) -> None:
     first = next(index for index, role in enumerate(roles) if role != "system")
     for turn in prompt.turns[:first]:
         prompt.system += turn.parts     # type: ignore[arg-type]
-    del prompt.turns[:first]
+    prompt.turns = [turn._replace(parts=join_texts(turn.parts)) if turn.role == "system" else turn
+                    for turn in prompt.turns[first:]]
+
+
+def join_texts(texts: List[Any]) -> List[Any]:
+    """The texts of one message as one, with the last cache_control of theirs."""
+    caches = [text.cache for text in texts if text.cache]
+    return [Text("\n\n".join(text.text for text in texts), caches[-1] if caches else None)]
 
 
 def with_cache(parts: List[Any], cache: Optional[Json]) -> List[Any]:
@@ -5019,14 +5014,6 @@ def alpha_choice(choice: Choice) -> Json:
     return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
 
 
-def reminder_text(turn: Turn) -> Text:
-    """A system turn as a user's text: the same bytes on every turn of the conversation."""
-    texts = [part for part in turn.parts if isinstance(part, Text)]
-    caches = [text.cache for text in texts if text.cache]
-    words = "\n\n".join(text.text for text in texts)
-    return Text(REMINDER % words, caches[-1] if caches else None)
-
-
 def fold_system_turns(turns: List[Turn]) -> List[Turn]:
     """Turns for an API without the role `system`: reminders begin the user turn that follows, or
     are one of their own."""
@@ -5034,7 +5021,8 @@ def fold_system_turns(turns: List[Turn]) -> List[Turn]:
     waiting: List[Part] = []
     for turn in turns:
         if turn.role == "system":
-            waiting.append(reminder_text(turn))
+            waiting += [part._replace(text=REMINDER % part.text) for part in turn.parts
+                        if isinstance(part, Text)]
             continue
         if waiting and turn.role == "user":
             turn = Turn("user", waiting + turn.parts)
@@ -5259,9 +5247,9 @@ def joined_text(parts: Iterable[Any], kind: Any, between: str) -> str:
 
 
 def openai_user(turn: Turn) -> Json:
-    """A user's message: plain text as a string, which every service takes."""
+    """A user's or system message: plain text as a string, which every service takes."""
     if len(turn.parts) == 1 and isinstance(turn.parts[0], Text):
-        return {"role": "user", "content": turn.parts[0].text}
+        return {"role": turn.role, "content": turn.parts[0].text}
     content: List[Json] = []
     for part in turn.parts:
         if isinstance(part, Image):
@@ -5287,24 +5275,17 @@ def openai_assistant(turn: Turn) -> Json:
     return message
 
 
-def openai_system(turn: Turn) -> Json:
-    return {"role": "system", "content": joined_text(turn.parts, Text, "\n\n")}
-
-
-OPENAI_ROLES = {"user": openai_user, "assistant": openai_assistant, "system": openai_system}
-
-
 def openai_messages(prompt: Prompt) -> List[Json]:
     """All messages; cache_control has no place here, for these services cache by themselves."""
     messages: List[Json] = []
     if prompt.system:
-        messages.append(openai_system(Turn("system", list(prompt.system))))
+        messages.append({"role": "system", "content": joined_text(prompt.system, Text, "\n\n")})
     for turn in prompt.turns:
         if turn.role == "tool":
             messages += [{"role": "tool", "tool_call_id": part.id, "content": result_text(part)}
                          for part in turn.parts if isinstance(part, Result)]
             continue
-        message = OPENAI_ROLES[turn.role](turn)
+        message = (openai_assistant if turn.role == "assistant" else openai_user)(turn)
         if len(message) > 2 or message["content"]:      # else thinking alone, its text withheld
             messages.append(message)
     return messages

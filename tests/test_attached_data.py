@@ -33,21 +33,21 @@ def test_clean_base64_keeps_what_it_means():
             assert ccproxy.clean_base64(other) == plain
 
 
-SPLIT = [       # (text, label, (media type, inline, prefixes, data))
-    ("AAAA", None, ("", False, 0, "AAAA")), ("AAAA", "Image/PNG", ("image/png", True, 0, "AAAA")),
-    ("data:image/png;base64,AA", None, ("image/png", True, 1, "AA")),
-    ("DATA:Image/PNG;a=b;BASE64,AA", None, ("image/png", True, 1, "AA")),
-    ("data:image/png,AA", None, ("image/png", False, 1, "AA")),
-    ("data:,AA", "text/plain", ("text/plain", False, 1, "AA")),
-    ("data:image/png;base64,data:image/gif;base64,AA", None, ("image/gif", True, 2, "AA")),
-    ("data:image/png;base64,data:;base64,AA", None, ("image/png", True, 2, "AA")),
-    ("data:image/png AA", None, ("", False, 0, "data:image/png AA")),
-    ("", None, ("", False, 0, ""))]
+SPLIT = [       # (text, label, (data, media type, inline, prefixes))
+    ("AAAA", None, ("AAAA", "", False, 0)), ("AAAA", "Image/PNG", ("AAAA", "image/png", True, 0)),
+    ("data:image/png;base64,AA", None, ("AA", "image/png", True, 1)),
+    ("DATA:Image/PNG;a=b;BASE64,AA", None, ("AA", "image/png", True, 1)),
+    ("data:image/png,AA", None, ("AA", "image/png", False, 1)),
+    ("data:,AA", "text/plain", ("AA", "text/plain", False, 1)),
+    ("data:image/png;base64,data:image/gif;base64,AA", None, ("AA", "image/gif", True, 2)),
+    ("data:image/png;base64,data:;base64,AA", None, ("AA", "image/png", True, 2)),
+    ("data:image/png AA", None, ("data:image/png AA", "", False, 0)),
+    ("", None, ("", "", False, 0))]
 
 
 @pytest.mark.parametrize("given,label,expected", SPLIT, ids=range(len(SPLIT)))
 def test_split_data_url(given, label, expected):
-    assert ccproxy.split_data_url(given, label) == expected
+    assert ccproxy.split_data_url(given, label) == (*expected, "", "")
 
 
 def test_prefixes_without_end_are_not_all_read():
@@ -75,7 +75,7 @@ def test_bytes_decide_the_type(data, mime):
         assert (found.fault == "") == (mime in ccproxy.IMAGE_TYPES)
         assert bool(found.healed) == (label != mime)
     unknown = ccproxy.examine_picture("AAAA", "image/webp")
-    assert unknown == ccproxy.PictureData("image/webp", "AAAA", "", "")
+    assert unknown == ccproxy.Attached("AAAA", "image/webp", True, 0)
 
 
 DOCUMENTS = [   # (data, media type, whether in base64, (text, reason))
