@@ -1574,7 +1574,7 @@ PICTURE_BYTES = (
     (0, "TU0AK", "image/tiff"), (0, "PHN2Zy", "image/svg+xml"), (0, "PD94bW", "text/xml"),
     (0, "JVBERi", "application/pdf"))
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/]*")
-NOT_IN_BASE64 = " \n\r\t-_.:,;%[(<{"     # left by line breaks, other alphabets and cuts
+NOT_IN_BASE64 = "\n\r -_%.:[<"     # of line breaks, other alphabets, a prefix, "[cut]"
 NOT_FETCHED = "nothing is fetched here, so inline it as a base64 data URL"
 BROKEN = "its base64 is broken"
 EMPTY = "it is empty"
@@ -3341,7 +3341,7 @@ def inner_texts(part: Json, path: str, notes: List[str]) -> List[str]:
 def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
     texts = [get(part, name, "a string", path) for name in ("title", "source")]
     text = "\n".join(filter(None, texts + inner_texts(part, path, notes)))
-    return [Text(text, read_cache(part, path))] if text else []
+    return [] if is_blank(text) else [Text(text, read_cache(part, path))]
 
 
 def read_compaction(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -3396,7 +3396,7 @@ DATA_MEMBERS: Json = {"image_url": (str, dict), "source": dict, "file": dict, "d
 # The parts that a tool's result can have, by members that tell them from a tool's own objects:
 # {"type": "file", "path": "a.txt"} is an entry of a listing.
 RESULT_PARTS: Dict[str, Json] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), {"text": object}),
+    "input_text": {"text": object}, "output_text": {"text": object},
     **dict.fromkeys(("image_url", "input_image", "image", "document", "file", "input_file"),
                     DATA_MEMBERS),
     **{kind: {kind: dict, **DATA_MEMBERS} for kind in MEDIA_KINDS}, "refusal": {"refusal": object},
@@ -3407,9 +3407,9 @@ def is_result_part(value: Any) -> bool:
     """Whether a value in a tool's result is a content part, not an object of the tool's own."""
     if not isinstance(value, dict):
         return False
-    if "type" not in value:
-        return "text" in value and len(value) == 1
-    kind = value["type"]
+    kind = value.get("type", "text" if len(value) == 1 else None)
+    if kind == "text":          # nearly always
+        return "text" in value
     members = RESULT_PARTS.get(kind, {}) if isinstance(kind, str) else {}
     return any(name in value and isinstance(value[name], types)
                for name, types in members.items())
@@ -3421,10 +3421,12 @@ def read_result_parts(content: Any, path: str, notes: List[str]) -> List[Part]:
         return [Text(content)] if content else []
     if isinstance(content, dict) or content and isinstance(content, list):
         values = content if isinstance(content, list) else [content]
-        if not any(map(is_result_part, values)):
+        are_parts = list(map(is_result_part, values))
+        if not any(are_parts):
             return [Text(ENCODER.encode(content))]
-        content = [value if isinstance(value, str) or is_result_part(value)
-                   else ENCODER.encode(value) for value in values]
+        if not all(are_parts):
+            content = [value if is_part or isinstance(value, str) else ENCODER.encode(value)
+                       for value, is_part in zip(values, are_parts)]
     return read_content(content, path, notes)
 
 
@@ -3584,13 +3586,13 @@ def lift_leading_system(prompt: Prompt) -> None:
     """Make the system turns before the first other message system texts; later ones stay, for a
     system text that changes loses the provider's prompt cache.  Where no other message says
     anything, the last one is the user's."""
+    if "system" not in [turn.role for turn in prompt.turns]:
+        return                  # nearly always
     if not any(turn.parts for turn in prompt.turns if turn.role != "system"):
         prompt.turns = [turn for turn in prompt.turns if turn.parts]
-        if prompt.turns:
-            prompt.turns[-1] = prompt.turns[-1]._replace(role="user")
-            add_note(prompt.notes, "repaired", "the last system message is sent as the user's")
-    roles = [turn.role for turn in prompt.turns] + ["user"]
-    first = next(index for index, role in enumerate(roles) if role != "system")
+        prompt.turns[-1] = prompt.turns[-1]._replace(role="user")
+        add_note(prompt.notes, "repaired", "the last system message is sent as the user's")
+    first = next(index for index, turn in enumerate(prompt.turns) if turn.role != "system")
     for turn in prompt.turns[:first]:
         prompt.system += turn.parts     # type: ignore[arg-type]
     prompt.turns = [turn._replace(parts=join_texts(turn.parts)) if turn.role == "system" else turn
@@ -3900,23 +3902,19 @@ def merge_assistants(turns: List[Turn]) -> List[Turn]:
     from their results."""
     merged: List[Turn] = []
     waiting: List[Turn] = []
-    calling = False
     for turn in turns:
+        behind_assistant = bool(merged) and merged[-1].role == "assistant"
         if not turn.parts:
             continue
-        if turn.role == "system" and calling:
-            waiting.append(turn)
-        elif turn.role == "assistant" and merged and merged[-1].role == "assistant":
+        if turn.role == "assistant" and behind_assistant:
             merged[-1].parts.extend(turn.parts)
-            calling = calling or has_call(turn)
+        elif turn.role == "system" and behind_assistant and (waiting or any(
+                isinstance(part, Call) for part in merged[-1].parts)):
+            waiting.append(turn)
         else:
-            merged += waiting + [Turn(turn.role, list(turn.parts))]
-            waiting, calling = [], turn.role == "assistant" and has_call(turn)
+            merged += [*waiting, Turn(turn.role, list(turn.parts))]
+            waiting = []
     return merged + waiting
-
-
-def has_call(turn: Turn) -> bool:
-    return any(isinstance(part, Call) for part in turn.parts)
 
 
 def unique_id(wanted: str, taken: Dict[str, int]) -> str:
@@ -4053,11 +4051,12 @@ def settle_choice(prompt: Prompt) -> None:
 def refuse_unreadable(prompt: Prompt) -> None:
     """A newest user turn that holds nothing but parts which cannot be shown is a 400; earlier ones
     are not, nor is one with a result of a tool, for the client could not go on."""
-    newest = next((turn for turn in reversed(prompt.turns) if turn.role == "user" and turn.parts),
-                  None)
-    faults = [getattr(part, "fault", None) for part in newest.parts] if newest else []
-    if faults and all(faults):
-        raise faults[0]
+    for turn in reversed(prompt.turns):
+        if turn.role == "user" and turn.parts:
+            faults = [getattr(part, "fault", None) for part in turn.parts]
+            if all(faults):
+                raise faults[0]
+            return
 
 
 def repair_prompt(prompt: Prompt) -> None:
@@ -5017,6 +5016,8 @@ def alpha_choice(choice: Choice) -> Json:
 def fold_system_turns(turns: List[Turn]) -> List[Turn]:
     """Turns for an API without the role `system`: reminders begin the user turn that follows, or
     are one of their own."""
+    if "system" not in [turn.role for turn in turns]:
+        return turns            # nearly always
     folded: List[Turn] = []
     waiting: List[Part] = []
     for turn in turns:
