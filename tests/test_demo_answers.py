@@ -58,7 +58,7 @@ STREAMS = [("hi", "stop", None), ("[demo:length]", "length", None), ("[demo:slow
 @pytest.mark.parametrize("face", ["chat", "messages", "responses"])
 def test_markers_of_streams(face, asked, reason, failure):
     shown = demo(asked, messages=[{"role": "user", "content": [
-        {"type": "text", "text": asked or " "}]}])
+        {"type": "text", "text": asked or "?"}]}])
     assert shown.status == 200 and shown.cut == (asked == "[demo:cut]")
     answer = new_answer(face)
     run(answer, lines_of(shown))
