@@ -9150,6 +9150,13 @@ def last_user_text(messages: List[Json]) -> str:
     return ""
 
 
+def without_reminders(messages: List[Json]) -> List[Json]:
+    """What user and tools said last is answered, not a system message behind it."""
+    said = [{**message, "content": [part for part in message["content"] if not part.get(
+        "text", "").startswith("<system-reminder>")]} for message in messages]
+    return [message for message in said if message["content"]] or messages
+
+
 def demo_tools(params: Json, asked: str) -> List[Json]:
     """The tools that the demo calls: those asked for by name, else a harmless one, else, where
     one must be called, the first."""
@@ -9225,7 +9232,7 @@ def demo_stream(params: Json, asked: str) -> List[Tuple[float, Json]]:
 def demo_answer(body: Json) -> DemoAnswer:
     """The demo's answer to one /alpha/generate request; its figures are estimates and say so
     nowhere else than here, for there is no model behind it."""
-    params = body["params"]
+    params = {**body["params"], "messages": without_reminders(body["params"]["messages"])}
     asked = last_user_text(params["messages"])
     markers = DEMO_MARKER.findall(asked)
     if markers and markers[0] in DEMO_ERRORS and params["messages"][-1]["role"] == "user":

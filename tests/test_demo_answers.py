@@ -67,6 +67,18 @@ def test_markers_of_streams(face, asked, reason, failure):
     assert failure or (answer.reply.usage.input > 0 and answer.reply.usage.output > 0)
 
 
+def test_system_messages_behind_what_was_said_are_not_answered():
+    later = {"role": "system", "content": "Environment"}
+    shown = demo("", messages=[{"role": "user", "content": "[demo:429]"}, later])
+    assert shown.status == 429
+    calling = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
+        "name": "get_weather", "arguments": "{}"}}]}
+    shown = demo("", tools=[tool("get_weather")], messages=[
+        {"role": "user", "content": "[demo:call get_weather]"}, calling,
+        {"role": "tool", "tool_call_id": "c", "content": "r"}, later])
+    assert called(shown) == []
+
+
 def test_slow_is_slower():
     pauses = [sum(pause for pause, _ in demo(asked).lines) for asked in ("hi", "[demo:slow] hi")]
     assert pauses[1] > 5 * pauses[0] > 0
