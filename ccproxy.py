@@ -6158,7 +6158,8 @@ def read_input(body: Json, prompt: Prompt) -> None:
 # Each block is one output item; an item is told complete in output_item.done,
 # for clients act on that.  Stateless: `store` is answered false.
 
-STATEFUL = {"previous_response_id": None, "conversation": None, "background": False}
+STATEFUL = {"previous_response_id": None, "conversation": None, "background": False,
+            "prompt": None}
 TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
 DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
                 THINKING: "response.reasoning_summary_text.delta"}
@@ -6169,7 +6170,7 @@ def refuse_state(body: Json) -> None:
     for name, harmless in STATEFUL.items():
         if body.get(name) not in (None, harmless):
             raise wrong(name, "cannot be honoured: nothing is stored here, so send the whole "
-                        "history in `input`")
+                        "text and history in `instructions` and `input`")
 
 
 def echo_request(body: Json) -> Json:

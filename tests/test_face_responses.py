@@ -121,7 +121,7 @@ NOTED = [       # (members, words of the note; None: no note, for it changes not
     ({"text": {"verbosity": "medium"}}, None), ({"parallel_tool_calls": False}, "parallel"),
     ({"parallel_tool_calls": True}, None), ({"top_logprobs": 3}, "top_logprobs"),
     ({"truncation": "auto"}, "truncation"), ({"truncation": "disabled"}, None),
-    ({"max_tool_calls": 3}, "max_tool_calls"), ({"prompt": {"id": "x"}}, "prompt"),
+    ({"max_tool_calls": 3}, "max_tool_calls"),
     ({"service_tier": "auto", "store": True, "metadata": {"a": "b"}, "user": "u",
       "prompt_cache_key": "k", "client_metadata": {}, "safety_identifier": "s"}, None),
     ({"store": False, "include": ["reasoning.encrypted_content"], "background": False,

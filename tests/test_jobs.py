@@ -137,6 +137,8 @@ def test_foreign_members_are_honoured_or_told(proxy, upstream, path, members):
     (CHAT, {"input": [], "max_tokens": 5}), (MESSAGES, {"input": 1}),
     (RESPONSES, {"messages": []}), (RESPONSES, {"messages": [{"role": "nobody"}]}),
     (CHAT, {"input": "hi", "previous_response_id": "resp_1"}),
+    (CHAT, {"input": "hi", "prompt": {"id": "pmpt_1"}}),
+    (RESPONSES, {"prompt": {"id": "pmpt_1"}}),
     (MESSAGES, {"input": "hi", "background": True})])
 def test_a_bad_body_of_a_foreign_shape(proxy, upstream, path, body):
     """The error names the field that was sent and has the shape of the path."""
@@ -145,8 +147,8 @@ def test_a_bad_body_of_a_foreign_shape(proxy, upstream, path, body):
     assert (answer.json.get("type") == "error") is (path == MESSAGES)
     error = answer.json["error"]
     assert error["type"] == "invalid_request_error"
-    field = next(name for name in ("previous_response_id", "background", "input", "messages")
-                 if name in body)
+    field = next(name for name in ("previous_response_id", "background", "prompt", "input",
+                                   "messages") if name in body)
     assert field in error["message"]
 
 

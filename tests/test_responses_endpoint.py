@@ -181,6 +181,7 @@ def test_custom_and_namespaced_tools(proxy, upstream):
 
 @pytest.mark.parametrize("members", [{"previous_response_id": "resp_1"}, {"background": True},
                                      {"conversation": "conv_1"}, {"conversation": {"id": "c"}},
+                                     {"prompt": {"id": "pmpt_1", "variables": {"a": "b"}}},
                                      {"input": [{"type": "item_reference", "id": "msg_1"}]}])
 def test_what_needs_a_store_is_refused(proxy, upstream, members):
     answer = ask(proxy, **members)
