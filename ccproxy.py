@@ -1958,13 +1958,14 @@ def most_output(model: Model) -> int:
 
 
 def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
-    """max_tokens to send: the default, or what was asked within the model's limit."""
+    """max_tokens to send: the default, or what was asked within the model's limit; 1 for 0, with
+    which no upstream is called."""
     most = most_output(model)
     if asked is None:
         return min(DEFAULT_OUTPUT_TOKENS, most)
     if asked > most:
         add_note(notes, "clamped", "max_tokens %d -> %d" % (asked, most))
-    return min(asked, most)
+    return max(1, min(asked, most))
 
 
 # === MODELS ALLOWED (pure) ==================================================
@@ -2730,6 +2731,7 @@ class Prompt:
     echo: Json = field(default_factory=dict)    # Responses: members that the answer repeats
     remember: bool = False                      # Responses: items may be referred to later
     budget: Optional[int] = None                # thinking was asked for: tokens, 0 for any number
+    no_answer: bool = False                     # max_tokens 0: an empty answer, without a call
 
 
 # === EVENTS (pure) ==========================================================
@@ -3757,8 +3759,15 @@ def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
     return read_tools(body.get("tools"), "tools", notes)
 
 
-def read_any_limit(body: Json) -> Optional[int]:
-    return read_positive(body, ("max_completion_tokens", "max_tokens", "max_output_tokens"))
+def read_any_limit(body: Json, notes: List[str]) -> Optional[int]:
+    """The limit of output tokens: 0 asks for an empty answer, -1 for no limit (with a note)."""
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        value = get(body, name, "a number")
+        if value == -1:
+            add_note(notes, "ignored", "%s -1" % name)
+        elif value is not None:
+            return 0 if value == 0 else read_positive(body, (name,))
+    return None
 
 
 def read_any_stops(body: Json) -> List[str]:
@@ -5797,7 +5806,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes), tools=read_any_tools(body, notes),
         choice=chat_choice(body, notes),
-        max_tokens=read_any_limit(body),
+        max_tokens=read_any_limit(body, notes),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body),
@@ -5937,7 +5946,7 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes),
         tools=read_any_tools(body, notes), choice=read_choice_of_tool(given, notes),
-        max_tokens=read_any_limit(body),
+        max_tokens=read_any_limit(body, notes),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body), stream=bool(get(body, "stream", "a boolean")),
@@ -6198,7 +6207,7 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
         system=read_system(body.get("instructions"), "instructions", notes),
         tools=read_any_tools(body, notes),
         choice=read_choice_of_tool(body.get("tool_choice"), notes),
-        max_tokens=read_any_limit(body), stops=read_any_stops(body),
+        max_tokens=read_any_limit(body, notes), stops=read_any_stops(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), budget=read_any_budget(body),
         json_format=read_any_format(body),
@@ -13414,6 +13423,7 @@ class Job(NamedTuple):
     notes: List[str]
     ring: Ring
     prompt: Optional[Prompt] = None
+    no_answer: bool = False     # max_tokens is 0
 
 
 def choose_reader(face: Face, body: Json) -> Face:
@@ -13442,6 +13452,7 @@ def read_prompt(app: App, face: Face, key: str, body: Json, notes: List[str]) ->
     model = resolve_model(prompt.asked, app.models, app.config, notes)
     prompt.model = model.id
     prompt.effort = fit_effort(prompt.effort, model, notes)
+    prompt.no_answer = prompt.max_tokens == 0
     prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
     repair_prompt(prompt)
     if not model.vision and images_of(prompt):
@@ -13516,7 +13527,8 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
     conversation = prompt.session if len(keys) == 1 else \
         derive_session(anchor_of(keys).key, named, first)
     ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec)
-    return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None)
+    return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None,
+               prompt.no_answer)
 
 
 def answer_fields(job: Job) -> List[Tuple[str, str]]:
@@ -13528,8 +13540,14 @@ def answer_fields(job: Job) -> List[Tuple[str, str]]:
     return fields + ([("x-ccproxy-notes", notes)] if notes else [])
 
 
+NO_CALL = "no_call=max_tokens is 0: the answer is empty, and no upstream is called"
+
+
 def explain_call(app: App, job: Job) -> Json:
     """The upstream request exactly as it would be sent, its key hidden, and the notes."""
+    if job.no_answer:
+        return {"method": None, "url": None, "headers": {}, "body": None,
+                "notes": list(dict.fromkeys([NO_CALL] + job.notes))}
     line, *rows = job.spec.head.decode("ascii").rstrip("\r\n").split("\r\n")
     method, target, _ = line.split(" ")
     fields = dict(row.split(": ", 1) for row in rows)
@@ -13662,6 +13680,30 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     await exchange.wire.drain()
 
 
+def empty_frames(answer: Answer) -> bytes:
+    """End an answer by max_tokens before anything was shown; its input tokens are an estimate."""
+    frames: List[bytes] = []
+    answer.allow_empty = True
+    answer.reading.usage = Usage(answer.reply.input_estimate, 0)
+    add_note(answer.reply.notes, "usage", "not told by the upstream")
+    answer.pass_on(End(LENGTH), frames)
+    return b"".join(frames)
+
+
+async def respond_empty(app: App, exchange: Exchange, job: Job) -> None:
+    """Answer a request with max_tokens 0 without an upstream call."""
+    answer = job.answer
+    if answer.stream:
+        head = open_stream(app, exchange, job)
+        frames = empty_frames(answer)
+        exchange.wire.write(head + (chunk(frames) + LAST_CHUNK if exchange.head.minor else frames))
+    else:
+        empty_frames(answer)
+        fields = [*answer_fields(job), ("x-ccproxy-key", exchange.record["key"])]
+        await respond_json(app, exchange, 200, answer.body(), fields)
+    record_notes(exchange, job)
+
+
 async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> None:
     """The same, for a request that was admitted: read, sent on, answered.  Raises ProxyError."""
     record = exchange.record
@@ -13671,6 +13713,9 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
     release_body(app, exchange)
     if exchange.dry_run:
         await respond_json(app, exchange, 200, explain_call(app, job), answer_fields(job))
+        return
+    if job.no_answer:
+        await respond_empty(app, exchange, job)
         return
     if exchange.wire.ended:
         raise ConnectionResetError("the client left before its request was sent on")

@@ -689,10 +689,11 @@ NOT_TEXT, NOT_LIST = [5, True, ["x"], {"x": 1}], [5, True, "x", {"x": 1}]
 NOT_OBJECT = [5, True, "x"]
 NOT_NUMBER, NOT_FLAG = ["5", True, [5], {"x": 5}], ["true", 1, [True], {"x": 1}]
 NOT_COUNT = NOT_NUMBER + [0, -1, 1.5]
+NOT_LIMIT = NOT_NUMBER + [-2, -1.5, 1.5, 1e13]     # 0 and -1 have a meaning
 WRONG = [       # (face, path, wrong values)
     ("chat", "model", NOT_TEXT), ("chat", "stream", NOT_FLAG),
     ("chat", "stream_options", NOT_OBJECT), ("chat", "stream_options.include_usage", NOT_FLAG),
-    ("chat", "max_completion_tokens", NOT_COUNT), ("chat", "temperature", NOT_NUMBER),
+    ("chat", "max_completion_tokens", NOT_LIMIT), ("chat", "temperature", NOT_NUMBER),
     ("chat", "top_p", NOT_NUMBER), ("chat", "n", NOT_COUNT + [2]),
     ("chat", "stop", [5, True, {"x": 1}]), ("chat", "stop[0]", NOT_TEXT),
     ("chat", "reasoning_effort", NOT_TEXT), ("chat", "reasoning", NOT_OBJECT),
@@ -728,7 +729,7 @@ WRONG = [       # (face, path, wrong values)
     ("chat", "messages[3].name", NOT_TEXT), ("chat", "messages[4].function_call", NOT_OBJECT),
     ("chat", "messages[4].function_call.name", NOT_TEXT),
     ("messages", "model", NOT_TEXT), ("messages", "stream", NOT_FLAG),
-    ("messages", "max_tokens", NOT_COUNT), ("messages", "temperature", NOT_NUMBER),
+    ("messages", "max_tokens", NOT_LIMIT), ("messages", "temperature", NOT_NUMBER),
     ("messages", "top_p", NOT_NUMBER), ("messages", "stop_sequences", [5, True, {"x": 1}]),
     ("messages", "stop_sequences[0]", NOT_TEXT), ("messages", "thinking", NOT_OBJECT),
     ("messages", "thinking.type", NOT_TEXT + ["x"]),
@@ -814,7 +815,7 @@ def test_a_wrong_type_is_a_400_that_names_the_path(face, path, values):
 
 @pytest.mark.parametrize("face", FACE_NAMES)
 def test_a_wrong_type_in_max_tokens_alone(face):
-    for value in NOT_COUNT:
+    for value in NOT_LIMIT:
         assert refusal(face, request(face, max_tokens=value)).param == "max_tokens"
 
 

@@ -152,7 +152,7 @@ REFUSED = [     # (members, the field that is named)
     ({"tool_choice": {"type": "function"}}, "tool_choice.name"),
     ({"tool_choice": {"type": "function", "name": 5}}, "tool_choice.name"),
     ({"max_output_tokens": "5"}, "max_output_tokens"),
-    ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": -2}, "max_output_tokens"),
     ({"max_output_tokens": 1.5}, "max_output_tokens"), ({"temperature": "x"}, "temperature"),
     ({"top_p": []}, "top_p"), ({"reasoning": "high"}, "reasoning"),
     ({"reasoning": {"effort": 5}}, "reasoning.effort"), ({"text": "x"}, "text"),

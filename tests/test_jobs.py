@@ -278,6 +278,111 @@ def test_the_base_url_explain(proxy, upstream):
     assert counted.json["input_tokens"] >= 1 and not upstream.connections
 
 
+# max_tokens 0: an empty answer, and nobody is called.
+
+LIMITS = [(CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), (MESSAGES, "max_tokens"),
+          (RESPONSES, "max_output_tokens"), (RESPONSES, "max_tokens")]
+
+
+def body_of(path, **members):
+    given = {"input": "hi"} if path == RESPONSES else {"messages": [{"role": "user",
+                                                                     "content": "hi"}]}
+    return {"model": "vendor/m", **given, **members}
+
+
+@pytest.mark.parametrize("policy", ["error_on_length", "allow"])
+@pytest.mark.parametrize("path, name", LIMITS)
+def test_no_tokens_asked_for(make_proxy, upstream, path, name, policy):
+    proxy = make_proxy(useProviderModels=False, emptyResponsePolicy=policy)
+    answer = proxy.request("POST", path, body_of(path, **{name: 0}), STRICT)
+    assert text_shown(path, answer) == "" and not upstream.requests
+    assert notes_of(answer) == {"usage": "not told by the upstream"}
+    sent, gained = tokens_of(path, answer)
+    assert sent >= 1 and gained == 0
+    shown = answer.json
+    if path == CHAT:
+        assert shown["choices"][0]["finish_reason"] == "length"
+        assert shown["choices"][0]["message"] == {"role": "assistant", "content": ""}
+    elif path == MESSAGES:
+        assert (shown["stop_reason"], shown["content"]) == ("max_tokens", [])
+    else:
+        assert (shown["status"], shown["output"]) == ("incomplete", [])
+        assert shown["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert shown["max_output_tokens"] == (0 if name == "max_output_tokens" else None)
+
+
+@pytest.mark.parametrize("path, name", LIMITS)
+def test_no_tokens_asked_for_in_a_stream(proxy, upstream, path, name):
+    answer = proxy.request("POST", path, body_of(path, stream=True, stream_options={
+        "include_usage": True}, **{name: 0}))
+    assert answer.status == 200 and not upstream.requests
+    assert answer.comments == ["note usage=not told by the upstream"]
+    if path == CHAT:
+        message, reason, usage = fold_chat(answer.frames)
+        assert message["content"] == "" and reason == "length"
+        assert usage["prompt_tokens"] >= 1 and usage["completion_tokens"] == 0
+    elif path == MESSAGES:
+        message = fold_messages(answer.frames)
+        assert (message["stop_reason"], message["content"]) == ("max_tokens", [])
+        assert message["usage"]["input_tokens"] >= 1 and message["usage"]["output_tokens"] == 0
+    else:
+        assert [frame["type"] for frame in answer.frames] == [
+            "response.created", "response.in_progress", "response.incomplete"]
+        assert answer.frames[-1]["response"]["usage"]["output_tokens"] == 0
+
+
+def test_no_tokens_over_http_1_0(proxy, upstream):
+    """Without chunks, the end of the connection is the end of the stream."""
+    body = json.dumps(body_of(CHAT, stream=True, max_tokens=0)).encode()
+    data = proxy.raw(b"POST %b HTTP/1.0\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n%b"
+                     % (CHAT.encode(), KEY.encode(), len(body), body))
+    assert data.endswith(b"data: [DONE]\n\n") and b"transfer-encoding" not in data.lower()
+    assert not upstream.requests
+
+
+def test_the_connection_goes_on_behind_an_empty_answer(proxy, upstream):
+    """Both forms, then an ordinary request, on one connection."""
+    from harness import parse_answers, post_bytes
+    asked = [body_of(CHAT, max_tokens=0), body_of(CHAT, max_tokens=0, stream=True), body_of(CHAT)]
+    data = b"".join(post_bytes(CHAT, body) for body in asked[:-1])
+    data += post_bytes(CHAT, asked[-1], {"connection": "close"})
+    answers = parse_answers(proxy.raw(data))
+    assert [answer.status for answer in answers] == [200, 200, 200] and len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("path, name", LIMITS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dry_run_of_no_tokens(proxy, upstream, path, name, streamed):
+    answer = proxy.request("POST", "/explain" + path, body_of(path, stream=streamed, **{name: 0}),
+                           STRICT)
+    told = answer.json
+    assert set(told) == {"method", "url", "headers", "body", "notes"} and not upstream.connections
+    assert told["method"] is told["url"] is told["body"] is None
+    assert len(told["notes"]) == 1 and "no upstream is called" in told["notes"][0]
+
+
+def test_no_tokens_are_a_request_like_any_other(make_proxy, upstream):
+    """It needs a key, counts against the limit, is refused for its faults, and is recorded."""
+    proxy = make_proxy(useProviderModels=False, rateLimitMax=2)
+    body = body_of(CHAT, max_tokens=0)
+    assert proxy.request("POST", CHAT, body, None, None).status == 401
+    assert proxy.request("POST", CHAT, {**body, "messages": []}).status == 400
+    answer = proxy.request("POST", CHAT, {**body, "tools": [{"type": "web_search"}], "seed": 1})
+    assert notes_of(answer)["ignored"] == "seed" and "left_out" in notes_of(answer)
+    assert proxy.request("POST", CHAT, body).status == 429
+    wait_until(lambda: len(proxy.app.recent) == 4)
+    record = proxy.app.recent[2]
+    assert (record.status, record.api, record.error) == (200, "chat", "")
+    assert "ignored=seed" in record.notes and "usage=" in record.notes
+    assert "200 api=chat" in proxy.log.getvalue() and not upstream.requests
+
+
+def test_an_empty_answer_is_not_repaired(proxy, upstream):
+    """Whatever form it was to have."""
+    answer = ask(proxy, CHAT, FORMATS[CHAT], max_tokens=0)
+    assert text_shown(CHAT, answer) == "" and not upstream.requests
+
+
 # Structured output: plain answers are checked, and asked for once more.
 
 GOOD, BAD = '{"city":"Paris"}', '{"town":"Paris"}'

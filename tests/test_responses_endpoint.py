@@ -311,7 +311,7 @@ OWN_REFUSALS = [    # members, the place that the message names, ours
     ({"input": 1}, "input", 400), ({"input": []}, "input", 400),
     ({"input": [{"role": "nobody", "content": "x"}]}, "input[0].role", 400),
     ({"previous_response_id": "resp_1"}, "previous_response_id", 400),
-    ({"max_output_tokens": 0}, "max_output_tokens", 400),
+    ({"max_output_tokens": -2}, "max_output_tokens", 400),
     ({"model": "quite/unknown"}, "quite/unknown", 404)]
 
 
