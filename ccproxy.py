@@ -1937,9 +1937,9 @@ def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
 def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
     """The effort to send: what was asked, else the nearest lower that the model takes, else its
     lowest; None to leave the choice to the model."""
-    word = EFFORT_WORDS.get(asked, asked) if asked else None
-    if not word:
+    if not asked:
         return None
+    word = EFFORT_WORDS.get(asked, asked)
     taken = EFFORTS if model.efforts is None else model.efforts
     fitted: Optional[str] = word
     if word not in taken:
@@ -3792,30 +3792,57 @@ def read_thinking_kind(body: Json) -> str:
     if not given:
         return ""
     kind = get(given, "type", "a string", "thinking") or ""
-    if kind not in ("", "enabled", "adaptive", "disabled"):
+    if kind not in ("", "enabled", "adaptive", "disabled", "between_tools"):
         raise wrong("thinking.type", "must be enabled, adaptive or disabled")
-    return kind
+    return "adaptive" if kind == "between_tools" else kind
 
 
-def read_any_effort(body: Json) -> Optional[str]:
-    """reasoning_effort, reasoning.effort, output_config.effort, or what a budget amounts to."""
+def openrouter_reasoning(body: Json) -> Json:
+    """Return `reasoning` with the types of OpenRouter's members checked: enabled, max_tokens and
+    exclude (the model thinks, and the answer does not show it)."""
+    given = get(body, "reasoning", "an object") or {}
+    if given:
+        get(given, "enabled", "a boolean", "reasoning")
+        get(given, "max_tokens", "a number", "reasoning")
+        get(given, "exclude", "a boolean", "reasoning")
+    return given
+
+
+def read_effort_word(body: Json) -> Optional[str]:
+    """reasoning_effort, reasoning.effort or output_config.effort."""
     effort = get(body, "reasoning_effort", "a string")
     for name in ("reasoning", "output_config"):
         holder = get(body, name, "an object")
         if holder:
             effort = effort or get(holder, "effort", "a string", name)
-    thinking = get(body, "thinking", "an object")
-    budget = get(thinking, "budget_tokens", "a number", "thinking") or 0 if thinking else 0
-    if effort is None and read_thinking_kind(body) == "enabled":
-        return next((word for least, word in BUDGET_EFFORTS if budget >= least), "low")
     return effort
 
 
+def read_any_effort(body: Json) -> Optional[str]:
+    """The effort that is named, or what a budget amounts to; none where OpenRouter's
+    reasoning.enabled is false, medium (its default) where it is true."""
+    effort, reasoning = read_effort_word(body), openrouter_reasoning(body)
+    thinking = get(body, "thinking", "an object") or {}
+    budget = get(thinking, "budget_tokens", "a number", "thinking") or 0
+    if read_thinking_kind(body) != "enabled":
+        budget = reasoning.get("max_tokens")
+        if reasoning.get("enabled") is False or (budget is not None and budget < 1 and not effort):
+            return "none"
+    if effort is None and budget is not None:
+        return next((word for least, word in BUDGET_EFFORTS if budget >= least), "low")
+    return "medium" if effort is None and reasoning.get("enabled") else effort
+
+
 def read_any_budget(body: Json) -> Optional[int]:
-    """thinking.budget_tokens where thinking was asked for, 0 where that was left open."""
-    if read_thinking_kind(body) not in ("enabled", "adaptive"):
+    """thinking.budget_tokens where thinking was asked for, 0 where that was left open; or
+    reasoning.max_tokens."""
+    budget, reasoning = 0.0, openrouter_reasoning(body)
+    if read_thinking_kind(body) in ("enabled", "adaptive"):
+        budget = get(body["thinking"], "budget_tokens", "a number", "thinking") or 0
+    elif reasoning.get("enabled") is False or (reasoning.get("max_tokens") or 0) < 1:
         return None
-    budget = get(body["thinking"], "budget_tokens", "a number", "thinking") or 0
+    else:
+        budget = reasoning["max_tokens"]
     return int(min(max(budget, 0), MAX_OUTPUT_TOKENS))
 
 
@@ -5811,6 +5838,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
+        show_thinking=not openrouter_reasoning(body).get("exclude"),
         include_usage=bool(get(options, "include_usage", "a boolean", "stream_options")))
     read_messages(body, prompt)
     return prompt
@@ -6212,6 +6240,7 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
         effort=read_any_effort(body), budget=read_any_budget(body),
         json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
+        show_thinking=not openrouter_reasoning(body).get("exclude"),
         carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body),
         remember=body.get("store") is not False)
     verbosity = get(text, "verbosity", "a string", "text")
@@ -13438,7 +13467,7 @@ def suit_face(app: App, prompt: Prompt, face: Face, reader: Face, body: Json) ->
     if face is CHAT:
         prompt.show_thinking = prompt.show_thinking and app.config.include_reasoning
     elif face is MESSAGES and reader is not MESSAGES:
-        prompt.show_thinking = bool(prompt.effort)
+        prompt.show_thinking = prompt.show_thinking and prompt.effort not in (None, "", "none")
     elif face is RESPONSES and reader is not RESPONSES:
         prompt.echo = echo_request(body)
 
