@@ -3736,20 +3736,22 @@ def note_ignored(body: Json, neutral: Mapping[str, Any], notes: List[str]) -> No
 
 
 def read_json_format(given: Any, path: str) -> Optional[Json]:
-    """response_format, or what has its shape: None for text, {} for any JSON, {"schema": ...}."""
+    """response_format, or what has its shape: None for text, {} for any JSON, {"schema": ...}.
+    llama.cpp and Together document a `schema` beside json_object too."""
     if given is None:
         return None
     kind = get(check(given, "an object", path), "type", "a string", path)
     if kind in (None, "text"):
         return None
-    if kind == "json_object":
-        return {}
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise wrong(path + ".type", "must be text, json_object or json_schema")
     holder = get(given, "json_schema", "an object", path)
-    schema = get(given, "schema", "an object", path) if holder is None else \
-        get(holder, "schema", "an object", path + ".json_schema")
-    return {"schema": schema} if schema is not None else {}
+    holder, where = (given, path) if holder is None else (holder, path + ".json_schema")
+    schema = get(holder, "schema", "an object", where)
+    if schema is None or (kind == "json_object" and not schema):
+        return {}
+    about = get(holder, "description", "a string", where)
+    return {"schema": {"description": about, **schema} if about else schema}
 
 
 def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
@@ -3776,9 +3778,12 @@ def read_any_stops(body: Json) -> List[str]:
 
 
 def read_any_format(body: Json) -> Optional[Json]:
-    """response_format (Chat), output_config.format (Messages) or text.format (Responses)."""
+    """response_format (Chat), output_config.format (Messages, output_format in its beta) or
+    text.format (Responses)."""
     if body.get("response_format") is not None:
         return read_json_format(body["response_format"], "response_format")
+    if isinstance(body.get("output_format"), dict):
+        return read_json_format(body["output_format"], "output_format")
     for name in ("output_config", "text"):
         holder = body.get(name)
         if isinstance(holder, dict) and holder.get("format") is not None:
