@@ -48,6 +48,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     PROMPT (pure)
     EVENTS (pure)
     GRAMMAR (pure)
+    FIELD TABLES (pure)
     CONTENT PARTS (pure)
     TOOLS (pure)
     MESSAGES TO TURNS (pure)
@@ -2895,6 +2896,7 @@ class Face(NamedTuple):
     body: Callable[[Reply], Json]
     error: Callable[[ProxyError], Json]
     id_prefix: str
+    fields: Mapping[str, Any]   # see FIELD TABLES
     keeps: bool = False         # frames need the whole block at its Close
     numbered: bool = False      # each frame ends with its number (Reply.frames_sent)
     raw_tools: bool = False     # tools that take free text are known to this API
@@ -3101,6 +3103,93 @@ def sign_thinking(reading: Reading, signature: Any) -> Iterator[Event]:
         if len(block.signature) > MAX_SIGNATURE_BYTES:
             yield from fail_answer(reading, ProxyError(
                 "upstream_final", "A signature is longer than %d bytes." % MAX_SIGNATURE_BYTES))
+
+
+# === FIELD TABLES (pure) ====================================================
+# One table per API of the fields that it documents (OpenAI: create chat
+# completion, create a model response; Anthropic: create a message, with betas;
+# OpenRouter: reasoning).  A row is HONOURED, or a tuple of the values that ask
+# for nothing (any other value is noted as ignored), or the table of the field's
+# own members.  Every API accepts the fields of ANY_FIELDS.  A field without a
+# row is ignored, and x-ccproxy-strict refuses it.
+
+MAX_UNKNOWN = 100           # unknown fields that are named in one answer's notes
+HONOURED = None             # used, or a label that changes no answer: user, cache key
+NOTHING: Tuple[Any, ...] = (None, "", [], {})       # values that ask for nothing in any field
+
+
+def honoured(names: str) -> Dict[str, Any]:
+    """HONOURED rows for the names in a text."""
+    return dict.fromkeys(names.split(), HONOURED)
+
+
+NAMED_SCHEMA = honoured("name description schema strict")
+FORMAT_FIELDS = {**NAMED_SCHEMA, "type": HONOURED, "json_schema": NAMED_SCHEMA}
+ANY_FIELDS: Dict[str, Any] = {
+    **honoured("model stream temperature top_p stop stop_sequences tools functions max_tokens "
+               "max_completion_tokens max_output_tokens parallel_tool_calls reasoning_effort"),
+    "tool_choice": honoured("type name namespace mode tools function custom tool allowed_tools "
+                            "server_label disable_parallel_tool_use"),
+    "response_format": FORMAT_FIELDS, "output_format": FORMAT_FIELDS,
+    "output_config": {"effort": HONOURED, "format": FORMAT_FIELDS, "task_budget": ()},
+    "text": {"format": FORMAT_FIELDS, "verbosity": ("medium",)}, "verbosity": ("medium",),
+    "reasoning": {**honoured("effort enabled max_tokens exclude"),
+                  "summary": ("auto", "detailed"), "generate_summary": ("auto", "detailed"),
+                  "context": ("auto",), "mode": ("standard",)},
+    "thinking": {**honoured("budget_tokens block_binding"),
+                 "type": ("enabled", "adaptive", "disabled"), "display": ("summarized", "omitted")},
+    "stream_options": {"include_usage": HONOURED, "include_obfuscation": (False,)},
+    "seed": (), "top_k": (), "min_p": (), "repetition_penalty": (), "frequency_penalty": (0,),
+    "presence_penalty": (0,), "logit_bias": (), "logprobs": (False,), "top_logprobs": (0,),
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
+    "service_tier": ("auto", "default"), "container": (), "mcp_servers": (), "inference_geo": (),
+    "truncation": ("disabled",), "max_tool_calls": (), "prompt": ()}
+OPENAI_FIELDS: Dict[str, Any] = {
+    **ANY_FIELDS,
+    **honoured("user safety_identifier prompt_cache_key metadata client_metadata"),
+    "prompt_cache_options": {"mode": ("implicit",), "ttl": ("30m",), "prewarm": (False,),
+                             "comparison_response_id": ()},
+    "prompt_cache_retention": ("in_memory",), "moderation": ()}
+
+# Members of tools, messages and content parts (by type).  defer_loading and eager_input_streaming
+# change no answer: every tool is loaded, and its input is streamed as it comes.
+TOOL_FIELDS: Dict[str, Any] = {
+    **honoured("type name description parameters input_schema format function custom "
+               "cache_control defer_loading eager_input_streaming"),
+    "strict": (False,), "input_examples": (), "output_schema": (), "async": (False,),
+    "allowed_callers": (["direct"],)}
+MESSAGE_FIELDS: Dict[str, Any] = {"name": (), "audio": (), "clear_at": ("never",),
+                                  "output_config": ()}
+TOOL_ROLES = ("tool", "function")       # a result may be known by its tool's name
+CITATIONS, FULL_SIZE = ({"enabled": False},), ("auto", "high", "original")
+PART_FIELDS: Dict[str, Dict[str, Any]] = {
+    "document": {"citations": CITATIONS, "context": ()}, "search_result": {"citations": CITATIONS},
+    "image": {"transformations": ({"oversized_image": "downsize"},)},
+    "image_url": {"image_url": {"detail": FULL_SIZE}, "prompt_cache_breakpoint": ()},
+    "input_image": {"detail": FULL_SIZE, "prompt_cache_breakpoint": ()},
+    "input_file": {"detail": FULL_SIZE, "prompt_cache_breakpoint": ()},
+    **dict.fromkeys(("file", "text", "input_text"), {"prompt_cache_breakpoint": ()})}
+
+
+def note_ignored(holder: Json, table: Mapping[str, Any], notes: List[str], path: str = "") -> None:
+    """Note each known field whose value asks for what cannot be honoured."""
+    for name, given in holder.items():
+        row = table.get(name, HONOURED)
+        if isinstance(row, dict):
+            if isinstance(given, dict):
+                note_ignored(given, row, notes, path + name + ".")
+        elif row is not HONOURED and given not in NOTHING and given not in row \
+                and "ignored=" + path + name not in notes[-8:]:     # as of the tool before
+            add_note(notes, "ignored", path + name)
+
+
+def note_unknown(holder: Json, table: Mapping[str, Any], notes: List[str], path: str = "") -> None:
+    """Note each field that has no row, in each object the first MAX_UNKNOWN of them."""
+    for name in [name for name in holder if name not in table][:MAX_UNKNOWN]:
+        add_note(notes, "ignored", path + name)
+    for name, row in table.items():
+        if isinstance(row, dict) and isinstance(holder.get(name), dict):
+            note_unknown(holder[name], row, notes, path + name + ".")
 
 
 # === CONTENT PARTS (pure) ===================================================
@@ -3389,6 +3478,8 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
             continue
         kind = check(part, "an object", here).get("type", "text")
         reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
+        if kind in PART_FIELDS and (len(part) > 2 or kind == "image_url"):
+            note_ignored(part, PART_FIELDS[kind], notes, kind + ".")
         parts += reader(part, here, notes)
     return parts
 
@@ -3458,6 +3549,7 @@ def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     name = get(check(tool, "an object", where), "name", "a string", where)
     if not name:
         raise wrong(where + ".name", "must be a string that is not empty")
+    note_ignored(tool, TOOL_FIELDS, notes, "tools.")
     schema = tool.get("input_schema", tool.get("parameters"))
     return [Tool(name, get(tool, "description", "a string", where) or "",
                  read_schema(schema, name, notes), read_cache(entry, path))]
@@ -3478,6 +3570,7 @@ def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     name = get(tool, "name", "a string", where)
     if not name:
         raise wrong(where + ".name", "must be a string that is not empty")
+    note_ignored(tool, TOOL_FIELDS, notes, "tools.")
     description = get(tool, "description", "a string", where) or ""
     rules = get(tool, "format", "an object", where) or {}
     rules = get(rules, "grammar", "an object", where) or rules
@@ -3672,11 +3765,14 @@ def read_messages(body: Json, prompt: Prompt) -> None:
     messages = get(body, "messages", "a list")
     if not messages:
         raise wrong("messages", "must be a list of at least one message")
+    known = frozenset(MESSAGE_FIELDS)
     for index, message in enumerate(messages):
         path = "messages[%d]" % index
         role = get(check(message, "an object", path), "role", "a string", path)
         if role not in ROLE_READERS:
             raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
+        if role not in TOOL_ROLES and not known.isdisjoint(message):
+            note_ignored(message, MESSAGE_FIELDS, prompt.notes, "message.")
         ROLE_READERS[role](message, path, prompt)
     lift_leading_system(prompt)
 
@@ -3684,14 +3780,6 @@ def read_messages(body: Json, prompt: Prompt) -> None:
 # === FIELDS OF ANY API (pure) ===============================================
 # What the APIs call by different names, read wherever it stands: clients mix
 # their members as they mix their parts, and nothing is dropped in silence.
-
-IGNORED = {     # fields without a counterpart upstream, and the value that changes nothing
-    "seed": None, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None,
-    "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True, "top_k": None,
-    "modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None,
-    "verbosity": None, "service_tier": "auto", "min_p": None, "repetition_penalty": None,
-    "container": None, "mcp_servers": None, "inference_geo": None, "truncation": "disabled",
-    "max_tool_calls": None, "prompt": None}
 
 BUDGET_EFFORTS = ((10_000, "high"), (5_000, "medium"), (2_000, "low"))
 
@@ -3726,13 +3814,6 @@ def read_stops(given: Any, name: str) -> List[str]:
     stops = check(given, "a list", name)
     return [stop for index, stop in enumerate(stops)
             if check(stop, "a string", "%s[%d]" % (name, index))]
-
-
-def note_ignored(body: Json, neutral: Mapping[str, Any], notes: List[str]) -> None:
-    """A note for each known field that cannot be honoured and asks for more than its default."""
-    for name, given in body.items():
-        if name in neutral and given not in (None, neutral[name], [], {}):
-            add_note(notes, "ignored", name)
 
 
 def read_json_format(given: Any, path: str) -> Optional[Json]:
@@ -5817,6 +5898,9 @@ CHAT_REASONS = {STOP: "stop", LENGTH: "length", TOOL_CALLS: "tool_calls",
                 FILTERED: "content_filter", PAUSED: "stop"}
 
 
+CHAT_FIELDS = {**OPENAI_FIELDS, **honoured("messages system function_call n"), "store": (False,)}
+
+
 def chat_choice(body: Json, notes: List[str]) -> Optional[Choice]:
     """`tool_choice`, or the older `function_call`."""
     legacy = body.get("function_call")
@@ -5832,7 +5916,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     count = read_positive(body, ("n",))
     if count is not None and count > 1:
         raise wrong("n", "must be 1: there is one answer to a request")
-    note_ignored(body, {"store": False, **IGNORED}, notes)
+    note_ignored(body, CHAT_FIELDS, notes)
     options = get(body, "stream_options", "an object") or {}
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
@@ -5937,7 +6021,8 @@ def chat_body(reply: Reply) -> Json:
     return body
 
 
-CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-", raw_tools=True)
+CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-", CHAT_FIELDS,
+            raw_tools=True)
 
 
 # === FACE: MESSAGES (pure) ==================================================
@@ -5949,6 +6034,17 @@ STOP_REASONS = {STOP: "end_turn", LENGTH: "max_tokens", TOOL_CALLS: "tool_use",
                 FILTERED: "refusal", PAUSED: "pause_turn"}
 DELTA_SHAPES = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
                 TOOL: ("input_json_delta", "partial_json")}
+
+
+MESSAGES_FIELDS = {
+    **ANY_FIELDS, **honoured("messages system thread betas anthropic_version anthropic_beta "
+                             "user_profile_id workspace_id"),
+    "metadata": honoured("user_id"), "cache_control": honoured("type ttl"),
+    "context_management": tuple({"edits": [{"type": "clear_thinking_20251015", "keep": keep}]}
+                                for keep in ("all", {"type": "all"})),  # nothing is cleared here
+    "speed": ("standard",), "compaction": (), "fallbacks": (), "fallback_credit_token": (),
+    "diagnostics": ({"previous_message_id": None},),
+    "billing_policy": ({"type": "billing_policy", "bill_to": "self"}, {"type": "billing_policy"})}
 
 
 def refuse_threads(body: Json) -> None:
@@ -5969,8 +6065,10 @@ def cache_last_part(prompt: Prompt, cache: Optional[Json]) -> None:
 def parse_messages(body: Json, notes: List[str]) -> Prompt:
     """A Messages request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_threads(body)
-    note_ignored(body, IGNORED, notes)
-    shown = read_thinking_kind(body) in ("enabled", "adaptive")
+    note_ignored(body, MESSAGES_FIELDS, notes)
+    get(body, "output_format", "an object")     # output_config.format under its first name
+    shown = (read_thinking_kind(body) in ("enabled", "adaptive")
+             and not openrouter_reasoning(body).get("exclude"))
     given = body.get("tool_choice")
     if isinstance(given, dict) and given.get("disable_parallel_tool_use"):
         add_note(notes, "ignored", "tool_choice.disable_parallel_tool_use")
@@ -6085,7 +6183,8 @@ def messages_body(reply: Reply) -> Json:
             "usage": messages_usage(reply)}
 
 
-MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, messages_error, "msg_")
+MESSAGES = Face("messages", parse_messages, messages_frames, messages_body, messages_error, "msg_",
+                MESSAGES_FIELDS)
 
 
 # === RESPONSES ITEMS (pure) =================================================
@@ -6165,6 +6264,8 @@ def read_message_item(item: Json, path: str, prompt: Prompt) -> None:
     role = get(item, "role", "a string", path)
     if role not in ROLE_READERS:
         raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
+    if role not in TOOL_ROLES:
+        note_ignored(item, MESSAGE_FIELDS, prompt.notes, "message.")
     ROLE_READERS[role](item, path, prompt)
 
 
@@ -6202,6 +6303,12 @@ def read_input(body: Json, prompt: Prompt) -> None:
 
 STATEFUL = {"previous_response_id": None, "conversation": None, "background": False,
             "prompt": None}
+RESPONSES_FIELDS = {
+    **OPENAI_FIELDS, **honoured("input instructions include store"),
+    **dict.fromkeys(STATEFUL, HONOURED),        # or refused
+    "background_options": ({"completion_window": "soonest"},), "context_management": (),
+    "access_programs": ({"cyber": "standard"},), "personality": (),
+    "image": ({"context_compression": "auto"}, {"context_compression": "disabled"})}
 TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
 DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
                 THINKING: "response.reasoning_summary_text.delta"}
@@ -6232,8 +6339,8 @@ def echo_request(body: Json) -> Json:
 def parse_responses(body: Json, notes: List[str]) -> Prompt:
     """A Responses request as a Prompt.  Raises ProxyError `invalid` naming the field."""
     refuse_state(body)
-    note_ignored(body, IGNORED, notes)
-    text = get(body, "text", "an object") or {}
+    note_ignored(body, RESPONSES_FIELDS, notes)
+    get(get(body, "text", "an object") or {}, "verbosity", "a string", "text")
     include = get(body, "include", "a list") or []
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes, source="input",
@@ -6248,9 +6355,9 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
         show_thinking=not openrouter_reasoning(body).get("exclude"),
         carry_thinking="reasoning.encrypted_content" in include, echo=echo_request(body),
         remember=body.get("store") is not False)
-    verbosity = get(text, "verbosity", "a string", "text")
-    if verbosity not in (None, "medium"):
-        add_note(notes, "ignored", "text.verbosity")
+    for name in dict.fromkeys(map(str, include[:MAX_UNKNOWN])):
+        if name != "reasoning.encrypted_content":
+            add_note(notes, "ignored", "include %s" % name)
     read_input(body, prompt)
     return prompt
 
@@ -6405,7 +6512,7 @@ def responses_frames(reply: Reply, event: Event) -> bytes:
 
 
 RESPONSES = Face("responses", parse_responses, responses_frames, responses_body, chat_error,
-                 "resp_", keeps=True, numbered=True, raw_tools=True)
+                 "resp_", RESPONSES_FIELDS, keeps=True, numbered=True, raw_tools=True)
 
 
 # === FAST LANE (pure) =======================================================
@@ -13507,10 +13614,13 @@ def is_asked(head: RequestHead, name: str) -> bool:
     return BOOLEAN_WORDS.get(head.fields.get(name, "").lower(), False)
 
 
-def refuse_notes(exchange: Exchange, notes: List[str]) -> None:
-    """x-ccproxy-strict: what would be a note is a 400."""
+def refuse_notes(exchange: Exchange, face: Face, body: Json, notes: List[str]) -> None:
+    """x-ccproxy-strict: what would be a note is a 400, and so is a field that is not known."""
+    if not is_asked(exchange.head, "x-ccproxy-strict"):
+        return
+    note_unknown(body, choose_reader(face, body).fields, notes)
     unique = [note for note in dict.fromkeys(notes) if not note.startswith("json_format=")]
-    if unique and is_asked(exchange.head, "x-ccproxy-strict"):
+    if unique:
         raise ProxyError("invalid", "Refused because of x-ccproxy-strict: " + format_notes(unique),
                          details={"notes": unique[:100]})
 
@@ -13554,7 +13664,7 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(asked=prompt.asked, model=prompt.model, stream=prompt.stream)
-    refuse_notes(exchange, notes)
+    refuse_notes(exchange, face, body, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)._replace(
         names=names_of(prompt.model, {name for key in keys for name in key.allowed_models},
                        app.models, app.config))

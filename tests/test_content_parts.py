@@ -620,8 +620,6 @@ def test_parallel_tool_use_leaves_a_note():
     _, notes = translate("messages", request("messages", tools=[F], tool_choice={
         "type": "auto", "disable_parallel_tool_use": True}))
     assert has_note(notes, "disable_parallel_tool_use")
-    _, notes = translate("chat", request("chat", tools=[F], parallel_tool_calls=False))
-    assert has_note(notes, "parallel_tool_calls")
 
 
 # Lone surrogates.
