@@ -9309,19 +9309,20 @@ def without_reminders(messages: List[Json]) -> List[Json]:
 
 
 def demo_tools(params: Json, asked: str) -> List[Json]:
-    """The tools that the demo calls: those asked for by name, else a harmless one, else, where
-    one must be called, the first."""
+    """The tools that the demo calls: only those that a marker or tool_choice asks for.  Where
+    none is named, a harmless one is preferred, and [demo:parallel] calls no other."""
     if params["messages"][-1]["role"] == "tool":
         return []
     choice, tools = params.get("tool_choice") or {}, params["tools"]
     names = DEMO_CALL.findall(asked) + [choice.get("name")]
+    parallel = "[demo:parallel]" in asked
     harmless = [tool for tool in tools if not DANGEROUS_TOOL.search(tool["name"])]
-    words = set(re.findall(r"[\w.-]+", asked))
-    called = ([tool for tool in tools if tool["name"] in names]
-              or [tool for tool in harmless if tool["name"] in words] or harmless)
+    called = [tool for tool in tools if tool["name"] in names]
     if not called and choice.get("type") == "any":
-        called = tools
-    return called[:2] if "[demo:parallel]" in asked else called[:1]
+        called = harmless or tools
+    elif not called and parallel:
+        called = harmless
+    return called[:2] if parallel else called[:1]
 
 
 def demo_schema(system: str) -> Any:
@@ -9334,7 +9335,8 @@ def demo_schema(system: str) -> Any:
 
 
 def demo_words(params: Json, asked: str) -> List[str]:
-    """The text of an answer, a word or so at a time."""
+    """The text of an answer, a word or so at a time.  It repeats nothing of the request: an agent
+    may act on what it reads (aider writes a file that it finds in an answer)."""
     system = params["system"] if isinstance(params["system"], str) else "".join(
         block["text"] for block in params["system"])
     schema = demo_schema(system)
@@ -9346,11 +9348,11 @@ def demo_words(params: Json, asked: str) -> List[str]:
                  for part in message["content"])
     results = [part["output"]["value"] for message in params["messages"][-1:]
                if message["role"] == "tool" for part in message["content"]]
-    words = "This is the demo upstream, not a model. "
+    words = "This is the demo of ccproxy, not a model: nobody has read your request. "
     if images:
-        words += "I see %s. " % counted(images, "picture")
-    words += "The tool said: %s" % "; ".join(results)[:500] if results else \
-        "You said: %s" % (asked.strip()[:500] or "nothing")
+        words += "It holds %s. " % counted(images, "picture")
+    words += "The tool answered %s." % counted(sum(map(len, results)), "character") if results \
+        else "Your last message holds %s." % counted(len(asked.strip()), "character")
     return re.findall(r"\S+\s*", words + " Grüße, 世界 🚀.")
 
 
@@ -17244,7 +17246,7 @@ def try_text(trial: Trial, stream: bool) -> bool:
 
 
 def try_tools(trial: Trial, stream: bool) -> bool:
-    outcome = ask(trial, "Call the tool.", tools=True, stream=stream)
+    outcome = ask(trial, "Call the tool. [demo:call get_weather]", tools=True, stream=stream)
     return "get_weather" in outcome.text and "city" in outcome.text
 
 
@@ -17257,7 +17259,7 @@ def try_thinking(trial: Trial, stream: bool) -> bool:
 
 
 def try_image(trial: Trial, stream: bool) -> bool:
-    return "I see 1 picture." in text_of(ask(trial, "What is this?", image=True, stream=stream))
+    return "It holds 1 picture." in text_of(ask(trial, "What is this?", image=True, stream=stream))
 
 
 def try_usage(trial: Trial, stream: bool) -> bool:
@@ -17321,8 +17323,8 @@ def try_counting(port: int) -> bool:
 
 
 def try_stops(port: int) -> bool:
-    outcome = ask(Trial(port, "messages"), "Stop early.", stop_sequences=["demo upstream"])
-    return outcome.values[0]["stop_sequence"] == "demo upstream" and \
+    outcome = ask(Trial(port, "messages"), "Stop early.", stop_sequences=["demo of"])
+    return outcome.values[0]["stop_sequence"] == "demo of" and \
         outcome.values[0]["content"][-1]["text"] == "This is the "
 
 

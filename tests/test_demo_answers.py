@@ -107,11 +107,23 @@ def test_a_marker_does_not_refuse_what_comes_back_from_a_tool():
 
 # What it says.
 
-def test_it_says_what_it_is_and_what_it_heard():
-    _, body = run_plain("chat", lines_of(demo("Gr\u00fc\u00df dich \U0001f680")))
-    message = body["choices"][0]["message"]
-    assert "demo" in message["content"] and "Gr\u00fc\u00df dich \U0001f680" in message["content"]
-    assert message["reasoning_content"]
+HOSTILE = "Gr\u00fc\u00df dich \U0001f680\nhello.py\n```python\nprint(1)\n```"
+
+
+def test_it_says_what_it_is_and_repeats_nothing():
+    """aider makes a file of what it reads in an answer, and Claude Code believes what stands there."""
+    for messages in ([{"role": "user", "content": HOSTILE}],
+                     [{"role": "system", "content": HOSTILE}, {"role": "user", "content": HOSTILE}],
+                     [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+                         {"id": "c", "type": "function", "function": {"name": "f",
+                                                                      "arguments": "{}"}}]},
+                      {"role": "tool", "tool_call_id": "c", "content": HOSTILE}]):
+        _, body = run_plain("chat", lines_of(demo("", messages=messages)))
+        message = body["choices"][0]["message"]
+        assert "demo of ccproxy, not a model" in message["content"]
+        assert "%d characters" % len(HOSTILE) in message["content"]
+        assert not any(line in message["content"] for line in HOSTILE.split("\n"))
+        assert message["reasoning_content"]
 
 
 def test_it_sees_pictures():
@@ -123,29 +135,30 @@ def test_it_sees_pictures():
         assert words in body["choices"][0]["message"]["content"]
 
 
-def test_it_tells_what_a_tool_said_and_calls_none_again():
-    messages = [{"role": "user", "content": "weather"},
+def test_it_tells_that_a_tool_answered_and_calls_none_again():
+    messages = [{"role": "user", "content": "[demo:call get_weather]"},
                 {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
                     "name": "get_weather", "arguments": "{}"}}]},
                 {"role": "tool", "tool_call_id": "c", "content": "12 degrees"}]
     shown = demo("", messages=messages, tools=[tool("get_weather")])
     _, body = run_plain("chat", lines_of(shown))
-    assert called(shown) == [] and "12 degrees" in body["choices"][0]["message"]["content"]
+    assert called(shown) == [] and "10 characters" in body["choices"][0]["message"]["content"]
 
 
 # Tools: (names offered, text, tool_choice, names called).
 
 NAMED = {"type": "function", "function": {"name": "bash"}}
 TOOLS = [
-    (["get_weather"], "weather?", None, ["get_weather"]),
+    (["get_weather"], "weather?", None, []), (["get_weather"], "use get_weather now", None, []),
     (["get_weather"], "weather?", "none", []), ([], "weather?", None, []),
-    (["a_tool", "b_tool"], "hi", None, ["a_tool"]),
-    (["a_tool", "b_tool"], "use b_tool", None, ["b_tool"]),
+    (["get_weather"], "weather?", "auto", []),
+    (["a_tool", "b_tool"], "[demo:call b_tool]", None, ["b_tool"]),
     (["a_tool", "b_tool", "c_tool"], "[demo:parallel]", None, ["a_tool", "b_tool"]),
-    (["bash", "get_weather"], "weather?", None, ["get_weather"]),
+    (["bash", "get_weather"], "[demo:parallel]", None, ["get_weather"]),
     (["bash", "get_weather"], "weather?", "required", ["get_weather"]),
     (["bash"], "hi", "required", ["bash"]), (["bash", "get_weather"], "hi", NAMED, ["bash"]),
     (["bash"], "[demo:call bash]", None, ["bash"]), (["bash"], "[demo:parallel]", None, []),
+    (["bash"], "[demo:call other]", None, []),
     (["write", "edit", "exec"], "I am rewriting credits of executives", None, [])]
 
 
@@ -174,7 +187,7 @@ DANGEROUS = ["Bash", "bash", "shell", "local_shell", "exec_command", "write_stdi
 def test_dangerous_tools_are_not_called_by_themselves(name, asked):
     """A demo must not make an agent change anything."""
     assert called(demo(asked, tools=[tool(name)])) == []
-    assert called(demo(asked, tools=[tool(name), tool("get_weather")])) == ["get_weather"]
+    assert name not in called(demo(asked, tools=[tool(name), tool("get_weather")]))
     assert called(demo("[demo:call %s]" % name, tools=[tool(name)])) == [name]
 
 
@@ -215,7 +228,7 @@ def test_examples_are_valid_under_their_schema(schema):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     _, body = run_plain("chat", lines_of(demo("hi", response_format=form)))
     assert ccproxy.find_violation(body["choices"][0]["message"]["content"], schema) is None
-    _, body = run_plain("chat", lines_of(demo("hi", tools=[tool("f", schema)])))
+    _, body = run_plain("chat", lines_of(demo("[demo:call f]", tools=[tool("f", schema)])))
     (call,) = body["choices"][0]["message"]["tool_calls"]
     assert ccproxy.find_violation(call["function"]["arguments"], schema) is None
 
@@ -240,18 +253,18 @@ ODD = [     # schemas that are none: the demo answers all the same
 def test_odd_schemas_never_raise(schema):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert demo("hi", response_format=form).status == 200
-    shown = demo("hi", tools=[tool("f", schema)])
+    shown = demo("[demo:call f]", tools=[tool("f", schema)])
     assert [type(line["input"]) for _, line in shown.lines if line["type"] == "tool-call"] == [dict]
 
 
 def test_a_schema_cannot_ask_for_much():
     many = {"type": "object", "properties": {"a": {"type": "array", "minItems": 20_000}}}
-    assert len(lines_of(demo("hi", tools=[tool("f", many)]))) < 100_000
+    assert len(lines_of(demo("[demo:call f]", tools=[tool("f", many)]))) < 100_000
 
 
 def test_a_schema_that_refers_to_itself_ends():
     loop = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
-    assert called(demo("hi", tools=[tool("f", loop)])) == ["f"]
+    assert called(demo("[demo:call f]", tools=[tool("f", loop)])) == ["f"]
 
 
 @pytest.mark.parametrize("system", ["This JSON Schema and nothing else:\n{no", "{}", "a\n{\"x\":"])
