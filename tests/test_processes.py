@@ -50,7 +50,7 @@ def test_running_answers_are_finished_first(start_program, upstream):
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
         program.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "stopping: 1 requests" in program.log)
+        wait_until(lambda: "stopping: 1 request in progress" in program.log)
         go.set()
         data = b""
         while not data.endswith(b"0\r\n\r\n"):

@@ -94,7 +94,7 @@ def test_a_terminal_shows_what_runs_and_what_ran(proxy, upstream, open_screen):
     screen.shows("0 open streams")
     with proxy.send_post(CHAT, {"user-agent": "curl/8"}, stream=True, model="kimi"):
         screen.shows("answering")
-        assert "moonshotai/Kimi-K3" in screen.text and "1 open streams" in screen.text
+        assert "moonshotai/Kimi-K3" in screen.text and "1 open stream" in screen.text
     screen.shows("the client left")
     upstream.default = status(402, {"error": {"message": "no credits"}})
     proxy.post(CHAT, model="glm")
