@@ -11595,8 +11595,24 @@ def open_log(config: Config) -> logging.Logger:
     log = logging.getLogger("ccproxy")
     handler: logging.Handler = logging.StreamHandler()
     if config.log_file:
+def file_handler(path: str) -> logging.FileHandler:
+    """A log file that is opened anew when it was moved (not on Windows, where it cannot be moved
+    while it is open).  Raises OSError."""
+    if os.name != "posix":
+        return logging.FileHandler(path, encoding="utf-8")
+    from logging.handlers import WatchedFileHandler     # rarely wanted, so not at start
+    return WatchedFileHandler(path, encoding="utf-8")
+
+
+def reopen_log(log: logging.Logger) -> None:
+    """Close the log file: the next line opens it anew, as log rotation expects after SIGHUP."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+
+
         try:
-            handler = logging.FileHandler(config.log_file, encoding="utf-8")
+            handler = file_handler(config.log_file)
         except OSError as error:
             raise ProxyError("config", "logFile %s: %s" % (config.log_file, error.strerror)) \
                 from None
@@ -15559,7 +15575,8 @@ def terminal_is_gone(terminals: List[int]) -> bool:
 
 def watch_signals(app: App) -> None:
     """SIGINT and SIGTERM: the first stops in order, the second at once; in a restart, the first
-    makes it a stop.  SIGHUP reads the configuration again, SIGUSR2 starts again."""
+    makes it a stop.  SIGHUP opens the log file anew and reads the configuration again, SIGUSR2
+    starts again."""
     loop = asyncio.get_running_loop()
     terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
@@ -15596,6 +15613,7 @@ def watch_signals(app: App) -> None:
 async def stop_taking(app: App) -> None:
     """Take no more connections: at once where the program starts again, for they can wait; else
     after drainDelaySeconds, in which /health sends those away that look at it."""
+            reopen_log(app.log)
     app.leaving = True
     if app.restarting:
         app.server.pause()
@@ -15642,6 +15660,8 @@ def end_with_stdin() -> None:
         except OSError:         # there is none
             pass
         os.kill(os.getpid(), signal.SIGTERM)
+    app.log.info("started%s: ccproxy %s on http://%s:%d, process %d", " again" if app.sockets else
+                 "", __version__, bracketed(host), port, os.getpid())
 
     threading.Thread(target=watch, daemon=True).start()
 

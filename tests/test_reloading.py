@@ -198,6 +198,22 @@ def test_a_signal_reads_the_file_again(start_program, tmp_path):
 
 
 @needs_hangup
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_log_file_that_was_moved_is_opened_anew(start_program, tmp_path, signalled):
+    """As logrotate moves it, with SIGHUP or without."""
+    log, moved = tmp_path / "proxy.log", tmp_path / "proxy.log.1"
+    program = start_program("--log-file", str(log))
+    assert program.post(CHAT).status == 200
+    os.rename(str(log), str(moved))
+    if signalled:
+        program.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.exists() and "configuration read again" in log.read_text())
+    assert program.post(CHAT).status == 200
+    wait_until(lambda: log.exists() and " 200 " in log.read_text())
+    assert moved.read_text().count(" 200 ") == 1 and log.read_text().count(" 200 ") == 1
+
+
+@needs_hangup
 def test_a_removed_option_that_is_read_again_is_one_warning(start_program, tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}")
