@@ -9967,9 +9967,12 @@ discard: Discard | 되돌리기 | 放弃
 applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names}
 restart_needed: In effect after a restart: {names} | 재시작 후 적용: {names} | 重启后生效：{names}
 restart: Restart | 재시작 | 重启
-restart_note: Running answers may finish, no connection is refused; this page comes back by itself.
-  | 진행 중인 응답은 끝까지 처리되고 연결은 거부되지 않습니다. 이 페이지는 저절로 다시 연결됩니다.
-  | 进行中的回答会完成，不会拒绝连接；此页面会自动重新连接。
+restart_note: Requests in progress may finish. Until then, for at most {seconds} s (drainSeconds), new
+   requests wait; no connection is refused. This page reconnects by itself.
+  | 진행 중인 요청은 끝까지 처리됩니다. 그동안 새 요청은 최대 {seconds}초(drainSeconds) 대기하며 연결은
+   거부되지 않습니다. 이 페이지는 자동으로 다시 연결됩니다.
+  | 进行中的请求会完成。在此期间，新请求最多等待 {seconds} 秒（drainSeconds），不会拒绝连接。
+   此页面会自动重新连接。
 restarting: Restarting… | 재시작하는 중… | 正在重启…
 stand: Where you stand | 내 사용 현황 | 我的用量
 stand_note: Your own key is sent to this proxy alone, and kept in this tab's memory until you forget
@@ -10963,7 +10966,8 @@ function showReport(report) {
   const rows = [report.applied.length && ["good", say("applied", { names: report.applied
     .join(", ") })], report.restart_needed.length && ["", say("restart_needed", {
     names: report.restart_needed.join(", ") })], ...Object.entries(report.overridden)
-    .map(([name, source]) => ["", say("overridden", { name, source })])];
+    .map(([name, source]) => ["", say("overridden", { name, source })]),
+  ...(report.warnings || []).map((text) => ["", text])];
   fill("config-notes", rows.filter(Boolean).map(([kind, text]) =>
     make("p", { class: "banner " + kind }, text)));
 }
@@ -10985,7 +10989,8 @@ async function saveOptions(event) {
   }
 }
 async function restart() {
-  if (!await ask(say("restart"), say("restart_note"), [], say("restart"), true)) return;
+  const seconds = shared.config.options.find((one) => one.name === "drainSeconds").value;
+  if (!await ask(say("restart"), say("restart_note", { seconds }), [], say("restart"), true)) return;
   if (await attempt(() => write("POST", "/admin/restart"))) toast(say("restarting"));
 }
 views.settings = {
@@ -11366,6 +11371,7 @@ class App:
     leaving: bool = False                       # told to stop; answers say `connection: close`
     draining: bool = False                      # no new requests are served
     restarting: bool = False                    # the program starts again when it has drained
+    drain_within: float = float("inf")          # seconds for that, where fewer than drainSeconds
     stop: Any = None                            # asyncio.Event: the proxy is to stop
     hurry: Any = None                           # asyncio.Event: and not to wait for anything
     server: Any = None                          # what listens
@@ -11589,12 +11595,6 @@ def lost_line(file_name: str) -> Callable[[logging.LogRecord], None]:
     return handle
 
 
-def open_log(config: Config) -> logging.Logger:
-    """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
-    written."""
-    log = logging.getLogger("ccproxy")
-    handler: logging.Handler = logging.StreamHandler()
-    if config.log_file:
 def file_handler(path: str) -> logging.FileHandler:
     """A log file that is opened anew when it was moved (not on Windows, where it cannot be moved
     while it is open).  Raises OSError."""
@@ -11611,6 +11611,12 @@ def reopen_log(log: logging.Logger) -> None:
             handler.close()
 
 
+def open_log(config: Config) -> logging.Logger:
+    """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
+    written."""
+    log = logging.getLogger("ccproxy")
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file:
         try:
             handler = file_handler(config.log_file)
         except OSError as error:
@@ -14199,9 +14205,23 @@ def check_restart(app: App) -> None:
         raise ProxyError("invalid", redact(error.message), param=error.param, status=409) from None
 
 
-def begin_restart(app: App) -> None:
-    """Drain and start again."""
+def restart_drain(app: App, head: RequestHead) -> float:
+    """For how many seconds requests in progress may go on before a restart: ?drain=N, else
+    drainSeconds.  Raises ProxyError 400."""
+    most = app.config.drain_seconds
+    given = [word[len("drain="):] for word in query_words(head) if word.startswith("drain=")]
+    if not given:
+        return most
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", given[-1]) or float(given[-1]) > most:
+        raise ProxyError("invalid", "drain must be a number of seconds from 0 to %g "
+                         "(drainSeconds)." % most, param="drain")
+    return float(given[-1])
+
+
+def begin_restart(app: App, drain_within: float = float("inf")) -> None:
+    """Drain, for at most so many seconds, and start again."""
     if not app.stop.is_set():
+        app.drain_within = min(drain_within, app.config.drain_seconds)
         app.restarting = True
         app.stop.set()
 
@@ -14316,11 +14336,12 @@ async def change_config(app: App, exchange: Exchange) -> None:
 async def serve_restart(app: App, exchange: Exchange) -> None:
     """Start the program again, on the same sockets."""
     admit_writer(app, exchange)
+    seconds = restart_drain(app, exchange.head)
     await in_thread(lambda: check_restart(app))
     exchange.keep = False
     app.log.info("asked over HTTP: starting again")
     await respond_json(app, exchange, 202, {"status": "restarting"})
-    begin_restart(app)
+    begin_restart(app, seconds)
 
 
 async def show_admin_models(app: App, exchange: Exchange) -> None:
@@ -15438,7 +15459,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     app.leaving = app.draining = True
     end_followers(app)
     await end_idle(app, hurry)
-    await wait_for_exchanges(app, app.config.drain_seconds, hurry)
+    await wait_for_exchanges(app, min(app.drain_within, app.config.drain_seconds), hurry)
     app.ending.set_result(None)
     for relay in list(app.relays):
         relay.give_up(stopping_error())
@@ -15582,7 +15603,7 @@ def watch_signals(app: App) -> None:
 
     def received() -> None:
         if app.restarting:
-            app.restarting = False
+            app.restarting, app.drain_within = False, float("inf")
             if app.leaving:         # else stop_taking comes, and finds a stop
                 app.server.close()
         else:
@@ -15592,6 +15613,7 @@ def watch_signals(app: App) -> None:
         if terminal_is_gone(terminals):
             received()
         else:
+            reopen_log(app.log)
             reload_settings(app)
 
     def restart() -> None:
@@ -15613,7 +15635,6 @@ def watch_signals(app: App) -> None:
 async def stop_taking(app: App) -> None:
     """Take no more connections: at once where the program starts again, for they can wait; else
     after drainDelaySeconds, in which /health sends those away that look at it."""
-            reopen_log(app.log)
     app.leaving = True
     if app.restarting:
         app.server.pause()
@@ -15639,10 +15660,13 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
         spawn(app, watch_files(app))
     host, port = app.server.sockets[0].getsockname()[:2]
     announce(host, port)
+    app.log.info("started%s: ccproxy %s on http://%s:%d, process %d", " again" if app.sockets else
+                 "", __version__, bracketed(host), port, os.getpid())
     await app.stop.wait()
     await stop_taking(app)
-    app.log.info("stopping: %s in progress", counted(len(app.exchanges) - len(app.followers),
-                                                     "request"))
+    running = counted(len(app.exchanges) - len(app.followers), "request")
+    app.log.info("stopping: %s in progress%s", running, "; new requests wait for %s at most"
+                 % counted(app.drain_within, "second") if app.restarting else "")
     await drain(app, app.hurry)
     if app.restarting:          # what is said meanwhile is for the new program
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
@@ -15660,8 +15684,6 @@ def end_with_stdin() -> None:
         except OSError:         # there is none
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-    app.log.info("started%s: ccproxy %s on http://%s:%d, process %d", " again" if app.sockets else
-                 "", __version__, bracketed(host), port, os.getpid())
 
     threading.Thread(target=watch, daemon=True).start()
 

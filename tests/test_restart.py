@@ -162,7 +162,8 @@ def test_a_stream_that_runs_is_finished(start_program, config, upstream, go):
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
         assert restart(program).status == 202
-        wait_until(lambda: "stopping: 1 requests" in program.log)
+        wait_until(lambda: "stopping: 1 request in progress" in program.log)
+        assert "in progress; new requests wait for 30 seconds at most" in program.log
         with program.connect() as other:        # waits in the system, for the new program
             other.sendall(post_bytes("/v1/models", {}, {"connection": "close"}).replace(b"POST", b"GET"))
             upstream.default = go.answer
@@ -171,6 +172,38 @@ def test_a_stream_that_runs_is_finished(start_program, config, upstream, go):
             assert b"[DONE]" in data
             started(seen, 1)
             assert read_all(other).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_restart_waits_for_as_long_as_is_asked_for(start_program, config, upstream, go):
+    """drain=N ends what still runs after N seconds, so that new requests wait no longer."""
+    program = start_program("--config", config(drainSeconds=20))
+    seen = screens(program)
+    for words in ("drain=21", "drain=-1", "drain=x", "drain=", "drain=1&drain=1e9"):
+        answer = program.request("POST", "/admin/restart?" + words, b"", BEARER, None)
+        assert answer.status == 400 and answer.json["error"]["param"] == "drain"
+        assert "from 0 to 20 (drainSeconds)" in answer.json["error"]["message"]
+    with program.send_post(CHAT, stream=True) as sock:
+        wait_until(lambda: upstream.requests)
+        answer = program.request("POST", "/admin/restart?drain=0.2", b"", BEARER, None)
+        assert answer.status == 202
+        assert b"shutting down" in read_all(sock)       # while the upstream has not answered yet
+        started(seen, 1)
+        go.set()
+    assert program.post(CHAT).status == 200
+
+
+def test_a_start_and_a_restart_leave_a_line_in_the_log(start_program, config, tmp_path):
+    log = tmp_path / "proxy.log"
+    program = start_program("--config", config(logFile=str(log)))
+    seen = screens(program)
+    assert restart(program).status == 202
+    started(seen, 1)
+    wait_until(lambda: "started again: ccproxy" in log.read_text())
+    lines = [line for line in log.read_text().splitlines() if " started" in line]
+    address = "http://127.0.0.1:%d, process %d" % (program.port, program.process.pid)
+    assert [line.partition(" INFO ")[2] for line in lines] == [
+        "%s: ccproxy %s on %s" % (word, ccproxy.__version__, address)
+        for word in ("started", "started again")]
 
 
 def test_new_code_and_a_new_configuration_are_in_effect(start_copy, config, tmp_path):
@@ -277,7 +310,7 @@ def test_a_stop_in_the_middle_of_a_restart_is_a_stop(start_program, config, upst
     with program.send_post(CHAT, stream=True) as sock:
         wait_until(lambda: upstream.requests)
         assert restart(program).status == 202
-        wait_until(lambda: "stopping: 1 requests" in program.log)
+        wait_until(lambda: "stopping: 1 request in progress" in program.log)
         program.process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionError):    # the signal has arrived, but ends no answer
             while True:
