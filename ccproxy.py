@@ -1069,6 +1069,18 @@ def check_host(pairs: List[Tuple[str, str]], minor: int, authority: Optional[str
             raise client_fault("Host must be a host name and perhaps a port")
 
 
+def read_target(method: str, target: str, absolute: Optional["re.Match[str]"]) -> str:
+    """The path and query of a target.  Raises ProxyError for a target in none of the forms of
+    RFC 9112 3.2; CONNECT is refused behind this, whatever its target."""
+    path = absolute[2] if absolute else target
+    if absolute and not path.startswith("/"):
+        path = "/" + path
+    whole = method == "CONNECT" or (method == "OPTIONS" and path == "*")
+    if not (path.startswith("/") or whole):
+        raise client_fault("the target must be a path or an http URL")
+    return path
+
+
 def parse_request_head(data: bytes) -> RequestHead:
     """Head of a client's request, given with its empty line and without leading CRLFs.
 
@@ -1093,7 +1105,7 @@ def parse_request_head(data: bytes) -> RequestHead:
         raise client_fault("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
     if minor and fields.get("expect", "100-continue").lower() != "100-continue":
         raise ProxyError("expectation", "Expect: only 100-continue is understood.")
-    path = (absolute[2] or "/") if absolute else target
+    path = read_target(method, target, absolute)
     if absolute:
         fields["host"] = absolute[1]        # which counts, whatever Host says (RFC 9112 3.2.2)
     return RequestHead(method, target, path.partition("?")[0], minor, fields,

@@ -199,6 +199,7 @@ GOOD_REQUESTS = [
     (request(first=b"GET http://other.example/v1/models?x=1 HTTP/1.1"),
      {"path": "/v1/models", "fields": {"host": "other.example"}}),
     (request(first=b"GET HTTPS://u:443 HTTP/1.1"), {"path": "/"}),
+    (request(first=b"GET http://u?x=/y HTTP/1.1"), {"path": "/", "target": "http://u?x=/y"}),
     # Forms and methods that routes refuse, not heads.
     (request(first=b"OPTIONS * HTTP/1.1"), {"method": "OPTIONS", "path": "*"}),
     (request(first=b"CONNECT h:443 HTTP/1.1"), {"method": "CONNECT", "path": "h:443"}),
@@ -236,6 +237,17 @@ BAD_REQUESTS = [
     (b"GET /\xc3\xa9 HTTP/1.1\r\nhost: h\r\n\r\n", 400),
     (b"GET /\x0bx HTTP/1.1\r\nhost: h\r\n\r\n", 400),
     (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),                     # a TLS hello
+    # The target is a path, an http URL, or * of OPTIONS (RFC 9112 3.2).
+    (request(first=b"GET ?x HTTP/1.1"), 400),
+    (request(first=b"GET ?x HTTP/1.0"), 400),
+    (request(first=b"GET x HTTP/1.1"), 400),
+    (request(first=b"GET v1/models HTTP/1.1"), 400),
+    (request(first=b"GET #x HTTP/1.1"), 400),
+    (request(first=b"GET * HTTP/1.1"), 400),
+    (request(first=b"OPTIONS *x HTTP/1.1"), 400),
+    (request(first=b"GET h:443 HTTP/1.1"), 400),
+    (request(first=b"GET ftp://h/ HTTP/1.1"), 400),
+    (request(first=b"POST %2Fv1/messages HTTP/1.1"), 400),
     # Versions.
     (b"PRI * HTTP/2.0\r\n\r\n", 505),
     (request(first=b"GET / HTTP/2.0"), 505),
