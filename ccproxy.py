@@ -2161,10 +2161,31 @@ SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "ses
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
+KEY_FIELDS = (("authorization", "Authorization"), ("x-api-key", "x-api-key"),
+              ("api-key", "api-key"))       # in this order; how a person writes them
+SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]+(?![ \t=])")
+
+
+def key_text(fields: Fields, name: str) -> str:
+    """What a header holds as a key.  In Authorization that follows Bearer, Token or no scheme;
+    "" for the credentials of any other scheme (RFC 9110 11.4)."""
+    value = fields.get(name, "").strip(" \t")
+    found = SCHEME.match(value) if name == "authorization" else None
+    if found is None or KEY_PATTERN.search(found[1]):
+        return value
+    return value[found.end():] if found[1].lower() in ("bearer", "token") else ""
+
+
+def is_same_secret(one: str, other: str) -> bool:
+    """Compare in a time that tells neither content nor length."""
+    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
+    return hmac.compare_digest(*digests)
+
+
 def missing_key(fields: Fields) -> ProxyError:
     """The 401 for a request without a key: what is expected, never what was sent."""
-    given = fields.get("authorization", "") or fields.get("x-api-key", "")
-    problem = ("The key sent is not a Command Code key" if given.strip()
+    problem = ("The key sent is not a Command Code key"
+               if any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
                else "No key was sent")
     return ProxyError("authentication", problem + ": send your own as `Authorization: Bearer "
                       "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
@@ -2213,19 +2234,22 @@ def choose_traceparent(given: str, fresh: str) -> str:
 
 
 # === KEY RINGS (pure) =======================================================
-# A caller may bring several keys at once, in either header: `user_a,user_b` or
+# A caller may bring several keys at once, in one header: `user_a,user_b` or
 # `work=user_a,home=user_b;weight=2`.  They are that caller's ring for that one
-# request.  A header that holds one key is read as tolerantly as ever (R1); a
-# list of several is read strictly, for a slip would silently leave an account
-# unused.  What is wrong is told by its place in the list, never as it was sent.
+# request.  A header that holds one key is read as tolerantly as ever (R1).  In a
+# list, empty entries count for nothing, an entry without a key is left out with a
+# note, and an entry with a key is read strictly, for a slip would silently leave an
+# account unused.  An entry is told by its place in the list, never as it was sent.
 
 MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
 MAX_RING_WEIGHT = 1000
 RING_SHAPE = "[name=]user_...[;weight=N], ..."
 RING_ENTRY = re.compile(
-    r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?"?(?P<key>user_[A-Za-z0-9_-]+)"?'
+    r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?'
+    r'["\']?(?P<key>user_[A-Za-z0-9_-]+)["\']?'
     r'(?:\s*;\s*weight\s*=\s*(?P<weight>[0-9]{1,4}(?:\.[0-9]{1,3})?))?')
 LONE_KEY = re.compile(r"(?:Bearer )?(user_[A-Za-z0-9_-]+)")
+AROUND_ENTRY = " \t\"'"      # white space and quotes
 
 
 @dataclass(frozen=True, **SLOTS)
@@ -2248,14 +2272,17 @@ def new_ring_key(key: str, **known: Any) -> RingKey:
     return RingKey(key, hashlib.sha256(key.encode()).hexdigest(), **known)
 
 
-def bare_entry(entry: str) -> str:
-    """An entry without the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
-    return re.sub(r"(?i)^bearer\s+", "", entry.strip())
+def ring_entries(value: str) -> List[str]:
+    """The entries of a list that are not empty (RFC 9110 5.6.1), without quotes, white space and
+    the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
+    entries = [re.sub(r"(?i)^(bearer|token)[ \t]+", "", entry.strip(AROUND_ENTRY))
+               for entry in value.split(",")]
+    return [entry for entry in (one.strip(AROUND_ENTRY) for one in entries) if entry]
 
 
 def parse_ring_entry(entry: str, place: str) -> RingKey:
     """One entry of a list of keys; `place` says which in errors.  Raises ProxyError `invalid`."""
-    found = RING_ENTRY.fullmatch(bare_entry(entry))
+    found = RING_ENTRY.fullmatch(entry)
     if found is None or KEY_LIKE.search(found["name"] or ""):
         raise ProxyError("invalid", "%s is not understood. A ring of keys is written %s with "
                          "names of up to 32 letters, digits, dots, dashes." % (place, RING_SHAPE))
@@ -2284,31 +2311,49 @@ def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
     return min(keys, key=lambda key: key.digest)
 
 
-def parse_ring(value: str, where: str) -> Tuple[RingKey, ...]:
-    """The keys in a header's value, in its order; () when it holds none at all.
+def note_left_out(entries: List[str], where: str, client_key: str, notes: List[str]) -> None:
+    """A note for each entry of a list that is neither a key nor the clientKey."""
+    strange = [(number, entry) for number, entry in enumerate(entries, 1)
+               if not KEY_PATTERN.search(entry)]
+    for number, entry in strange[:MAX_RING_KEYS]:
+        if not is_same_secret(entry, client_key):
+            add_note(notes, "left_out", "%s, entry %d: not a Command Code key" % (where, number))
 
-    Raises ProxyError `invalid` for a list that is not wholly understood.
+
+def parse_ring(value: str, where: str, notes: Optional[List[str]] = None,
+               client_key: str = "") -> Tuple[RingKey, ...]:
+    """The keys in a header's value, in its order; () when it holds none at all.  `notes` take
+    what is left out.
+
+    Raises ProxyError `invalid` for an entry with a key that is not wholly understood.
     """
-    lone = LONE_KEY.fullmatch(value)
-    if lone:                        # nearly always
-        return (new_ring_key(lone[1]),)
     found = KEY_PATTERN.findall(value)
     if not found:
         return ()
-    entries = [entry for entry in value.split(",") if entry.strip()]    # RFC 9110 5.6.1
-    listed = len(entries) > 1 and len(set(found)) > 1
-    if not listed and not all(map(RING_ENTRY.fullmatch, map(bare_entry, entries))):
+    entries = ring_entries(value)
+    note_left_out(entries, where, client_key, [] if notes is None else notes)
+    keyed = [(number, entry) for number, entry in enumerate(entries, 1)
+             if KEY_PATTERN.search(entry)]
+    listed = len(keyed) > 1 and len(set(found)) > 1
+    if not listed and not all(RING_ENTRY.fullmatch(entry) for _, entry in keyed):
         return (new_ring_key(found[0]),)        # a key with something around it (R1)
-    if len(entries) > MAX_RING_KEYS:
+    if len(keyed) > MAX_RING_KEYS:
         raise ProxyError("invalid", "%s: a ring holds at most %d keys." % (where, MAX_RING_KEYS))
     return merge_ring([parse_ring_entry(entry, "%s, entry %d" % (where, number))
-                       for number, entry in enumerate(entries, 1)], where)
+                       for number, entry in keyed], where)
 
 
-def ring_in(fields: Fields) -> Tuple[RingKey, ...]:
-    """The caller's own keys, Authorization first, then x-api-key (R1); () for none."""
-    return parse_ring(fields.get("authorization", ""), "Authorization") or \
-        parse_ring(fields.get("x-api-key", ""), "x-api-key")
+def ring_in(fields: Fields, notes: Optional[List[str]] = None,
+            client_key: str = "") -> Tuple[RingKey, ...]:
+    """The caller's own keys from the first of KEY_FIELDS that holds any (R1); () for none."""
+    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
+    if lone:                        # nearly always
+        return (new_ring_key(lone[1]),)
+    for name, where in KEY_FIELDS:
+        keys = parse_ring(key_text(fields, name), where, notes, client_key)
+        if keys:
+            return keys
+    return ()
 
 
 # === OPERATOR KEYS (pure) ===================================================
@@ -2337,11 +2382,12 @@ class Operator:
 
 class Caller(NamedTuple):
     """Whose request it is: the keys that may serve it, the digest under which its rate is
-    limited, and whether the keys are the operator's."""
+    limited, whether the keys are the operator's, and notes of what else was sent as a key."""
 
     keys: Tuple[RingKey, ...]
     digest: str
     operator: bool = False
+    notes: Tuple[str, ...] = ()
 
 
 def credential_fault(source: str, place: str, problem: str) -> ProxyError:
@@ -2462,16 +2508,19 @@ def check_operator(operator: Operator, host: str) -> str:
         "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
 
 
-def is_same_secret(one: str, other: str) -> bool:
-    """Compare in a time that tells neither content nor length."""
-    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
-    return hmac.compare_digest(*digests)
-
-
 def presents_client_key(fields: Fields, client_key: str) -> bool:
-    given = [re.sub(r"(?i)^bearer\s+", "", fields.get("authorization", "").strip()),
-             fields.get("x-api-key", "").strip()]
-    return any([is_same_secret(one, client_key) for one in given])     # a list: always both
+    given = [key_text(fields, name) for name, _ in KEY_FIELDS]
+    return any([is_same_secret(one, client_key) for one in given])     # a list: always all
+
+
+def lists_client_key(fields: Fields, client_key: str, notes: List[str]) -> bool:
+    """Whether the clientKey is an entry of a header's list; notes tell of the other entries."""
+    for name, where in KEY_FIELDS:
+        entries = ring_entries(key_text(fields, name))[:MAX_RING_KEYS]
+        if any([is_same_secret(entry, client_key) for entry in entries]):
+            note_left_out(entries, where, client_key, notes)
+            return True
+    return False
 
 
 def loopback_fault(fields: Fields, peer: str, method: str) -> str:
@@ -2499,12 +2548,15 @@ def loopback_fault(fields: Fields, peer: str, method: str) -> str:
 def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> Caller:
     """Whose request it is.  Raises ProxyError 400 for a malformed ring, 401 without a key that
     counts, 403 where operatorKeys: loopback does not hold for this request."""
-    own = ring_in(fields)
+    notes: List[str] = []
+    own = ring_in(fields, notes, operator.client_key)
     if own:
-        return Caller(own, own[0].digest)
-    if operator.keys and operator.client_key and presents_client_key(fields, operator.client_key):
+        return Caller(own, own[0].digest, False, tuple(notes))
+    if operator.keys and operator.client_key and (
+            presents_client_key(fields, operator.client_key) or
+            lists_client_key(fields, operator.client_key, notes)):
         name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
-        return Caller(operator.keys, name, True)
+        return Caller(operator.keys, name, True, tuple(notes))
     if operator.keys and operator.loopback and not operator.client_key:
         fault = loopback_fault(fields, peer, method)
         if fault:
@@ -13679,7 +13731,7 @@ async def breathe(data: bytes) -> None:
 
 async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: bytes) -> Job:
     """A request's body translated into its upstream call.  Raises ProxyError."""
-    notes: List[str] = []
+    notes = list(caller.notes)
     fields, keys = exchange.head.fields, caller.keys
     traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
 
@@ -13812,11 +13864,22 @@ def caller_of(app: App, exchange: Exchange) -> Caller:
     """Whose request it is; the demo takes any key or none.  Raises ProxyError 400, 401, 403."""
     fields = exchange.head.fields
     if app.demo:
-        keys = ring_in(fields) or (new_ring_key(DEMO_KEY),)
-        return Caller(keys, keys[0].digest)
-    peer = exchange.wire.peer_address() if app.operator.loopback else ""
-    method = "GET" if exchange.head.method == "HEAD" else exchange.head.method
-    return find_caller(fields, app.operator, peer, method)
+        notes: List[str] = []
+        keys = ring_in(fields, notes) or (new_ring_key(DEMO_KEY),)
+        caller = Caller(keys, keys[0].digest, False, tuple(notes))
+    else:
+        peer = exchange.wire.peer_address() if app.operator.loopback else ""
+        method = "GET" if exchange.head.method == "HEAD" else exchange.head.method
+        caller = find_caller(fields, app.operator, peer, method)
+    if caller.notes:
+        exchange.record["notes"] = format_notes(caller.notes)
+    return caller
+
+
+def note_fields(exchange: Exchange) -> List[Tuple[str, str]]:
+    """The header of the notes that are known of a request."""
+    notes = exchange.record.get("notes")
+    return [("x-ccproxy-notes", notes)] if notes else []
 
 
 def count_caller(app: App, caller: Caller) -> None:
@@ -15047,13 +15110,13 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
 
 async def serve_messages_count(app: App, exchange: Exchange) -> None:
     tokens = await count_tokens(app, exchange, MESSAGES)
-    await respond_json(app, exchange, 200, {"input_tokens": tokens})
+    await respond_json(app, exchange, 200, {"input_tokens": tokens}, note_fields(exchange))
 
 
 async def serve_responses_count(app: App, exchange: Exchange) -> None:
     tokens = await count_tokens(app, exchange, RESPONSES)
-    await respond_json(app, exchange, 200, {"object": "response.input_tokens",
-                                            "input_tokens": tokens})
+    await respond_json(app, exchange, 200, {
+        "object": "response.input_tokens", "input_tokens": tokens}, note_fields(exchange))
 
 
 async def refuse_websocket(app: App, exchange: Exchange) -> None:
@@ -15118,10 +15181,10 @@ async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) 
         await await_all_figures(app, caller.keys, 0.0 if fresh else routing.refresh)
     body = usage_body(app.keys, caller, routing, time.time())
     if "format=text" in query_words(exchange.head):
-        await respond(app, exchange, 200, usage_text(body).encode(),
-                      [("content-type", "text/plain; charset=utf-8")])
+        await respond(app, exchange, 200, usage_text(body).encode(), [
+            ("content-type", "text/plain; charset=utf-8"), *note_fields(exchange)])
         return
-    await respond_json(app, exchange, 200, body)
+    await respond_json(app, exchange, 200, body, note_fields(exchange))
 
 
 async def serve_usage(app: App, exchange: Exchange) -> None:
@@ -15363,10 +15426,7 @@ async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
         return
     if error.status in (408, 411, 413):
         exchange.keep = False       # the rest of that body is not worth waiting for
-    fields = error_fields(error)
-    notes = exchange.record.get("notes")
-    if notes:
-        fields.append(("x-ccproxy-notes", notes))
+    fields = error_fields(error) + note_fields(exchange)
     if error.kind == "method" and error.details:
         fields.append(("allow", error.details["allow"]))
     if error.kind == "upgrade":
@@ -16534,9 +16594,9 @@ def check_clock(scene: Scene) -> List[Finding]:
 MAX_ASKED_KEYS = 32
 
 
-def own_keys(settings: Settings) -> Tuple[RingKey, ...]:
+def own_keys(settings: Settings, notes: List[str]) -> Tuple[RingKey, ...]:
     """The keys to try: COMMANDCODE_KEY's, then the operator's.  Raises ProxyError."""
-    own = parse_ring(os.environ.get("COMMANDCODE_KEY", ""), "COMMANDCODE_KEY")
+    own = parse_ring(os.environ.get("COMMANDCODE_KEY", ""), "COMMANDCODE_KEY", notes)
     every = {key.digest: key for key in (*own, *settings.operator.keys)}
     return tuple(every.values())
 
@@ -16579,8 +16639,9 @@ def key_finding(account: Account) -> Finding:
 def check_keys(scene: Scene) -> List[Finding]:
     """Each key of the environment and of the operator, asked about a few at a time."""
     from concurrent.futures import ThreadPoolExecutor
+    notes: List[str] = []
     try:
-        keys = own_keys(scene.settings)
+        keys = own_keys(scene.settings, notes)
     except ProxyError as error:
         return [Finding(False, error.message, "Mend COMMANDCODE_KEY")]
     if not keys:
@@ -16588,6 +16649,7 @@ def check_keys(scene: Scene) -> List[Finding]:
     with ThreadPoolExecutor(8) as pool:
         scene.accounts = list(pool.map(lambda key: ask_about(scene, key), keys[:MAX_ASKED_KEYS]))
     findings = [key_finding(account) for account in scene.accounts]
+    findings += [Finding(None, note.partition("=")[2]) for note in notes]
     if len(keys) > MAX_ASKED_KEYS:
         findings.append(Finding(None, "%d more were not tried" % (len(keys) - MAX_ASKED_KEYS)))
     return findings

@@ -119,7 +119,7 @@ def test_a_client_that_leaves_is_no_failure(place):
 def test_a_bad_policy_and_a_bad_ring(place):
     proxy, fake = place
     assert ask(proxy, fields={"x-ccproxy-routing": "best"}).status == 400
-    assert ask(proxy, keys=A + ",nonsense," + B).status == 400
+    assert ask(proxy, keys=A + ";nonsense," + B).status == 400
     assert served(fake) == []
 
 
@@ -596,6 +596,34 @@ def test_an_unknown_policy_is_a_400(here, policy):
     assert here.served() == ""
 
 
+LEFT_OUT = "left_out=Authorization, entry 3: not a Command Code key"
+
+
+def test_what_is_no_key_in_a_ring_is_noted_and_goes_nowhere(here):
+    """In every answer, in the log, and under x-ccproxy-strict as a refusal."""
+    fields = {"authorization": "Bearer %s,sk-%s" % (here.ring, SECRET)}
+    hi = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    requests = [("POST", path, {**hi, "stream": streamed}) for path in (CHAT, MESSAGES)
+                for streamed in (True, False)]
+    requests += [("POST", RESPONSES, {"input": "hi"}), ("POST", "/explain" + CHAT, hi),
+                 ("POST", MESSAGES + "/count_tokens", hi),
+                 ("POST", RESPONSES + "/input_tokens", {"input": "hi"}),
+                 ("GET", "/v1/usage", None), ("GET", "/v1/usage?format=text", None)]
+    for method, path, body in requests:
+        answer = here.proxy.request(method, path, body, fields, None)
+        assert (answer.status, answer.fields["x-ccproxy-notes"]) == (200, LEFT_OUT), path
+        assert SECRET not in repr(answer).replace("user_" + SECRET, "")
+    refused = here.proxy.request("POST", CHAT, {"messages": 1}, fields, None)
+    assert (refused.status, refused.fields["x-ccproxy-notes"]) == (400, LEFT_OUT)
+    strict = here.proxy.request("POST", CHAT, hi, {**fields, "x-ccproxy-strict": "1"}, None)
+    assert strict.status == 400 and LEFT_OUT in strict.json["error"]["message"]
+    assert len(here.fake.requests) == 5
+    for request in here.fake.requests + here.fake.side_requests:
+        assert "sk-" not in request.field("authorization") + repr(request.body)
+    here.proxy.wait_quiet()
+    assert here.proxy.log.getvalue().count(LEFT_OUT) >= 7
+
+
 def test_a_ring_in_every_header(here):
     a, b = here.keys
     named = "work=%s;weight=2, home=%s" % (a, b)
@@ -869,7 +897,7 @@ def test_usage_needs_a_key_of_ones_own(here):
     head = here.proxy.request("HEAD", "/v1/usage", None, fields, None)
     assert head.status == 200 and head.body == b""
     bad = here.proxy.request("GET", "/v1/usage", None, {
-        "authorization": "Bearer %s,nonsense" % here.ring}, None)
+        "authorization": "Bearer %s;nonsense" % here.ring}, None)
     assert bad.status == 400
 
 

@@ -64,6 +64,17 @@ def test_only_this_machines_own_names_count(place, head, status):
     assert int(data.split(b" ")[1]) == status
 
 
+@pytest.mark.parametrize("fields, status", [
+    ({"authorization": ADMIN}, 200), ({"authorization": "token  " + ADMIN}, 200),
+    ({"x-api-key": ADMIN}, 200), ({"api-key": ADMIN}, 200),
+    ({"authorization": "Basic " + ADMIN}, 401), ({"authorization": "Digest " + ADMIN}, 401),
+    ({"authorization": "Negotiate " + ADMIN}, 401), ({"authorization": "Bearer x, " + ADMIN}, 401)])
+@pytest.mark.parametrize("path", ["/admin/state", "/metrics"])
+def test_the_headers_that_may_hold_the_admin_key(place, fields, status, path):
+    answer = place.request("GET", path, None, {"x-forwarded-for": "1.2.3.4", **fields}, None)
+    assert answer.status == status
+
+
 @pytest.mark.parametrize("name", [
     "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto",
     "X-Forwarded-Port", "X-Forwarded-Server", "X-Real-IP", "X-Client-IP", "True-Client-IP",

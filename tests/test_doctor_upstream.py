@@ -64,12 +64,19 @@ def test_keys_that_are_refused(clinic, tmp_path, monkeypatch):
     assert "user_" not in repr(found).replace("user_...", "")
 
 
-@pytest.mark.parametrize("value, word", [("user_a,user_b,nonsense", "COMMANDCODE_KEY, entry 3"),
+@pytest.mark.parametrize("value, word", [("user_a,user_b;nonsense", "COMMANDCODE_KEY, entry 2"),
                                          ("a=user_a,a=user_b", "one name to two keys")])
 def test_a_ring_that_is_malformed(clinic, tmp_path, monkeypatch, value, word):
     monkeypatch.setenv("COMMANDCODE_KEY", value)
     _, found = examine(settings_of(tmp_path, apiBase=clinic().base, port=0))
     assert works(found)["keys"] == [False] and word in found["keys"][0].words
+
+
+def test_what_is_no_key_in_a_ring_is_told(clinic, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMANDCODE_KEY", "user_good, sk-other")
+    _, found = examine(settings_of(tmp_path, apiBase=clinic().base, port=0))
+    assert works(found)["keys"] == [True, None]
+    assert "COMMANDCODE_KEY, entry 2" in found["keys"][1].words
 
 
 def test_figures_that_are_bad(clinic, tmp_path, monkeypatch):

@@ -193,15 +193,25 @@ def test_options_with_cors(make_proxy, allowed, granted):
 GOOD_KEYS = [
     {"authorization": "Bearer user_a"}, {"authorization": "bearer   user_a"},
     {"Authorization": "BEARER user_a"}, {"authorization": "user_a"},
-    {"authorization": 'Bearer "user_a"'}, {"authorization": "Basic user_a,"},
+    {"authorization": 'Bearer "user_a"'}, {"authorization": "Token user_a"},
+    {"authorization": "token  'user_a'"}, {"authorization": "user_a,"},
     {"x-api-key": "user_a"}, {"X-API-Key": " user_a "},
     {"authorization": "Bearer sk-123", "x-api-key": "user_a"},
     {"authorization": "Bearer user_a", "x-api-key": "user_b"},
-    {"authorization": "Bearer user_a user_b"}]
+    {"authorization": "Bearer user_a user_b"},
+    {"api-key": "user_a"}, {"Api-Key": "Bearer user_a"}, {"api-key": "sk-1, user_a"},
+    {"x-api-key": "user_a", "api-key": "user_b"},
+    {"authorization": "Basic dXNlcjpwdw==", "api-key": "user_a"},
+    {"authorization": "Digest username=user_b", "x-api-key": "sk-1", "api-key": "user_a"}]
 BAD_KEYS = [{}, {"authorization": ""}, {"authorization": "Bearer"},
             {"authorization": "Bearer user_"},
             {"authorization": "Bearer sk-proj-123"}, {"x-api-key": "sk-ant-123"},
-            {"authorization": "Bearer USER_a"}, {"cookie": "key=user_a"}, {"api-key": "user_a"}]
+            {"authorization": "Bearer USER_a"}, {"cookie": "key=user_a"}, {"api-key": "sk-123"},
+            # the credentials of another scheme hold no key (RFC 9110 11.4)
+            {"authorization": "Basic user_a,"}, {"authorization": "Negotiate user_a"},
+            {"authorization": 'Digest username="user_a", nonce="user_b", response=user_c'},
+            {"authorization": "AWS4-HMAC-SHA256 Credential=user_a, Signature=user_b"},
+            {"authorization": "Key user_a"}, {"authorization": "basic  user_a"}]
 
 
 @pytest.mark.parametrize("fields", GOOD_KEYS)

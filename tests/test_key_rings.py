@@ -41,6 +41,18 @@ def leaks(value):
     ("Bearer sk-proj-1:user_a", [("user_a", "", 1)]), (" user_a;x", [("user_a", "", 1)]),
     ("Bearer user_a.", [("user_a", "", 1)]), ("Bearer user_a, a", [("user_a", "", 1)]),
     ("Bearer user_a user_b", [("user_a", "", 1)]), ("user_a;user_b", [("user_a", "", 1)]),
+    # empty entries, white space and quotes count for nothing; what is no key is left out
+    ("Bearer user_a, ,\"user_b\"", [("user_a", "", 1), ("user_b", "", 1)]),
+    ("Bearer ,user_a,\"\", '' ,\t,'user_b' ", [("user_a", "", 1), ("user_b", "", 1)]),
+    ("Token \"work=user_a;weight=2\",\" home = user_b \"", [("user_a", "work", 2),
+                                                           ("user_b", "home", 1)]),
+    ("\"user_a,user_b\"", [("user_a", "", 1), ("user_b", "", 1)]),
+    ("work='user_a',home=\"user_b\"", [("user_a", "work", 1), ("user_b", "home", 1)]),
+    ("Bearer user_a,sk-x,user_b", [("user_a", "", 1), ("user_b", "", 1)]),
+    ("sk-x, user_a", [("user_a", "", 1)]), ("user_a, Basic dXNlcjpwdw==", [("user_a", "", 1)]),
+    ("Bearer sk-x, Bearer user_a", [("user_a", "", 1)]),
+    ("sk-x=1;weight=z, user_a;weight=2, user_, user", [("user_a", "", 2)]),
+    (",".join(["sk-x"] * 50 + ["user_a", "user_b"]), [("user_a", "", 1), ("user_b", "", 1)]),
     # none at all
     ("", []), ("Bearer sk-a,sk-b", []), ("Bearer ", []), ("Bearer user_", []),
 ])
@@ -49,7 +61,7 @@ def test_a_ring_is_read(value, expected):
 
 
 @pytest.mark.parametrize("value, words", [
-    ("Bearer user_a,sk-%s,user_b" % SECRET, "entry 2"), ("user_c,%s user_b" % PLANTED, "2"),
+    ("Bearer user_a,sk-x:%s,user_b" % PLANTED, "entry 2"), ("user_c,%s user_b" % PLANTED, "2"),
     ("user_a,%s;burn=2" % PLANTED, "entry 2"),
     ("%s;weight=0,user_b" % PLANTED, "weight"), ("%s;weight=1001" % PLANTED, "weight"),
     ("user_a,%s;weight=-1" % PLANTED, "entry 2"), ("user_a,%s;weight=1e3" % PLANTED, "entry 2"),
@@ -72,6 +84,11 @@ def test_a_malformed_ring_is_a_400_that_never_says_what_was_sent(value, words):
 @pytest.mark.parametrize("fields, expected", [
     ({"authorization": "Bearer user_a", "x-api-key": "user_b,user_c"}, ["user_a"]),
     ({"authorization": "Bearer sk-x", "x-api-key": "user_b,user_c"}, ["user_b", "user_c"]),
+    ({"x-api-key": "user_a", "api-key": "user_b"}, ["user_a"]), ({"api-key": "user_b"}, ["user_b"]),
+    ({"authorization": "Digest a=user_x, user_y", "api-key": "user_b"}, ["user_b"]),
+    ({"authorization": "work = user_a ; weight = 2"}, ["user_a"]),
+    ({"authorization": "user_a user_b"}, ["user_a"]), ({"authorization": "Bearer , user_a"},
+                                                       ["user_a"]),
     ({"x-api-key": "user_b,user_c"}, ["user_b", "user_c"]), ({}, []),
 ])
 def test_authorization_comes_first(fields, expected):
@@ -82,6 +99,20 @@ def test_the_first_key_of_a_ring_is_the_one_that_was_always_found():
     for value in ("Bearer user_abc, Bearer user_def", "Bearer sk-proj-1:user_abc", "user_abc;x"):
         fields = {"authorization": value}
         assert ccproxy.ring_in(fields)[0].key == "user_abc"
+
+
+@pytest.mark.parametrize("value, places", [
+    ("Bearer user_a, ,\"user_b\"", []), ("user_a", []), ("Bearer sk-x,sk-y", []),
+    ("Bearer user_a, sk-%s" % SECRET, [2]), ("sk-%s, ,user_a,'x y',user_b" % SECRET, [1, 3]),
+    ("lent, user_a", []), ("user_a,user_b, \"lent\" ,sk-x", [4]), ("user_a, lent.", [2]),
+    ("user_a," + "sk," * 5000, list(range(2, 34))),
+])
+def test_a_note_tells_what_is_left_out_of_a_ring(value, places):
+    """By its place alone; the clientKey beside a caller's own key is no stranger."""
+    notes = []
+    ccproxy.parse_ring(value, "api-key", notes, "lent")
+    assert notes == ["left_out=api-key, entry %d: not a Command Code key" % one for one in places]
+    assert not leaks(notes)
 
 
 def test_a_long_ring_costs_little():
@@ -204,6 +235,12 @@ JSON_POST = {"host": "127.0.0.1:3000", "content-type": "application/json"}
     ({"authorization": "Bearer user_own", "x-api-key": "the client key"}, LENT, ["user_own"]),
     ({"authorization": "Bearer user_own", **JSON_POST}, LOCAL, ["user_own"]),
     ({"authorization": "Bearer user_a,user_b"}, LENT, ["user_a", "user_b"]),
+    ({"authorization": "Bearer the client key, user_a"}, LENT, ["user_a"]),
+    ({"authorization": "Token the client key"}, LENT, RING), ({"api-key": "the client key"}, LENT,
+                                                              RING),
+    # the clientKey in a list without a key of the caller's own
+    ({"authorization": "Bearer sk-x, \"the client key\""}, LENT, RING),
+    ({"x-api-key": " ,the client key,"}, LENT, RING),
     # on loopback, with or without the dummy key of an SDK
     (JSON_POST, LOCAL, RING), ({"authorization": "Bearer sk-x", **JSON_POST}, LOCAL, RING),
     ({"x-api-key": "sk-x", **JSON_POST}, LOCAL, RING),
@@ -222,6 +259,9 @@ def test_who_is_served_with_which_keys(fields, operator, keys):
 @pytest.mark.parametrize("fields, operator, peer, status", [
     ({}, LENT, "127.0.0.1", 401), ({"authorization": "Bearer the client ke"}, LENT, "", 401),
     ({"authorization": "Bearer THE CLIENT KEY"}, LENT, "", 401),
+    ({"authorization": "Basic the client key"}, LENT, "", 401),
+    ({"authorization": "Digest sk-x, the client key"}, LENT, "", 401),
+    ({"authorization": "Bearer " + "x," * 32 + "the client key"}, LENT, "", 401),
     ({"authorization": "Bearer sk-" + SECRET}, LENT, "127.0.0.1", 401),
     (JSON_POST, LENT, "127.0.0.1", 401), (JSON_POST, ccproxy.Operator(), "127.0.0.1", 401),
     (JSON_POST, ccproxy.Operator(RING), "127.0.0.1", 401),
@@ -248,6 +288,19 @@ def test_who_is_not(fields, operator, peer, status):
         ccproxy.find_caller(fields, operator, peer, "POST")
     assert caught.value.status == status
     assert not leaks(caught.value) and "client key" not in caught.value.message
+
+
+@pytest.mark.parametrize("fields, notes", [
+    ({"authorization": "Bearer user_a, sk-x"}, ["Authorization, entry 2"]),
+    ({"authorization": "Bearer user_a, the client key"}, []),
+    ({"authorization": "Bearer sk-x, the client key"}, ["Authorization, entry 1"]),
+    ({"authorization": "Bearer the client key"}, []), ({"x-api-key": "the client key"}, []),
+    # another header, from which nothing is taken, is none of this ring
+    ({"authorization": "Bearer sk-x", "x-api-key": "user_a"}, []),
+])
+def test_a_caller_carries_those_notes(fields, notes):
+    found = ccproxy.find_caller(fields, LENT, "", "POST").notes
+    assert list(found) == ["left_out=%s: not a Command Code key" % one for one in notes]
 
 
 def test_a_get_needs_no_content_type():

@@ -19,6 +19,7 @@ from harness import ccproxy
     ({"authorization": "Bearer \"user_A-b_9\""}, "user_A-b_9"),
     ({"authorization": "Bearer user_abc, Bearer user_def"}, "user_abc"),
     ({"authorization": "Bearer sk-proj-1:user_abc"}, "user_abc"),
+    ({"authorization": "token user_abc"}, "user_abc"), ({"api-key": "user_abc"}, "user_abc"),
     ({"x-api-key": "user_abc"}, "user_abc"),
     ({"x-api-key": " user_abc;x"}, "user_abc"),
     # Authorization is looked at first; the first that holds one counts.
@@ -39,6 +40,8 @@ def test_the_key_is_found(fields, key):
     ({"authorization": "Bearer user_"}, "not a Command Code key"),
     ({"authorization": "Bearer USER_SECRET"}, "not a Command Code key"),
     ({"authorization": "Basic dXNlcl9hYmM6"}, "not a Command Code key"),
+    ({"authorization": "Digest username=user_SECRET"}, "not a Command Code key"),
+    ({"api-key": "SECRET"}, "not a Command Code key"),
     ({"authorization": "Bearer user_\xe9"}, "not a Command Code key"),
 ])
 def test_without_a_key_the_error_says_what_is_expected(fields, words):
