@@ -243,7 +243,7 @@ DEFAULT_MODEL = "deepseek/deepseek-v4-flash"    # the vendor's own default, on e
 DEFAULT_SIGNATURE = "ccproxy"       # SDKs want a string where the upstream signed nothing
 
 KEY_PATTERN = re.compile(r"user_[A-Za-z0-9_-]+")
-KEY_LIKE = re.compile(      # also percent-encoded, however often; but not the word user_id
+KEY_LIKE = re.compile(      # what an id must not be; also percent-encoded, however often
     r"user(?:_|%(?:25)*5[Ff])(?!id(?![A-Za-z0-9_-]))[A-Za-z0-9_-]+")
 VERSION_PATTERN = re.compile(r"[0-9]+(\.[0-9]+){1,3}([-+.][0-9A-Za-z.-]+)?")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -847,9 +847,18 @@ def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
 
 
 # === REDACTION & LOG LINES (pure) ===========================================
-# What may be shown of a key or of what a client sent.  A key is shown as six
-# hex digits of its SHA-256.  Log values are printable ASCII on one line, so
-# that no client can forge a line or move a terminal's cursor.
+# What may be shown of a secret or of what a client sent.  Two rules: `hide` takes
+# out known secrets, wherever a text leaves for a client or a log; `redact` takes
+# out whatever looks like a key, and is for all texts but a caller's own names of
+# tools and schema members, told to that caller.  A key is shown as six hex digits
+# of its SHA-256.  Log values are printable ASCII on one line, so that no client
+# can forge a line or move a terminal's cursor.
+
+KEY_SHAPE = re.compile(     # a Bearer value: but not our own `Bearer user_...`, nor prose
+    r"user_[A-Za-z0-9_-]{16,}|(?<![A-Za-z0-9])(?:sk-|ccx_)[A-Za-z0-9_-]{12,}"
+    r"|(?<=[Bb]earer )(?!auth|cred|key:|user_\.)[A-Za-z0-9._~+/=-]{8,}")
+CUT_KEY = re.compile(r"(?:user_|sk-|ccx_)[A-Za-z0-9_-]{0,15}\Z")    # its rest was cut off
+SHORT_SECRET = 8            # a shorter one is hidden only as a whole word
 
 
 def key_name(key: str) -> str:
@@ -857,18 +866,72 @@ def key_name(key: str) -> str:
     return "key:" + hashlib.sha256(key.encode()).hexdigest()[:6]
 
 
-def redact(text: str) -> str:
-    """Replace whatever looks like a Command Code key by its name."""
-    return KEY_LIKE.sub(lambda found: key_name(found[0]), text)
+def percent_decoded(text: str) -> str:
+    """A text without percent-encoding, however often it was encoded."""
+    return unquote(re.sub("%(?:25)+(?=[0-9A-Fa-f]{2})", "%", text)) if "%" in text else text
+
+
+def replace_secrets(text: str, secrets: Iterable[str]) -> str:
+    """A text with other words in place of these secrets, the longest first."""
+    found = [secret for secret in secrets if secret in text]
+    for secret in sorted(found, key=len, reverse=True):
+        shown = key_name(secret) if KEY_PATTERN.fullmatch(secret) else "[hidden]"
+        pattern = re.escape(secret)
+        if len(secret) < SHORT_SECRET:
+            pattern = r"(?<![\w-])" + pattern + r"(?![\w-])"
+        text = re.sub(pattern, shown, text)
+    return text
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Replace these secrets, also where they are percent-encoded."""
+    if "%" not in text and not any(map(text.__contains__, secrets)):
+        return text             # nearly always
+    text = replace_secrets(text, secrets)
+    plain = percent_decoded(text)
+    shown = replace_secrets(plain, secrets)
+    return text if shown == plain else shown
+
+
+def conceal(value: Any, secrets: Iterable[str]) -> Any:
+    """A JSON value without these secrets."""
+    if isinstance(value, str):
+        return hide(value, secrets)
+    if isinstance(value, dict):
+        return {hide(name, secrets): conceal(one, secrets) for name, one in value.items()}
+    return [conceal(one, secrets) for one in value] if isinstance(value, list) else value
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Replace these secrets and whatever looks like a key."""
+    text = hide(text, secrets) if secrets else text
+    plain = percent_decoded(text)
+    text = plain if KEY_SHAPE.search(plain) else text
+    return KEY_SHAPE.sub(lambda found: key_name(found[0]), text)
+
+
+def ascii_line(text: str) -> str:
+    """Text as printable ASCII on one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", text.encode("ascii", "backslashreplace").decode())
 
 
 def printable(text: str, most: int) -> str:
     """Text as printable ASCII, redacted and at most so many characters."""
-    if len(text) <= most and text.isascii() and text.isprintable() and "user" not in text:
+    if len(text) <= most and text.isascii() and text.isprintable() and "user" not in text and \
+            "%" not in text and "sk-" not in text and "ccx" not in text and "earer" not in text:
         return text             # nearly always: several in each request's record and log line
-    shown = redact(text[:4 * most]).encode("ascii", "backslashreplace").decode()
-    shown = re.sub(r"[\x00-\x1f\x7f]", "?", shown)
+    whole = text if len(text) <= 4 * most else CUT_KEY.sub("", text[:4 * most])
+    shown = ascii_line(redact(whole))
     return shown if len(shown) <= most else shown[:most - 3] + "..."
+
+
+def own_words(text: str, most: int) -> str:
+    """The same for words of the caller's that go back to it: redacted only where they are cut, for
+    no key may be cut in two."""
+    if len(text) <= most and text.isascii() and text.isprintable():
+        return text
+    shown = ascii_line(text[:most + 1])
+    return shown if len(shown) <= most else printable(text, most)
 
 
 BARE_VALUE = re.compile(r"[^\s\"=;]+")         # stands in a log line without quotes
@@ -892,7 +955,7 @@ def log_line(fields: Mapping[str, Any]) -> str:
 def add_note(notes: List[str], code: str, detail: str) -> None:
     """Remember something that was dropped, clamped or changed, as `code=detail`; what repeats
     itself, as a flood of bad lines would, once."""
-    note = "%s=%s" % (code, printable(detail, 120).replace(";", ","))
+    note = "%s=%s" % (code, own_words(detail, 120).replace(";", ","))
     if notes[-1:] != [note]:
         notes.append(note)
 
@@ -1467,7 +1530,7 @@ def event_frame(name: str, value: Json) -> bytes:
 
 def comment_frame(text: str) -> bytes:
     """An SSE comment: keeps a connection alive without waking the client's own watchdog."""
-    return b": %b\n\n" % printable(text, 500).encode()
+    return b": %b\n\n" % own_words(text, 500).encode()
 
 
 # === JSON TEXT (pure) =======================================================
@@ -1961,7 +2024,7 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
         choices = lower[-1:] or list(taken[:1]) if rank >= 0 else []
         fitted = choices[0] if choices else None
     if fitted != asked:
-        add_note(notes, "effort", "%s -> %s" % (asked, fitted or "the model's own"))
+        add_note(notes, "effort", "%s -> %s" % (redact(asked or ""), fitted or "the model's own"))
     return fitted
 
 
@@ -2069,7 +2132,7 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
     check_allowed(name, found, models, config)
     model = found or Model(name, name)
     if asked and model.id != asked:
-        add_note(notes, "model", "%s -> %s" % (asked, model.id))
+        add_note(notes, "model", redact("%s -> %s" % (asked, model.id)))
     near = () if found else nearest_ids(name, served_ids(models, config))
     if near:            # a name unlike every known model is new rather than misspelt
         add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
@@ -2243,6 +2306,8 @@ def choose_traceparent(given: str, fresh: str) -> str:
 
 MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
 MAX_RING_WEIGHT = 1000
+MAX_SENT_SECRETS = 64   # of one header, that are looked for in what is shown
+NO_SECRETS = ("bearer", "token", "user_", "user_...")      # schemes, and what stands for a key
 RING_SHAPE = "[name=]user_...[;weight=N], ..."
 RING_ENTRY = re.compile(
     r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?'
@@ -2309,6 +2374,23 @@ def merge_ring(keys: Iterable[RingKey], where: str,
 def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
     """The key under which what belongs to the whole ring is kept, whatever its order."""
     return min(keys, key=lambda key: key.digest)
+
+
+def sent_secrets(fields: Fields) -> List[str]:
+    """All that a request's headers hold as keys: every key, every entry of a list, and the
+    credentials of any scheme."""
+    found: List[str] = []
+    for name, _ in KEY_FIELDS:
+        value = fields.get(name)
+        lone = LONE_KEY.fullmatch(value) if value else None
+        if lone:
+            found.append(lone[1])
+        elif value:
+            entries = [entry for entry in ring_entries(value)[:MAX_SENT_SECRETS]
+                       if entry.lower() not in NO_SECRETS]
+            found += entries + [entry.rpartition(" ")[2] for entry in entries]
+            found += KEY_PATTERN.findall(value)[:MAX_SENT_SECRETS]
+    return found
 
 
 def note_left_out(entries: List[str], where: str, client_key: str, notes: List[str]) -> None:
@@ -3512,7 +3594,7 @@ def read_system_block(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 
 def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
-    add_note(notes, "dropped", "%s at %s" % (part.get("type"), path))
+    add_note(notes, "dropped", "%s at %s" % (redact(str(part.get("type"))), path))
     return []
 
 
@@ -3694,7 +3776,7 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
         add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
         return Choice("auto")
     if isinstance(given, dict):     # a vendor's own tool, which was left out
-        add_note(notes, "ignored", "tool_choice %s" % kind)
+        add_note(notes, "ignored", "tool_choice %s" % redact(kind))
         return None
     raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
 
@@ -4918,7 +5000,7 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     except (ValueError, RecursionError):
         said = {}
     if not said and text and not text.startswith(("<", "{")):
-        said = {"message": text[:500]}
+        said = {"message": redact(text)[:500]}
     said = {name: value for name, value in said.items() if name not in ("status", "statusCode")}
     return upstream_error(status, said, trace_id, retry_after)
 
@@ -5835,7 +5917,8 @@ def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from read_words(reading, kind, block.get(kind))
         yield from sign_thinking(reading, block.get("signature"))
     else:
-        add_note(reading.notes, "ignored", "a block of type %s in the answer" % kind)
+        add_note(reading.notes, "ignored", "a block of type %s in the answer"
+                 % redact(str(kind)))
 
 
 def read_block_delta(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -6353,7 +6436,7 @@ def read_input(body: Json, prompt: Prompt) -> None:
         kind = get(item, "type", "a string", path) or "message"
         reader = ITEM_READERS.get(kind)
         if reader is None:
-            add_note(prompt.notes, "dropped", "%s at %s" % (kind, path))
+            add_note(prompt.notes, "dropped", "%s at %s" % (redact(kind), path))
         else:
             reader(item, path, prompt)
     lift_leading_system(prompt)
@@ -6387,17 +6470,15 @@ def refuse_state(body: Json) -> None:
 
 
 def echo_request(body: Json) -> Json:
-    """What a response object repeats of its request (without its bulk: tools, instructions), keys
-    made unreadable."""
+    """What a response object repeats of its request, without its bulk: tools, instructions."""
     reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
     text = body.get("text") if isinstance(body.get("text"), dict) else {}
-    echo = {"max_output_tokens": body.get("max_output_tokens"),
+    return {"max_output_tokens": body.get("max_output_tokens"),
             "metadata": body.get("metadata") or {}, "parallel_tool_calls": True,
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "temperature": body.get("temperature"), "top_p": body.get("top_p"),
             "text": {"format": text.get("format") or {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto"}
-    return dict(json.loads(redact(json.dumps(echo))))
 
 
 def parse_responses(body: Json, notes: List[str]) -> Prompt:
@@ -6646,7 +6727,7 @@ class Answer:
 
     __slots__ = ("face", "upstream", "reply", "stream", "allow_empty", "filters", "touched",
                  "asked", "lines", "reading", "lane", "counts", "begun", "over", "visible",
-                 "shown", "error", "unclosed", "noted", "lines_read", "kept")
+                 "shown", "error", "unclosed", "noted", "lines_read", "kept", "secrets")
 
     def __init__(self, face: Face, upstream: UpstreamFormat, reply: Reply, prompt: Prompt,
                  allow_empty: bool) -> None:
@@ -6666,6 +6747,7 @@ class Answer:
         self.noted = 0              # late notes that went out as comments
         self.lines_read = 0         # feeds that held a whole line: signs of life
         self.kept = 0               # bytes of lines whose text is kept
+        self.secrets: List[str] = []    # which no note may show
 
     def feed(self, data: bytes) -> bytes:
         """Frames for some more bytes of the upstream's body."""
@@ -6871,7 +6953,7 @@ class Answer:
         """Notes that came up after the response head, as SSE comments."""
         late = list(dict.fromkeys(self.reply.notes[self.noted:]))
         self.noted = len(self.reply.notes)
-        return b"".join(comment_frame("note " + note) for note in late[:20])
+        return b"".join(comment_frame("note " + hide(note, self.secrets)) for note in late[:20])
 
     def find_lane(self) -> Optional[Lane]:
         """The lane of the open block, the same as before while that block is open."""
@@ -11483,6 +11565,18 @@ def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -
                cli_version=version)
 
 
+SECRET_OPTIONS = [snake_case(option.name) for option in OPTIONS if option.kind == "secret"]
+
+
+def held_secrets(app: App) -> List[str]:
+    """Every secret that the program holds."""
+    found = [getattr(app.config, name) for name in SECRET_OPTIONS]
+    if app.proxy_authorization:
+        basic = app.proxy_authorization.partition(" ")[2]
+        found += [basic, base64.b64decode(basic).decode().partition(":")[2]]
+    return [one for one in found if one] + [key.key for key in app.operator.keys]
+
+
 def spawn(app: App, work: Any) -> "asyncio.Task[Any]":
     """Start a task that the app owns: it is cancelled when the proxy stops."""
     task = asyncio.get_running_loop().create_task(work)
@@ -12876,7 +12970,7 @@ async def read_account(app: App, key: RingKey) -> Optional[Figures]:
     query = "?orgId=" + org if org else ""
     billing = await ask_account(app, key, credits + query)
     subscription = await ask_account(app, key, subscriptions + query)
-    return read_figures(billing, subscription, time.time())
+    return read_figures(*conceal([billing, subscription], [key.key]), time.time())
 
 
 async def refresh_account(app: App, key: RingKey) -> None:
@@ -12888,7 +12982,8 @@ async def refresh_account(app: App, key: RingKey) -> None:
         if figures is not None:
             note_figures(state, figures)
     except (ProxyError, OSError, ValueError, RecursionError, asyncio.TimeoutError) as error:
-        app.log.debug("no account figures for %s: %s", key.shown, printable(str(error), 200))
+        app.log.debug("no account figures for %s: %s", key.shown, printable(hide(
+            str(error), [key.key]), 200))
 
 
 def start_refresh(app: App, key: RingKey, seconds: float) -> Optional["asyncio.Task[Any]"]:
@@ -13009,7 +13104,7 @@ async def try_post(app: App, body: bytes) -> str:
             status = await within(app, app.limits.webhook, in_thread(
                 lambda: post_json((url, token), body, context, app.limits.webhook)))
         except (OSError, ValueError, asyncio.TimeoutError) as error:
-            fault = printable(str(error), 200) or "no answer in time"
+            fault = printable(hide(str(error), held_secrets(app)), 200) or "no answer in time"
         else:
             if 200 <= status < 300:
                 return ""
@@ -13276,7 +13371,8 @@ def begin_anew(relay: Relay, error: ProxyError, mendable: bool, code: str, detai
         raise stopping_error() from None
     if not mendable:
         raise error
-    relay.app.log.debug("%s: %s failed: %s", code, relay.key.shown, printable(error.message, 200))
+    relay.app.log.debug("%s: %s failed: %s", code, relay.key.shown, printable(hide(
+        error.message, relay.answer.secrets), 200))
     if relay.answer.stream and relay.answer.shown:
         relay.app.metrics.counts["splices_total",] += 1
     relay.answer.restart()
@@ -13432,7 +13528,33 @@ class Exchange:
     relay: Optional[Relay] = None               # of its answer, from when it is asked for
     number: int = 0                             # by which it is shown while it runs
     private: bool = False                       # its answer is for no page of another origin
+    secrets: Optional[List[str]] = None         # see secrets_of
     record: Dict[str, Any] = field(default_factory=dict)
+
+
+def secrets_of(app: App, exchange: Exchange) -> List[str]:
+    """What nothing that is told of a request may hold: its own keys and the program's secrets."""
+    if exchange.secrets is None:
+        exchange.secrets = sent_secrets(exchange.head.fields) + held_secrets(app)
+    return exchange.secrets
+
+
+def conceal_error(app: App, exchange: Exchange, error: ProxyError) -> None:
+    """Take secrets out of an error that a client is to read, and record it."""
+    secrets = secrets_of(app, exchange)
+    for name in ("message", "code", "param", "trace_id"):
+        setattr(error, name, conceal(getattr(error, name), secrets))
+    if error.details and error.kind != "method":
+        error.details = conceal(error.details, secrets)
+    exchange.record["error"] = "%s: %s" % (error.kind, error.message)
+
+
+def conceal_record(app: App, exchange: Exchange) -> None:
+    """Take secrets out of what a client or an upstream wrote into a record that is kept."""
+    record = exchange.record
+    for name in ("trace",) if "api" in record else ("method", "path"):      # as the log shows it
+        if record.get(name):
+            record[name] = hide(record[name], secrets_of(app, exchange))
 
 
 def cors_fields(app: App, head: RequestHead) -> List[Tuple[str, str]]:
@@ -13575,7 +13697,8 @@ def make_record(exchange: Exchange, now: float, total: float) -> Record:
         known.get("key", ""), known.get("status", 499), known.get("stream", False),
         known.get("in"), known.get("out"), known.get("cached"), known.get("reasoning"),
         read_cost(known.get("cost")), known.get("first"), total, known.get("retries", 0),
-        known.get("notes", ""), printable(known.get("error", ""), 500), known.get("trace") or "")
+        redact(known.get("notes", "")), printable(known.get("error", ""), 500),
+        known.get("trace") or "")
 
 
 def keep_record(app: App, exchange: Exchange) -> None:
@@ -13713,14 +13836,18 @@ def refuse_notes(exchange: Exchange, face: Face, body: Json, notes: List[str]) -
                          details={"notes": unique[:100]})
 
 
-def new_answer(app: App, face: Face, prompt: Prompt, upstream: UpstreamFormat) -> Answer:
+def new_answer(app: App, exchange: Exchange, face: Face, prompt: Prompt,
+               upstream: UpstreamFormat) -> Answer:
     """An empty answer to a prompt."""
-    reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model),
+    secrets = secrets_of(app, exchange)
+    reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model, secrets),
                   int(time.time()), include_usage=prompt.include_usage,
-                  carry_thinking=prompt.carry_thinking, echo=prompt.echo,
+                  carry_thinking=prompt.carry_thinking, echo=conceal(prompt.echo, secrets),
                   remember=prompt.remember)
     reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
-    return Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
+    answer = Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
+    answer.secrets = secrets
+    return answer
 
 
 async def breathe(data: bytes) -> None:
@@ -13748,10 +13875,11 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         upstream = upstream_of(app, fields, prompt.model)
         spec = build(keys[0])
         await breathe(data)
-        answer = new_answer(app, face, prompt, upstream)
+        answer = new_answer(app, exchange, face, prompt, upstream)
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
-    exchange.record.update(asked=prompt.asked, model=prompt.model, stream=prompt.stream)
+    exchange.record.update(asked=hide(prompt.asked, answer.secrets),
+                           model=hide(prompt.model, answer.secrets), stream=prompt.stream)
     refuse_notes(exchange, face, body, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)._replace(
         names=names_of(prompt.model, {name for key in keys for name in key.allowed_models},
@@ -13767,7 +13895,7 @@ def answer_fields(job: Job) -> List[Tuple[str, str]]:
     """The headers that every answer carries: its id, and what was changed on the way."""
     reply = job.answer.reply
     fields = [("x-request-id", reply.id), ("request-id", reply.id)]
-    notes = format_notes(job.notes + reply.notes)
+    notes = hide(format_notes(job.notes + reply.notes), job.answer.secrets)
     job.answer.noted = len(reply.notes)
     return fields + ([("x-ccproxy-notes", notes)] if notes else [])
 
@@ -13788,7 +13916,7 @@ def explain_call(app: App, job: Job) -> Json:
     base = "%s://%s" % (app.origin.scheme, app.origin.authority)
     return {"method": method, "url": target if "://" in target else base + target,
             "headers": fields, "body": json.loads(job.spec.payload),
-            "notes": list(dict.fromkeys(job.notes))}
+            "notes": conceal(list(dict.fromkeys(job.notes)), job.answer.secrets)}
 
 
 def learn_usage(app: App, reply: Reply) -> None:
@@ -13814,7 +13942,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> A
         return answer
     add_repair_turns(prompt, answer.reply, violation)
     upstream = job.spec.upstream
-    second = new_answer(app, answer.face, prompt, upstream)
+    second = new_answer(app, exchange, answer.face, prompt, upstream)
     relay = Relay(app, exchange.wire, second, CallSpec(b"", b"", upstream), lambda: b"")
     try:
         payload = upstream.build(prompt, prompt.session)
@@ -13824,7 +13952,8 @@ async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> A
         await run_calls(relay, exchange.record, key, job.ring.routing)
         await finish_reading(relay)
     except ProxyError as error:
-        app.log.debug("repair of a structured answer failed: %s", printable(error.message, 200))
+        app.log.debug("repair of a structured answer failed: %s", printable(hide(
+            error.message, answer.secrets), 200))
         add_note(answer.reply.notes, "json_invalid", violation)
         return answer
     finally:
@@ -13989,7 +14118,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         record_notes(exchange, job)
         if not relay.opened:
             raise
-        record["error"] = "%s: %s" % (error.kind, error.message)
+        conceal_error(app, exchange, error)
         relay.send(job.answer.failure(error), last=True)
     finally:
         if not finishing:
@@ -14001,7 +14130,8 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
 
 
 def record_notes(exchange: Exchange, job: Job) -> None:
-    exchange.record["notes"] = format_notes(job.notes + job.answer.reply.notes)
+    notes = format_notes(job.notes + job.answer.reply.notes)
+    exchange.record["notes"] = hide(notes, job.answer.secrets)
 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
@@ -15386,12 +15516,14 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
             exchange.record.update(status=499, error="the client left")
         raise
     except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
-        app.log.error("internal error on %s", shown_path(exchange.head), exc_info=True)
+        app.log.error("internal error on %s", hide(shown_path(exchange.head), secrets_of(
+            app, exchange)), exc_info=True)
         await show_error(app, exchange, internal_error(fault))
     finally:
         app.exchanges.discard(exchange)
         exchange.relay = None       # which knows the exchange: a cycle would wait for the collector
         release_body(app, exchange)
+        conceal_record(app, exchange)
         keep_record(app, exchange)
         log_exchange(app, exchange)
     return exchange
@@ -15416,7 +15548,7 @@ async def show_codex_error(app: App, exchange: Exchange, error: ProxyError) -> N
 
 async def show_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     """An error as the answer, in the shape of the API that the client speaks."""
-    exchange.record["error"] = "%s: %s" % (error.kind, error.message)
+    conceal_error(app, exchange, error)
     if exchange.opened:
         exchange.keep = False
         return
@@ -16726,9 +16858,10 @@ def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
         sound = sound and not wrong
         if wrong or cause is not None:
             failed[check.name] = cause or check.name
+        secrets = [one.key.key for one in scene.accounts]
         for finding in findings:
-            show(check, finding._replace(words=redact(finding.words),
-                                         advice=redact(finding.advice)))
+            show(check, finding._replace(words=redact(finding.words, secrets),
+                                         advice=redact(finding.advice, secrets)))
     return sound
 
 

@@ -40,7 +40,8 @@ def test_the_recorded_answers_are_read():
     (None, {"success": True, "data": None}, None),
     (None, {"data": {"planId": "individual-pro"}}, dict(plan="individual-pro")),
     (None, {"data": {"planId": ["x"], "currentPeriodEnd": "soon"}}, dict(plan="['x']")),
-    (None, {"data": {"status": "user_5ecret"}}, dict(status=ccproxy.key_name("user_5ecret"))),
+    (None, {"data": {"status": "user_5ecret5ecret5ecr"}}, dict(
+        status=ccproxy.key_name("user_5ecret5ecret5ecr"))),
     ({"windowLimits": {"fiveHour": {"used": 3, "cap": 3, "resetAt": 0}}}, None,
      dict(five_hour=ccproxy.Window(3, 3, True, 0))),
     ({"windowLimits": {"fiveHour": {"used": 1, "cap": 0}, "weekly": None}}, None, None),

@@ -218,9 +218,10 @@ def test_the_usage_of_a_command_is_as_it_is_typed(name):
 
 
 def test_a_key_in_the_wrong_place_is_not_printed(empty):
-    known = checked("--config", empty, "--project-slug", "user_5ecr3t", "--model-aliases", "user_5ecr3t=kimi")
-    assert known["projectSlug"][0] == ccproxy.key_name("user_5ecr3t")
-    assert known["modelAliases"][0] == {ccproxy.key_name("user_5ecr3t"): "kimi"}
+    key = "user_5ecr3tPartOfAKey01"
+    known = checked("--config", empty, "--project-slug", key, "--model-aliases", key + "=kimi")
+    assert known["projectSlug"][0] == ccproxy.key_name(key)
+    assert known["modelAliases"][0] == {ccproxy.key_name(key): "kimi"}
 
 
 def test_help_names_every_option_and_variable():

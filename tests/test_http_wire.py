@@ -721,7 +721,7 @@ def test_a_bomb_is_not_inflated(monkeypatch):
     (ccproxy.Framing(True, None), "deflate", ccproxy.InflatedBody),
     (ccproxy.Framing(True, None), "br", None), (ccproxy.Framing(True, None), "zstd", None),
     (ccproxy.Framing(True, None), "gzip, gzip", None),
-    (ccproxy.Framing(True, None), "user_secretsecret", None),
+    (ccproxy.Framing(True, None), "user_secretsecretsecret", None),
 ])
 def test_which_reader_a_framing_and_coding_get(framing, coding, kind):
     if kind is None:

@@ -8,7 +8,7 @@ import re
 import pytest
 from harness import ccproxy
 
-KEY = "user_Abc-123_xyz"
+KEY = "user_Abc-123_xyz-0456789"
 NAME = "key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]
 
 
@@ -24,10 +24,68 @@ def test_a_key_is_shown_as_six_digits_of_its_digest():
     ('{"key":"%s"}' % KEY, '{"key":"%s"}' % NAME),
     ("a" + KEY + " b", "a" + NAME + " b"), ("x=%s&y" % KEY, "x=%s&y" % NAME),
     (KEY + "\n" + KEY, NAME + "\n" + NAME), ("user_", "user_"), ("user name", "user name"),
-    ("/x/user%5FAbc", "/x/" + ccproxy.key_name("user%5FAbc")), ("user%25255fAbc;", ccproxy.key_name("user%25255fAbc") + ";"),
+    # percent-encoded, however often
+    ("/x/" + KEY.replace("_", "%5F"), "/x/" + NAME),
+    (KEY.replace("_", "%25255f") + ";", NAME + ";"), ("%2575%25252573er" + KEY[4:], NAME),
+    ("100%, %zz %41 %", "100%, %zz %41 %"),
+    # a word of fewer than 16 characters behind user_ is a name
+    ("user_name, user_location: user_id", "user_name, user_location: user_id"),
+    ("user_" + "a" * 15, "user_" + "a" * 15), ("user_" + "a" * 16, ccproxy.key_name("user_" + "a" * 16)),
+    # other vendors' keys, bridge tokens, Bearer values
+    ("key sk-proj-Abc_123456 no", "key %s no" % ccproxy.key_name("sk-proj-Abc_123456")),
+    ("=sk-ant-api03-Abc123;", "=%s;" % ccproxy.key_name("sk-ant-api03-Abc123")),
+    ("ccx_0123456789abcdef.", ccproxy.key_name("ccx_0123456789abcdef") + "."),
+    ("Bearer eyJhbGciOi.J9-_x/=", "Bearer " + ccproxy.key_name("eyJhbGciOi.J9-_x/=")),
+    ("task-management-of-words, ask-for-what-you-want", "task-management-of-words, "
+     "ask-for-what-you-want"),
+    ("sk-x, sk-SK, ccx_, `Authorization: Bearer user_...`, Bearer ..., Bearer %s" % NAME,
+     "sk-x, sk-SK, ccx_, `Authorization: Bearer user_...`, Bearer ..., Bearer %s" % NAME),
+    ("bearer authentication, Bearer credentials", "bearer authentication, Bearer credentials"),
 ])
 def test_redaction(text, expected):
     assert ccproxy.redact(text) == expected
+    assert ccproxy.redact(expected) == expected
+    assert ccproxy.printable(text, 500) == expected.replace("\n", "?")
+
+
+SECRETS = ["hunter2", "user_test", "user_test2", "https://h.example/T/x?y", "a%41bcdefg", "x"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""), ("nothing", "nothing"), ("hunter2", "[hidden]"), ("(hunter2).", "([hidden])."),
+    # one shorter than 8 characters only as a whole word
+    ("hunter23 xhunter2 hunter2-a _hunter2", "hunter23 xhunter2 hunter2-a _hunter2"),
+    ("x=x-api-key x", "[hidden]=x-api-key [hidden]"),
+    # others anywhere, the longest first
+    ("auser_testb user_test2", "a%sb %s" % (ccproxy.key_name("user_test"),
+                                           ccproxy.key_name("user_test2"))),
+    ("to https://h.example/T/x?y!", "to [hidden]!"), ("https://h.example/T/", "https://h.example/T/"),
+    # percent-encoded, however often, and one that looks so
+    ("/v1/user%5Ftest", "/v1/" + ccproxy.key_name("user_test")),
+    ("/u%2573er%25255ftes%74/%2F", "/%s//" % ccproxy.key_name("user_test")), ("/%2F%41", "/%2F%41"),
+    ("a%41bcdefg", "[hidden]"),
+])
+def test_known_secrets_are_hidden_exactly(text, expected):
+    assert ccproxy.hide(text, SECRETS) == expected
+    assert ccproxy.conceal({text: [text, 1, None, {"a": text}]}, SECRETS) == {
+        expected: [expected, 1, None, {"a": expected}]}
+    assert ccproxy.redact(text, SECRETS) == expected
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({}, set()), ({"authorization": ""}, set()), ({"authorization": "Bearer"}, set()),
+    ({"authorization": "Bearer user_a"}, {"user_a"}), ({"cookie": "user_a"}, set()),
+    ({"authorization": "Token sk-1", "x-api-key": "user_a", "api-key": "user_b"},
+     {"sk-1", "user_a", "user_b"}),
+    ({"x-api-key": "w=user_a;weight=2, \"sk 2\""}, {"user_a", "w=user_a;weight=2", "sk 2", "2"}),
+    ({"authorization": "Basic dXNlcjpwdw=="}, {"Basic dXNlcjpwdw==", "dXNlcjpwdw=="}),
+])
+def test_what_a_request_sends_as_keys(fields, expected):
+    assert set(ccproxy.sent_secrets(fields)) == expected
+
+
+def test_no_list_of_keys_costs_much_to_look_for():
+    assert len(ccproxy.sent_secrets({"authorization": "a," * 30000 + "user_a," * 1000})) <= 192
 
 
 @pytest.mark.parametrize("text, most, expected", [
@@ -60,7 +118,9 @@ def test_printable_text_is_ascii_on_one_line_bounded_and_without_keys():
 @pytest.mark.parametrize("place", range(0, 60))
 def test_no_cut_shows_a_part_of_a_key(place):
     secret = "user_" + "S3cret" * 10
-    assert "S3cret" not in ccproxy.printable("x" * place + secret + " y", 16)
+    for text in ("x" * place + secret + " y", secret + " " + secret + "x" * place + secret):
+        assert "S3cret" not in ccproxy.printable(text, 16)
+        assert "S3cret" not in ccproxy.own_words("\xe9" + text, 32)
 
 
 @pytest.mark.parametrize("value, expected", [
@@ -100,7 +160,10 @@ def test_a_log_line_can_be_taken_apart_again():
 @pytest.mark.parametrize("code, detail, expected", [
     ("clamped", "max_tokens 9 -> 8", "clamped=max_tokens 9 -> 8"),
     ("dropped", "a; b=c", "dropped=a, b=c"), ("dropped", "a\r\nx-evil: 1", "dropped=a??x-evil: 1"),
-    ("dropped", "caf\xe9", "dropped=caf\\xe9"), ("model", KEY, "model=" + NAME),
+    ("dropped", "caf\xe9", "dropped=caf\\xe9"),
+    # a caller's own names, for that caller
+    ("schema", "of tool user_name_of_the_customer", "schema=of tool user_name_of_the_customer"),
+    ("x", "y" * 100 + KEY, "x=" + "y" * 100 + NAME),      # but nothing of a key that is cut
     ("x", "y" * 500, "x=" + "y" * 117 + "..."),
 ])
 def test_notes(code, detail, expected):

@@ -1,6 +1,7 @@
 """A key planted in a request is found in no log line, answer, header or file."""
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -8,8 +9,8 @@ import threading
 
 import pytest
 from fake_upstream import FakeUpstream, ndjson, raw, status, stream
-from harness import (CHAT, FAST, MESSAGES, Program, Proxy, call_program, post_bytes, read_all,
-                     read_until, wait_until)
+from harness import (CHAT, FAST, MESSAGES, Program, Proxy, call_program, ccproxy, post_bytes,
+                     read_all, read_until, wait_until)
 
 SECRET = "5ecr3tPartOfAKey0123456789"
 KEY = "user_" + SECRET
@@ -203,6 +204,122 @@ def test_those_requests_go_where_they_should(place, name):
         assert b'"authorization":"Bearer key:' in data
     if "from Codex" in name and STATUSES[name] == b"200":
         assert b"response.failed" in data
+    take_log(proxy)
+
+
+SHORT = "5h0rtK3y"          # too short to look like a key: hidden as what was sent
+SHORT_KEY = "user_" + SHORT
+UNSENT = {"in a preflight", "as the request line", "as the method", "in a bad request line", "as host",
+          "on a broken header line", "on a line without a colon", "with a control character", "folded",
+          "in the address", "as transfer coding", "as a length"}      # no head, or no key is sent in it
+
+
+def shortened(data):
+    """The same request with a short key, which it sends too."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    size, body = len(body), body.replace(SECRET.encode(), SHORT.encode())
+    head = head.replace(SECRET.encode(), SHORT.encode()).replace(
+        b"content-length: %d" % size, b"content-length: %d" % len(body))
+    if not (b"authorization: Bearer" in head or b"x-api-key: user_" in head):
+        head += b"\r\nauthorization: Bearer " + SHORT_KEY.encode()
+    return head + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("name", sorted(set(REQUESTS) - UNSENT))
+def test_a_short_key_that_was_sent(place, name):
+    proxy, _ = place
+    data = send(proxy, shortened(REQUESTS[name]))
+    said = take_log(proxy)
+    assert data.startswith(b"HTTP/1.1 ") and said
+    assert SHORT not in said and SHORT.encode() not in data
+
+
+SHORT_ECHO = "Invalid key %s for model" % SHORT_KEY
+SHORT_ECHOES = {
+    "a status": status(401, {"error": {"code": "BAD", "message": SHORT_ECHO}}),
+    "its code": status(400, {"error": {"code": SHORT_KEY, "message": "no"}}),
+    "text": status(500, SHORT_ECHO.encode()),
+    "a trace id": status(402, b"", "x-trace-id: %s\r\n" % SHORT_KEY),
+    "a good trace id": stream(ndjson({"type": "finish", "finishReason": "stop"}),
+                              fields="x-trace-id: %s\r\n" % SHORT_KEY),
+    "an event": stream(ndjson({"type": "error", "error": {"message": SHORT_ECHO,
+                                                          "statusCode": 401}})),
+    "a later event": stream(ndjson({"type": "text-delta", "id": "0", "text": "Half"},
+                                   {"type": "error", "error": {"message": SHORT_ECHO,
+                                                               "code": SHORT_KEY}})),
+    "a repeated failure": stream(ndjson({"type": "error", "error": {
+        "message": SHORT_ECHO, "statusCode": 503, "isRetryable": True}})),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_ECHOES)
+def test_a_short_key_that_the_upstream_echoes(place, name):
+    proxy, fake = place
+    fake.default = SHORT_ECHOES[name]
+    fields = {"authorization": "Bearer " + SHORT_KEY}
+    for path in (CHAT, MESSAGES, RESPONSES):
+        for streamed in (True, False):
+            answer = send(proxy, post(path, fields, stream=streamed))
+            assert answer.startswith(b"HTTP/1.1 ") and SHORT.encode() not in answer
+    state = proxy.request("GET", "/admin/state", key=None)
+    assert SHORT.encode() not in state.body and SHORT not in take_log(proxy)
+
+
+HELD_SECRETS = {"clientKey": "cl1ent", "adminKey": "adm1n-5ecret", "alertWebhookToken": "t0ken-5ecret",
+                "alertWebhookUrl": "https://hooks.example/T0/5ecret"}
+
+
+def test_the_secrets_that_the_program_holds(monkeypatch):
+    """Of its options, of its operator's keys and of the way to its upstream, whoever says them."""
+    monkeypatch.setenv("COMMANDCODE_API_KEY", "user_0perat0r")
+    fake = FakeUpstream()
+    proxy = Proxy(apiBase=fake.base, **HELD_SECRETS)
+    proxy.app.operator = ccproxy.read_operator(proxy.app.config)
+    proxy.app.proxy_authorization = "Basic " + base64.b64encode(b"me:pr0xy-5ecret").decode()
+    secrets = [*HELD_SECRETS.values(), "user_0perat0r", proxy.app.proxy_authorization[6:],
+               "pr0xy-5ecret"]
+    words = "no " + ", ".join(secrets) + "; but cl1entele"
+    fake.default = status(400, {"error": {"message": words, "code": words}})
+    try:
+        answers = [send(proxy, post(path, {"authorization": "Bearer user_someone"}, stream=streamed))
+                   for path in (CHAT, MESSAGES, RESPONSES) for streamed in (True, False)]
+        answers += [send(proxy, post(model=words + "\u00e9")), send(proxy, post("/v1/" + secrets[1])),
+                    send(proxy, post(tools=[{"type": "x", "name": words}], messages=1)),
+                    send(proxy, post(tools=[{"type": "x", "name": words}], fields=STRICT)),
+                    send(proxy, post(RESPONSES, fields=DRY, tool_choice=words)),
+                    send(proxy, with_head("GET /x/%s HTTP/1.1" % secrets[3]))]
+        state = proxy.request("GET", "/admin/state", None, {"x-api-key": "adm1n-5ecret"}, None)
+        said = take_log(proxy)
+    finally:
+        proxy.close()
+        fake.close()
+    assert b"but cl1entele" in answers[0] and len(state.json["recent"]) >= 6
+    for data in (*answers, state.body, said.encode()):
+        assert not [one for one in secrets if one.encode() in data.replace(b"cl1entele", b"")]
+
+
+OWN = "user_name_of_the_customer"           # would look like a key, were it not a name
+OWN_TOOL = {"type": "function", "function": {"name": OWN, "parameters": {
+    "type": "string", "properties": {"user_location": {"type": "string"}}}}}
+
+
+def test_a_callers_own_names_come_back_to_it(place):
+    """Of tools and schemas: in notes and in what Responses repeat; but a key among them does not."""
+    proxy, fake = place
+    fake.default = stream("01")
+    answer = proxy.request("POST", CHAT, {"messages": [{"role": "user", "content": "hi"}], "tools": [
+        OWN_TOOL, {"type": "web", "name": OWN + "_2"}]}, BEARER, None)
+    assert OWN + " " in answer.fields["x-ccproxy-notes"]
+    assert OWN + "_2 " in answer.fields["x-ccproxy-notes"]
+    schema = {"type": "object", "properties": {OWN: {"type": "string"}, "user_location": {},
+                                               KEY: {"enum": [KEY]}}}
+    body = {"input": "hi", "tool_choice": {"type": "function", "name": OWN}, "metadata": {OWN: OWN},
+            "text": {"format": {"type": "json_schema", "name": OWN, "schema": schema}}}
+    echo = proxy.request("POST", RESPONSES, body, BEARER, None).json
+    name = "key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]
+    assert echo["text"]["format"]["schema"]["properties"] == {
+        OWN: {"type": "string"}, "user_location": {}, name: {"enum": [name]}}
+    assert (echo["tool_choice"]["name"], echo["metadata"]) == (OWN, {OWN: OWN})
     take_log(proxy)
 
 

@@ -221,7 +221,7 @@ def test_no_text_can_make_a_frame_of_its_own(text):
 
 
 def test_a_comment_shows_no_key_and_is_bounded():
-    frame = ccproxy.comment_frame("user_abcdef " + "x" * 100000)
+    frame = ccproxy.comment_frame("user_abcdefghijklmnop " + "x" * 100000)
     assert b"user_abcdef" not in frame
     assert len(frame) < 600
 

@@ -104,7 +104,7 @@ def test_retry_after(value, seconds):
 
 
 def test_keys_are_not_shown():
-    key = "user_abcDEF123"
+    key = "user_abcDEF123abcDEF456"
     error = ccproxy.read_upstream_failure(401, {"x-trace-id": key}, envelope(
         "bad key %s" % key, "code " + key).encode())
     for face in (ccproxy.CHAT, ccproxy.MESSAGES):

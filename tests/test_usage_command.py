@@ -107,7 +107,7 @@ def test_since(path, since, requests):
 
 
 @pytest.mark.parametrize("given", ["", "7", "d", "-7d", "7 d", "7y", "2026-13-01", "yesterday",
-                                   "999999999d", "\u0667d", "user_secret123456789"])
+                                   "999999999d", "\u0667d", "user_secret1234567890"])
 def test_a_bad_since(path, given):
     status, _, errors = run_here("--usage-db", path, "--since=" + given)
     assert status == 2 and len(errors.splitlines()) == 1
