@@ -2204,6 +2204,26 @@ def model_entry(model: Model) -> Json:
             "plan": known_plan(model) or None}
 
 
+def ollama_model(model: Model) -> Json:
+    """A model as Ollama's /api/tags lists it; of a file that is not there nothing is told."""
+    entry: Json = {"name": model.id, "model": model.id, "modified_at": "1970-01-01T00:00:00Z",
+                   "size": 0, "digest": "", "details": {
+                       "parent_model": "", "format": "", "family": "", "families": [],
+                       "parameter_size": "", "quantization_level": ""}}
+    return {**entry, "context_length": model.context} if model.context else entry
+
+
+def ollama_details(model: Model) -> Json:
+    """A model as Ollama's /api/show tells it."""
+    info: Json = {"general.architecture": "command-code", "general.basename": model.name}
+    if model.context:
+        info["command-code.context_length"] = model.context
+    thinks = ["thinking"] if model.efforts else []
+    return {"details": ollama_model(model)["details"], "model_info": info,
+            "modified_at": "1970-01-01T00:00:00Z",
+            "capabilities": ["completion", "tools"] + ["vision"] * model.vision + thinks}
+
+
 def openai_model_list(shown: List[Model]) -> Json:
     return {"object": "list", "data": [openai_model(model) for model in shown]}
 
@@ -13605,9 +13625,10 @@ async def respond_json(app: App, exchange: Exchange, status: int, value: Json,
     await respond(app, exchange, status, to_json(value), [JSON_TYPE, *fields])
 
 
-async def read_body(app: App, exchange: Exchange) -> bytes:
-    """The request's body, decoded.  Raises ProxyError 400, 408, 411, 413, 415 or 503."""
-    head, most = exchange.head, app.config.max_body_bytes
+async def read_body(app: App, exchange: Exchange, most: int = 0) -> bytes:
+    """The request's body, decoded, of at most so many bytes (0: maxBodyBytes).  Raises ProxyError
+    400, 408, 411, 413, 415 or 503."""
+    head, most = exchange.head, min(most or app.config.max_body_bytes, app.config.max_body_bytes)
     if head.framing == Framing(False, 0) and "content-length" not in head.fields:
         raise ProxyError("length_required", "A POST needs a body with Content-Length or chunked.")
     if (head.framing.length or 0) > most:
@@ -14186,12 +14207,18 @@ async def serve_dashboard(app: App, exchange: Exchange) -> None:
     await respond(app, exchange, 200, app.page.body, app.page.fields)
 
 
+PATH_PREFIX = re.compile(r"^(/explain)?(/anthropic|/openai|/api(?=/v1(/|$)))?(?=/|$)"
+                         r"((/v1)+(?=/|$))?")
+# A base URL that names the endpoint already, and the path that its client adds to it.
+DOUBLED_PATH = re.compile(r"^((/chat/completions|/messages|/responses|/models(?=(/v1)*/models))"
+                          r"(/v1)*(?=/(chat/completions|messages|responses|models)(/|$)))+")
+
+
 def normal_path(path: str) -> str:
-    """A path without what may stand before it (/explain, /anthropic, /v1 once or twice) and
-    without slashes behind it."""
-    path = re.sub(r"/{2,}", "/", path)
-    path = re.sub(r"^(/explain)?(/anthropic)?(?=/|$)", "", path)
-    return re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
+    """A path without what may stand before it (/explain, /anthropic, /openai, /api/v1, /v1 once or
+    twice, the endpoint itself) and without slashes behind it."""
+    path = PATH_PREFIX.sub("", re.sub(r"/{2,}", "/", path))
+    return DOUBLED_PATH.sub("", path).rstrip("/") or "/"
 
 
 def query_words(head: RequestHead) -> List[str]:
@@ -15276,18 +15303,51 @@ async def serve_models(app: App, exchange: Exchange) -> None:
     await respond_json(app, exchange, 200, make(shown))
 
 
+def choose_shown(app: App, name: str, shown: List[Model]) -> Optional[Model]:
+    """The model of a list that a name means."""
+    found = find_model(aliased(name, app.config), app.models)
+    wanted = {name.lower(), found.id.lower() if found else ""}
+    return next((one for one in shown if one.id.lower() in wanted), None)
+
+
 async def serve_model(app: App, exchange: Exchange) -> None:
     """One model by its id, which arrives percent-encoded (R4)."""
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
     found = find_model(aliased(name, app.config), app.models)
     refuse_switched_off(name, found, app.models, app.config)
-    wanted = {name.lower(), found.id.lower() if found else ""}
-    model = next((one for one in shown if one.id.lower() in wanted), None)
+    model = choose_shown(app, name, shown)
     if model is None:
         raise unknown_model(name, tuple(one.id for one in shown))
     make = anthropic_model if exchange.face is MESSAGES else openai_model
     await respond_json(app, exchange, 200, make(model))
+
+
+# Clients with a provider for Ollama ask these before they use /v1/chat/completions (Ollama's API
+# documentation: version, tags, show).
+OLLAMA = CHAT._replace(error=lambda error: {"error": error.message})
+
+
+async def serve_ollama_version(app: App, exchange: Exchange) -> None:
+    await respond_json(app, exchange, 200, {"version": __version__})
+
+
+async def serve_ollama_tags(app: App, exchange: Exchange) -> None:
+    shown = await fresh_models(app)
+    await respond_json(app, exchange, 200, {"models": [ollama_model(model) for model in shown]})
+
+
+async def serve_ollama_show(app: App, exchange: Exchange) -> None:
+    """What is known of one model; :latest is what a name without a tag means to Ollama."""
+    exchange.face = OLLAMA
+    body = parse_object(await read_body(app, exchange, DISCARD_BYTES), [])
+    name = body.get("model") or body.get("name")
+    if not isinstance(name, str):
+        raise ProxyError("invalid", "model is required", param="model")
+    model = choose_shown(app, re.sub(":latest$", "", name), await fresh_models(app))
+    if model is None:
+        raise ProxyError("model", "model '%s' not found" % printable(name, 100), param="model")
+    await respond_json(app, exchange, 200, ollama_details(model))
 
 
 async def serve_health(app: App, exchange: Exchange) -> None:
@@ -15385,11 +15445,31 @@ ROUTES = {
     "/admin/models": Route({"GET": show_admin_models}, quiet=True, private=True),
     "/admin/keys": Route({"GET": show_keys, "POST": add_key}, private=True),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
-    "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True)}
+    "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True),
+    "/api/event_logging/v2/batch": Route({"POST": serve_noise}, quiet=True),
+    "/api/version": Route({"GET": serve_ollama_version}, quiet=True),
+    "/api/tags": Route({"GET": serve_ollama_tags}, quiet=True),
+    "/api/show": Route({"POST": serve_ollama_show}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
 ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
 ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key}, private=True)
 PREFIXES = {"/models/": ONE_MODEL, "/responses/": ONE_RESPONSE, "/admin/keys/": ONE_KEY}
+
+
+API_PATH = re.compile(r"/(chat/completions|messages(/count_tokens)?|responses(/input_tokens)?|"
+                      r"models(/[^/]+)?)$")
+
+
+def unknown_path(head: RequestHead, path: str) -> ProxyError:
+    """A 404; where only what stands before a known path is wrong, it names the base URL to set."""
+    words = ("Served are POST /v1/chat/completions, POST /v1/messages, POST /v1/responses, "
+             "GET /v1/models, GET /health.")
+    if API_PATH.search(path):
+        scheme = "https" if head.fields.get("x-forwarded-proto") == "https" else "http"
+        base = "%s://%s" % (scheme, printable(head.fields.get("host") or "HOST:PORT", 200))
+        words = ("Set the client's base URL to %s/v1 (OpenAI clients) or %s (Anthropic clients)."
+                 % (base, base))
+    return ProxyError("not_found", "There is no %s here. %s" % (shown_path(head), words))
 
 
 def find_route(head: RequestHead) -> Route:
@@ -15400,9 +15480,7 @@ def find_route(head: RequestHead) -> Route:
     route = ROUTES.get(path) or next(
         (route for prefix, route in PREFIXES.items() if path.startswith(prefix)), None)
     if route is None:
-        raise ProxyError("not_found", "There is no %s here. Served are POST /v1/chat/completions, "
-                         "POST /v1/messages, POST /v1/responses, GET /v1/models, GET /health."
-                         % shown_path(head))
+        raise unknown_path(head, path)
     return route
 
 

@@ -22,7 +22,13 @@ HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
 @pytest.mark.parametrize("path", [
     "/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions",
     "/v1/chat/completions/", "/v1/chat/completions?beta=true&x=/y", "//v1//chat/completions",
-    "/v1/chat/completions/?"])
+    "/v1/chat/completions/?", "/openai/v1/chat/completions", "/openai/chat/completions",
+    "/api/v1/chat/completions", "/api/v1/v1/chat/completions", "/anthropic/v1/chat/completions",
+    # a base URL that names the endpoint, and what its client adds to it
+    "/v1/chat/completions/chat/completions", "/v1/chat/completions/v1/chat/completions",
+    "/chat/completions/v1/chat/completions", "/openai/v1/chat/completions/chat/completions/",
+    "/v1/chat/completions/chat/completions/chat/completions", "/v1/messages/v1/chat/completions",
+    "/v1/responses/chat/completions"])
 def test_chat_paths(proxy, path):
     answer = proxy.request("POST", path, HI)
     assert answer.json["choices"][0]["message"] == {"role": "assistant", "content": "Hello there"}
@@ -31,7 +37,9 @@ def test_chat_paths(proxy, path):
 
 @pytest.mark.parametrize("path", [
     "/v1/messages", "/messages", "/v1/v1/messages", "/v1/messages/", "/v1/messages?beta=true",
-    "/anthropic/v1/messages", "/anthropic/messages", "/anthropic/v1/messages/?beta=true"])
+    "/anthropic/v1/messages", "/anthropic/messages", "/anthropic/v1/messages/?beta=true",
+    "/v1/messages/v1/messages?beta=true", "/v1/messages/messages", "/api/v1/messages",
+    "/anthropic/v1/messages/v1/messages", "/v1/chat/completions/v1/messages"])
 def test_messages_paths(proxy, path):
     answer = proxy.request("POST", path, HI)
     assert answer.json["content"] == [{"type": "text", "text": "Hello there"}]
@@ -39,9 +47,59 @@ def test_messages_paths(proxy, path):
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/v1/v1/models",
-                                  "/v1/models?limit=1000", "/anthropic/v1/models"])
+                                  "/v1/models?limit=1000", "/anthropic/v1/models",
+                                  "/openai/v1/models", "/api/v1/models", "/v1/models/models",
+                                  "/v1/chat/completions/models", "/v1/messages/v1/models"])
 def test_model_list_paths(proxy, path):
     assert [row["id"] for row in proxy.request("GET", path, key=None).json["data"]] == LIVE
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("/v1/responses/v1/responses", "/responses"), ("/explain/openai/v1/responses", "/responses"),
+    ("/v1/messages/v1/messages/count_tokens", "/messages/count_tokens"),
+    ("/v1/messages/messages/count_tokens", "/messages/count_tokens"),
+    ("/responses/responses/input_tokens", "/responses/input_tokens"),
+    ("/v1/chat/completions/v1/models/a%2Fb", "/models/a%2Fb"),
+    # what only looks so
+    ("/api/version", "/api/version"), ("/api/v1x/models", "/api/v1x/models"), ("/api", "/api"),
+    ("/v1/responses/resp_1", "/responses/resp_1"), ("/v1/models/responses", "/models/responses"),
+    ("/v1/models/vendor/models", "/models/vendor/models"), ("/openaiv1/messages", "/openaiv1/messages"),
+    ("/messages/messagesx", "/messages/messagesx"), ("/v1/messages/admin/state",
+                                                     "/messages/admin/state"),
+    ("/messages" + "/v1" * 5000 + "/x", "/messages" + "/v1" * 5000 + "/x"), ("*", "*"),
+])
+def test_what_a_path_comes_to(path, expected):
+    assert ccproxy.normal_path(path) == expected
+
+
+BASES = [
+    ("/foo/v1/chat/completions", {"host": "ai.example:8080"}, "http://ai.example:8080"),
+    ("/openai/deployments/gpt/chat/completions?api-version=1", {"host": "[::1]:9"}, "http://[::1]:9"),
+    ("/v2/messages", {"host": "h"}, "http://h"), ("/v1/foo/responses/", {"host": "h"}, "http://h"),
+    ("/x/v1/models/some", {"host": "h"}, "http://h"),
+    ("/x/v1/messages/count_tokens", {"host": "h", "x-forwarded-proto": "https"}, "https://h"),
+    ("/x/messages", {"host": "h", "x-forwarded-proto": "https://e"}, "http://h"),
+    ("/x/messages", {"host": "%s" % KEY}, "http://key:"), ("/x/health", {"host": "h"}, ""),
+    ("/v1/embeddings", {"host": "h"}, ""), ("/v1/messages/batches", {"host": "h"}, ""),
+]
+
+
+@pytest.mark.parametrize("path, fields, base", BASES)
+def test_behind_a_strange_prefix_the_base_url_is_told(proxy, upstream, path, fields, base):
+    answer = proxy.request("POST", path, HI, fields)
+    message = answer.json["error"]["message"]
+    assert answer.status == 404 and KEY not in message and not upstream.requests
+    if not base:
+        assert "base URL" not in message and "POST /v1/messages" in message
+    elif base.endswith(":"):
+        assert base in message
+    else:
+        assert "base URL to %s/v1 (OpenAI" % base in message and " %s (Anthropic" % base in message
+
+
+def test_without_a_host_the_base_url_has_a_gap(proxy):
+    data = proxy.raw(b"POST /x/messages HTTP/1.0\r\ncontent-length: 0\r\n\r\n")
+    assert data.startswith(b"HTTP/1.1 404") and b"http://HOST:PORT/v1 (OpenAI" in data
 
 
 # Unknown paths and wrong methods, in both shapes.
@@ -97,7 +155,8 @@ def test_connect_and_trace(proxy, head):
 
 @pytest.mark.parametrize("path, expected", [
     ("/", 200), ("/health", 200), ("/v1/models", 200), ("/v1/models/vendor%2FNew-Model", 200),
-    ("/api/hello", 200), ("/nothing", 404), ("/v1/messages", 405)])
+    ("/api/hello", 200), ("/api/version", 200), ("/api/tags", 200), ("/api/show", 405),
+    ("/nothing", 404), ("/v1/messages", 405)])
 def test_head(proxy, path, expected):
     """The head of the GET, no body, and the connection goes on."""
     connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=10)
@@ -110,15 +169,72 @@ def test_head(proxy, path, expected):
         assert answer.status == expected and len(body) == (lengths[-1] if method == "GET" else 0)
     connection.close()
     assert lengths[0] == lengths[2] > 0
-    if path not in ("/health", "/v1/messages"):     # they tell the time, and the method
+    if path not in ("/health", "/v1/messages", "/api/show"):     # the time, and the method
         assert lengths[0] == lengths[1]
 
 
 def test_start_up_noise(proxy, upstream):
     """What Claude Code asks its own vendor at start is answered here, without a key."""
     assert proxy.request("HEAD", "/api/hello", key=None).status == 200
-    assert proxy.request("POST", "/api/event_logging/batch", {"events": []}, key=None).status == 200
+    for path in ("/api/event_logging/batch", "/api/event_logging/v2/batch"):
+        answer = proxy.request("POST", path, {"events": []}, key=None)
+        assert (answer.status, answer.json) == (200, {})
     assert not upstream.connections
+
+
+# What clients with a provider for Ollama ask.
+
+
+def test_the_version_that_ollamas_clients_ask(proxy):
+    answer = proxy.request("GET", "/api/version", key=None)
+    assert (answer.status, answer.json) == (200, {"version": ccproxy.__version__})
+
+
+def test_the_models_that_ollamas_clients_list(make_proxy):
+    proxy = make_proxy(allowedModels=["vendor/New-Model", LIVE[0]], modelAliases={"mine": LIVE[0]})
+    models = proxy.request("GET", "/api/tags", key=None).json["models"]
+    assert [row["name"] for row in models] == ["mine"] + LIVE
+    for row in models:
+        assert row["model"] == row["name"] and set(row["details"]) == {
+            "parent_model", "format", "family", "families", "parameter_size", "quantization_level"}
+        assert (row["size"], row["digest"]) == (0, "") and row["modified_at"].endswith("Z")
+    lengths = {row["id"]: row.get("context_length")
+               for row in proxy.request("GET", "/v1/models", key=None).json["data"]}
+    assert {row["name"]: row.get("context_length") for row in models} == lengths
+    assert lengths[LIVE[0]] > 1000
+    only = make_proxy(allowedModels=[LIVE[1]]).request("GET", "/api/tags", key=None).json["models"]
+    assert [row["name"] for row in only] == [LIVE[1]]
+
+
+@pytest.mark.parametrize("body", [{"model": LIVE[0]}, {"name": LIVE[0]}, {"model": LIVE[0].upper()},
+                                  {"model": LIVE[0] + ":latest", "verbose": True}])
+def test_what_ollamas_clients_ask_of_a_model(proxy, body):
+    answer = proxy.request("POST", "/api/show", body, key=None)
+    info = answer.json["model_info"]
+    length = info[info["general.architecture"] + ".context_length"]
+    known = {row["id"]: row for row in proxy.request("GET", "/v1/models", key=None).json["data"]}
+    assert answer.status == 200 and length == known[LIVE[0]]["context_length"]
+    assert {"completion", "tools"} <= set(answer.json["capabilities"])
+    assert info["general.basename"] == known[LIVE[0]]["name"] and answer.json["details"]
+
+
+@pytest.mark.parametrize("body, expected, words", [
+    ({"model": "nobody"}, 404, "model 'nobody' not found"), ({}, 400, "model is required"),
+    ({"model": 5}, 400, "model is required"), ([], 400, "object"), (b"{", 400, "JSON"),
+    (b"[" * 60000, 400, "nested"), (b" " * 70000 + b"{}", 413, "larger")])
+def test_what_is_refused_there_is_in_ollamas_shape(proxy, upstream, body, expected, words):
+    answer = proxy.request("POST", "/api/show", body, key=None)
+    assert answer.status == expected and set(answer.json) == {"error"}
+    assert words in answer.json["error"]
+    assert not upstream.requests
+
+
+def test_a_model_that_is_not_served_is_not_shown_there(make_proxy):
+    proxy = make_proxy(models=[{"id": LIVE[0], "enabled": False}])
+    assert proxy.request("POST", "/api/show", {"model": LIVE[0]}, key=None).status == 404
+    assert proxy.request("POST", "/api/show", {"model": LIVE[1]}, key=None).status == 200
+    closed = make_proxy(allowedModels=[LIVE[1]])
+    assert closed.request("POST", "/api/show", {"model": LIVE[0]}, key=None).status == 404
 
 
 def test_root_tells_a_person_what_this_is(proxy):
