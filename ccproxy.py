@@ -1135,13 +1135,11 @@ def check_host(pairs: List[Tuple[str, str]], minor: int, authority: Optional[str
 def read_target(method: str, target: str, absolute: Optional["re.Match[str]"]) -> str:
     """The path and query of a target.  Raises ProxyError for a target in none of the forms of
     RFC 9112 3.2; CONNECT is refused behind this, whatever its target."""
-    path = absolute[2] if absolute else target
-    if absolute and not path.startswith("/"):
-        path = "/" + path
-    whole = method == "CONNECT" or (method == "OPTIONS" and path == "*")
-    if not (path.startswith("/") or whole):
+    if absolute:
+        return absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    if not (target.startswith("/") or method == "CONNECT" or (method, target) == ("OPTIONS", "*")):
         raise client_fault("the target must be a path or an http URL")
-    return path
+    return target
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -2610,17 +2608,17 @@ def check_operator(operator: Operator, host: str) -> str:
         "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
 
 
-def presents_client_key(fields: Fields, client_key: str) -> bool:
-    given = [key_text(fields, name) for name, _ in KEY_FIELDS]
-    return any([is_same_secret(one, client_key) for one in given])     # a list: always all
-
-
-def lists_client_key(fields: Fields, client_key: str, notes: List[str]) -> bool:
-    """Whether the clientKey is an entry of a header's list; notes tell of the other entries."""
+def presents_client_key(fields: Fields, client_key: str,
+                        notes: Optional[List[str]] = None) -> bool:
+    """Whether a header holds this key.  With `notes` it may stand in a list, as a caller's own key
+    may; they tell of the other entries."""
     for name, where in KEY_FIELDS:
-        entries = ring_entries(key_text(fields, name))[:MAX_RING_KEYS]
-        if any([is_same_secret(entry, client_key) for entry in entries]):
+        text = key_text(fields, name)
+        entries = [] if notes is None else ring_entries(text)[:MAX_RING_KEYS]
+        found = [is_same_secret(one, client_key) for one in (text, *entries)]
+        if notes is not None and any(found) and not found[0]:
             note_left_out(entries, where, client_key, notes)
+        if any(found):
             return True
     return False
 
@@ -2654,9 +2652,8 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
     own = ring_in(fields, notes, operator.client_key)
     if own:
         return Caller(own, own[0].digest, False, tuple(notes))
-    if operator.keys and operator.client_key and (
-            presents_client_key(fields, operator.client_key) or
-            lists_client_key(fields, operator.client_key, notes)):
+    if operator.keys and operator.client_key and presents_client_key(
+            fields, operator.client_key, notes):
         name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
         return Caller(operator.keys, name, True, tuple(notes))
     if operator.keys and operator.loopback and not operator.client_key:
@@ -13346,11 +13343,13 @@ async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
     """One attempt, up to the end of its answer.  Raises ProxyError when it failed."""
     try:
         call = await open_call(relay.app, relay.spec)
-        trace_id = printable(call.head.fields.get("x-trace-id", ""), 64) or None
+        trace_id = printable(hide(call.head.fields.get("x-trace-id", ""), relay.answer.secrets),
+                             64) or None
         record["trace"] = trace_id
         relay.attach(call)
         await relay.done
     except ProxyError as error:
+        error.trace_id = conceal(error.trace_id, relay.answer.secrets)
         record["trace"] = error.trace_id
         raise
     if relay.answer.error is not None:
@@ -13562,19 +13561,11 @@ def secrets_of(app: App, exchange: Exchange) -> List[str]:
 def conceal_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     """Take secrets out of an error that a client is to read, and record it."""
     secrets = secrets_of(app, exchange)
-    for name in ("message", "code", "param", "trace_id"):
+    for name in ("message", "code", "param"):
         setattr(error, name, conceal(getattr(error, name), secrets))
     if error.details and error.kind != "method":
         error.details = conceal(error.details, secrets)
     exchange.record["error"] = "%s: %s" % (error.kind, error.message)
-
-
-def conceal_record(app: App, exchange: Exchange) -> None:
-    """Take secrets out of what a client or an upstream wrote into a record that is kept."""
-    record = exchange.record
-    for name in ("trace",) if "api" in record else ("method", "path"):      # as the log shows it
-        if record.get(name):
-            record[name] = hide(record[name], secrets_of(app, exchange))
 
 
 def cors_fields(app: App, head: RequestHead) -> List[Tuple[str, str]]:
@@ -15490,7 +15481,9 @@ def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
     exchange.face = face_of_path(head)
     exchange.dry_run = re.match("/+explain/", head.path) is not None or \
         is_asked(head, "x-ccproxy-dry-run")
-    exchange.record.update(method=head.method, path=unquote(head.path))
+    secrets = secrets_of(app, exchange)
+    exchange.record.update(method=hide(head.method, secrets),
+                           path=hide(unquote(head.path), secrets))
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
     if head.method == "OPTIONS":
@@ -15601,7 +15594,6 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         app.exchanges.discard(exchange)
         exchange.relay = None       # which knows the exchange: a cycle would wait for the collector
         release_body(app, exchange)
-        conceal_record(app, exchange)
         keep_record(app, exchange)
         log_exchange(app, exchange)
     return exchange
