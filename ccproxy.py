@@ -873,13 +873,14 @@ def percent_decoded(text: str) -> str:
 
 def replace_secrets(text: str, secrets: Iterable[str]) -> str:
     """A text with other words in place of these secrets, the longest first."""
-    found = [secret for secret in secrets if secret in text]
-    for secret in sorted(found, key=len, reverse=True):
-        shown = key_name(secret) if KEY_PATTERN.fullmatch(secret) else "[hidden]"
-        pattern = re.escape(secret)
-        if len(secret) < SHORT_SECRET:
-            pattern = r"(?<![\w-])" + pattern + r"(?![\w-])"
-        text = re.sub(pattern, shown, text)
+    found = sorted((one for one in secrets if one in text), key=len, reverse=True)
+    shown = {one: key_name(one) if KEY_PATTERN.fullmatch(one) else "[hidden]" for one in found}
+    for secret in found:
+        if len(secret) >= SHORT_SECRET:
+            text = text.replace(secret, shown[secret])
+    short = "|".join(re.escape(one) for one in found if len(one) < SHORT_SECRET)
+    if short:
+        text = re.sub(r"(?<![\w-])(?:%s)(?![\w-])" % short, lambda one: shown[one[0]], text)
     return text
 
 
@@ -896,15 +897,22 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 def conceal(value: Any, secrets: Iterable[str]) -> Any:
     """A JSON value without these secrets."""
     if isinstance(value, str):
-        return hide(value, secrets)
+        return replace_secrets(value, secrets)
     if isinstance(value, dict):
-        return {hide(name, secrets): conceal(one, secrets) for name, one in value.items()}
+        return {conceal(name, secrets): conceal(one, secrets) for name, one in value.items()}
     return [conceal(one, secrets) for one in value] if isinstance(value, list) else value
+
+
+def may_hold_key(text: str) -> bool:
+    """Whether a text is worth a look by KEY_SHAPE: hardly any is."""
+    return "user" in text or "%" in text or "sk-" in text or "ccx" in text or "earer" in text
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Replace these secrets and whatever looks like a key."""
     text = hide(text, secrets) if secrets else text
+    if not may_hold_key(text):
+        return text
     plain = percent_decoded(text)
     text = plain if KEY_SHAPE.search(plain) else text
     return KEY_SHAPE.sub(lambda found: key_name(found[0]), text)
@@ -917,8 +925,7 @@ def ascii_line(text: str) -> str:
 
 def printable(text: str, most: int) -> str:
     """Text as printable ASCII, redacted and at most so many characters."""
-    if len(text) <= most and text.isascii() and text.isprintable() and "user" not in text and \
-            "%" not in text and "sk-" not in text and "ccx" not in text and "earer" not in text:
+    if len(text) <= most and text.isascii() and text.isprintable() and not may_hold_key(text):
         return text             # nearly always: several in each request's record and log line
     whole = text if len(text) <= 4 * most else CUT_KEY.sub("", text[:4 * most])
     shown = ascii_line(redact(whole))
@@ -2022,7 +2029,8 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
         choices = lower[-1:] or list(taken[:1]) if rank >= 0 else []
         fitted = choices[0] if choices else None
     if fitted != asked:
-        add_note(notes, "effort", "%s -> %s" % (redact(asked or ""), fitted or "the model's own"))
+        add_note(notes, "effort", "%s -> %s" % (
+            printable(asked or "", 60), fitted or "the model's own"))
     return fitted
 
 
@@ -2324,7 +2332,7 @@ def choose_traceparent(given: str, fresh: str) -> str:
 
 MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
 MAX_RING_WEIGHT = 1000
-MAX_SENT_SECRETS = 64   # of one header, that are looked for in what is shown
+MAX_SENT_SECRETS = 64   # of one request, that are looked for in what is shown
 NO_SECRETS = ("bearer", "token", "user_", "user_...")      # schemes, and what stands for a key
 RING_SHAPE = "[name=]user_...[;weight=N], ..."
 RING_ENTRY = re.compile(
@@ -2404,11 +2412,12 @@ def sent_secrets(fields: Fields) -> List[str]:
         if lone:
             found.append(lone[1])
         elif value:
-            entries = [entry for entry in ring_entries(value)[:MAX_SENT_SECRETS]
+            entries = [entry for entry in ring_entries(value)[:MAX_RING_KEYS]
                        if entry.lower() not in NO_SECRETS]
-            found += entries + [entry.rpartition(" ")[2] for entry in entries]
-            found += KEY_PATTERN.findall(value)[:MAX_SENT_SECRETS]
-    return found
+            words = entries + [entry.rpartition(" ")[2] for entry in entries]
+            found += KEY_PATTERN.findall(value)[:MAX_RING_KEYS]
+            found += [word for word in words if len(entries) == 1 or len(word) >= SHORT_SECRET]
+    return found[:MAX_SENT_SECRETS]
 
 
 def note_left_out(entries: List[str], where: str, client_key: str, notes: List[str]) -> None:
@@ -3611,7 +3620,7 @@ def read_system_block(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 
 def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
-    add_note(notes, "dropped", "%s at %s" % (redact(str(part.get("type"))), path))
+    add_note(notes, "dropped", "%s at %s" % (printable(str(part.get("type")), 60), path))
     return []
 
 
@@ -3793,7 +3802,7 @@ def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
         add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
         return Choice("auto")
     if isinstance(given, dict):     # a vendor's own tool, which was left out
-        add_note(notes, "ignored", "tool_choice %s" % redact(kind))
+        add_note(notes, "ignored", "tool_choice %s" % printable(kind, 60))
         return None
     raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
 
@@ -5935,7 +5944,7 @@ def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from sign_thinking(reading, block.get("signature"))
     else:
         add_note(reading.notes, "ignored", "a block of type %s in the answer"
-                 % redact(str(kind)))
+                 % printable(str(kind), 60))
 
 
 def read_block_delta(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -6453,7 +6462,7 @@ def read_input(body: Json, prompt: Prompt) -> None:
         kind = get(item, "type", "a string", path) or "message"
         reader = ITEM_READERS.get(kind)
         if reader is None:
-            add_note(prompt.notes, "dropped", "%s at %s" % (redact(kind), path))
+            add_note(prompt.notes, "dropped", "%s at %s" % (printable(kind, 60), path))
         else:
             reader(item, path, prompt)
     lift_leading_system(prompt)
@@ -11582,16 +11591,17 @@ def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -
                cli_version=version)
 
 
-SECRET_OPTIONS = [snake_case(option.name) for option in OPTIONS if option.kind == "secret"]
+SECRET_OPTIONS = [place for place, option in enumerate(OPTIONS) if option.kind == "secret"]
 
 
 def held_secrets(app: App) -> List[str]:
     """Every secret that the program holds."""
-    found = [getattr(app.config, name) for name in SECRET_OPTIONS]
+    found = [app.config[place] for place in SECRET_OPTIONS if app.config[place]]
     if app.proxy_authorization:
         basic = app.proxy_authorization.partition(" ")[2]
-        found += [basic, base64.b64decode(basic).decode().partition(":")[2]]
-    return [one for one in found if one] + [key.key for key in app.operator.keys]
+        password = base64.b64decode(basic).decode().partition(":")[2]
+        found += [basic, password] if password else [basic]
+    return found + [key.key for key in app.operator.keys]
 
 
 def spawn(app: App, work: Any) -> "asyncio.Task[Any]":
@@ -13561,9 +13571,9 @@ def secrets_of(app: App, exchange: Exchange) -> List[str]:
 def conceal_error(app: App, exchange: Exchange, error: ProxyError) -> None:
     """Take secrets out of an error that a client is to read, and record it."""
     secrets = secrets_of(app, exchange)
-    for name in ("message", "code", "param"):
-        setattr(error, name, conceal(getattr(error, name), secrets))
-    if error.details and error.kind != "method":
+    error.message = hide(error.message, secrets)
+    error.code, error.param = conceal([error.code, error.param], secrets)
+    if error.details and error.kind != "method":        # its methods are ours
         error.details = conceal(error.details, secrets)
     exchange.record["error"] = "%s: %s" % (error.kind, error.message)
 
@@ -15408,7 +15418,7 @@ async def serve_options(app: App, exchange: Exchange) -> None:
     exchange.private = normal_path(exchange.head.path).startswith(("/admin/", "/metrics"))
     granted = [] if exchange.private else cors_fields(app, exchange.head)
     if any(name == "access-control-allow-origin" for name, _ in granted):
-        wanted = redact(exchange.head.fields.get("access-control-request-headers", "*"))
+        wanted = redact(exchange.head.fields.get("access-control-request-headers", "*")[:4000])
         fields += [("access-control-allow-methods", ALL_METHODS),
                    ("access-control-allow-headers", wanted[:1000]),
                    ("access-control-max-age", "600")]
@@ -15483,7 +15493,7 @@ def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
         is_asked(head, "x-ccproxy-dry-run")
     secrets = secrets_of(app, exchange)
     exchange.record.update(method=hide(head.method, secrets),
-                           path=hide(unquote(head.path), secrets))
+                           path=hide(unquote(head.path[:4 * MAX_LOG_VALUE]), secrets))
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
     if head.method == "OPTIONS":
