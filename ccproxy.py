@@ -11796,6 +11796,13 @@ def reopen_log(log: logging.Logger) -> None:
             handler.close()
 
 
+def redact_traceback(record: logging.LogRecord) -> bool:
+    """Take what looks like a key out of a traceback: an exception may quote what it failed on."""
+    if record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
 def open_log(config: Config) -> logging.Logger:
     """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
     written."""
@@ -11811,6 +11818,7 @@ def open_log(config: Config) -> logging.Logger:
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     handler.handleError = lost_line(config.log_file)
+    handler.addFilter(redact_traceback)
     # What no line shows is not looked up for each (the logging HOWTO's "Optimization").
     logging._srcfile = None     # type: ignore[attr-defined]
     logging.logThreads = logging.logMultiprocessing = False

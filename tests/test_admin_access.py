@@ -114,5 +114,6 @@ def test_nor_does_a_program_start_with_one_or_take_it_over_http(start_program, t
 
 
 def test_a_key_among_the_models_is_told_to_no_caller(make_proxy):
-    answer = make_proxy(allowedModels=["user_5ecr3tPartOfAKey01"]).post("/v1/messages", model="kimi")
+    proxy = make_proxy(allowedModels=["user_5ecr3tPartOfAKey01"])
+    answer = proxy.post("/v1/messages", model="kimi")
     assert answer.status == 404 and b"5ecr3t" not in answer.body

@@ -63,7 +63,8 @@ def test_model_list_paths(proxy, path):
     # what only looks so
     ("/api/version", "/api/version"), ("/api/v1x/models", "/api/v1x/models"), ("/api", "/api"),
     ("/v1/responses/resp_1", "/responses/resp_1"), ("/v1/models/responses", "/models/responses"),
-    ("/v1/models/vendor/models", "/models/vendor/models"), ("/openaiv1/messages", "/openaiv1/messages"),
+    ("/v1/models/vendor/models", "/models/vendor/models"),
+    ("/openaiv1/messages", "/openaiv1/messages"),
     ("/messages/messagesx", "/messages/messagesx"), ("/v1/messages/admin/state",
                                                      "/messages/admin/state"),
     ("/messages" + "/v1" * 5000 + "/x", "/messages" + "/v1" * 5000 + "/x"), ("*", "*"),
@@ -74,7 +75,8 @@ def test_what_a_path_comes_to(path, expected):
 
 BASES = [
     ("/foo/v1/chat/completions", {"host": "ai.example:8080"}, "http://ai.example:8080"),
-    ("/openai/deployments/gpt/chat/completions?api-version=1", {"host": "[::1]:9"}, "http://[::1]:9"),
+    ("/openai/deployments/gpt/chat/completions?api-version=1", {"host": "[::1]:9"},
+     "http://[::1]:9"),
     ("/v2/messages", {"host": "h"}, "http://h"), ("/v1/foo/responses/", {"host": "h"}, "http://h"),
     ("/x/v1/models/some", {"host": "h"}, "http://h"),
     ("/x/v1/messages/count_tokens", {"host": "h", "x-forwarded-proto": "https"}, "https://h"),

@@ -6,7 +6,8 @@ import json
 import pytest
 from harness import ccproxy
 
-ONE, TWO, NEW = "user_one1111222233334444", "user_two2222333344445555", "user_new3333444455556666"
+ONE, TWO = "user_one1111222233334444", "user_two2222333344445555"
+NEW = "user_new3333444455556666"
 SHOWN = ccproxy.key_name(ONE)
 ROWS = [{"id": "a", "apiKey": ONE, "note": "kept"}, {"id": "b", "apiKey": TWO, "enabled": False}]
 

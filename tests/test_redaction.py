@@ -30,7 +30,8 @@ def test_a_key_is_shown_as_six_digits_of_its_digest():
     ("100%, %zz %41 %", "100%, %zz %41 %"),
     # a word of fewer than 16 characters behind user_ is a name
     ("user_name, user_location: user_id", "user_name, user_location: user_id"),
-    ("user_" + "a" * 15, "user_" + "a" * 15), ("user_" + "a" * 16, ccproxy.key_name("user_" + "a" * 16)),
+    ("user_" + "a" * 15, "user_" + "a" * 15),
+    ("user_" + "a" * 16, ccproxy.key_name("user_" + "a" * 16)),
     # other vendors' keys, bridge tokens, Bearer values
     ("key sk-proj-Abc_123456 no", "key %s no" % ccproxy.key_name("sk-proj-Abc_123456")),
     ("=sk-ant-api03-Abc123;", "=%s;" % ccproxy.key_name("sk-ant-api03-Abc123")),
@@ -59,7 +60,8 @@ SECRETS = ["hunter2", "user_test", "user_test2", "https://h.example/T/x?y", "a%4
     # others anywhere, the longest first
     ("auser_testb user_test2", "a%sb %s" % (ccproxy.key_name("user_test"),
                                            ccproxy.key_name("user_test2"))),
-    ("to https://h.example/T/x?y!", "to [hidden]!"), ("https://h.example/T/", "https://h.example/T/"),
+    ("to https://h.example/T/x?y!", "to [hidden]!"),
+    ("https://h.example/T/", "https://h.example/T/"),
     # percent-encoded, however often, and one that looks so
     ("/v1/user%5Ftest", "/v1/" + ccproxy.key_name("user_test")),
     ("/u%2573er%25255ftes%74/%2F", "/%s//" % ccproxy.key_name("user_test")), ("/%2F%41", "/%2F%41"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import threading
 
@@ -209,9 +210,10 @@ def test_those_requests_go_where_they_should(place, name):
 
 SHORT = "5h0rtK3y"          # too short to look like a key: hidden as what was sent
 SHORT_KEY = "user_" + SHORT
-UNSENT = {"in a preflight", "as the request line", "as the method", "in a bad request line", "as host",
-          "on a broken header line", "on a line without a colon", "with a control character", "folded",
-          "in the address", "as transfer coding", "as a length"}      # no head, or no key is sent in it
+UNSENT = {      # no head comes of them, or one in which no key is sent
+    "in a preflight", "as the request line", "as the method", "in a bad request line", "as host",
+    "on a broken header line", "on a line without a colon", "with a control character", "folded",
+    "in the address", "as transfer coding", "as a length"}
 
 
 def shortened(data):
@@ -265,7 +267,8 @@ def test_a_short_key_that_the_upstream_echoes(place, name):
     assert SHORT.encode() not in state.body and SHORT not in take_log(proxy)
 
 
-HELD_SECRETS = {"clientKey": "cl1ent", "adminKey": "adm1n-5ecret", "alertWebhookToken": "t0ken-5ecret",
+HELD_SECRETS = {"clientKey": "cl1ent", "adminKey": "adm1n-5ecret",
+                "alertWebhookToken": "t0ken-5ecret",
                 "alertWebhookUrl": "https://hooks.example/T0/5ecret"}
 
 
@@ -281,9 +284,11 @@ def test_the_secrets_that_the_program_holds(monkeypatch):
     words = "no " + ", ".join(secrets) + "; but cl1entele"
     fake.default = status(400, {"error": {"message": words, "code": words}})
     try:
-        answers = [send(proxy, post(path, {"authorization": "Bearer user_someone"}, stream=streamed))
+        fields = {"authorization": "Bearer user_someone"}
+        answers = [send(proxy, post(path, fields, stream=streamed))
                    for path in (CHAT, MESSAGES, RESPONSES) for streamed in (True, False)]
-        answers += [send(proxy, post(model=words + "\u00e9")), send(proxy, post("/v1/" + secrets[1])),
+        answers += [send(proxy, post(model=words + "\u00e9")),
+                    send(proxy, post("/v1/" + secrets[1])),
                     send(proxy, post(tools=[{"type": "x", "name": words}], messages=1)),
                     send(proxy, post(tools=[{"type": "x", "name": words}], fields=STRICT)),
                     send(proxy, post(RESPONSES, fields=DRY, tool_choice=words)),
@@ -304,11 +309,12 @@ OWN_TOOL = {"type": "function", "function": {"name": OWN, "parameters": {
 
 
 def test_a_callers_own_names_come_back_to_it(place):
-    """Of tools and schemas: in notes and in what Responses repeat; but a key among them does not."""
+    """Of tools and schemas: in notes and in what Responses repeat; but no key among them."""
     proxy, fake = place
     fake.default = stream("01")
-    answer = proxy.request("POST", CHAT, {"messages": [{"role": "user", "content": "hi"}], "tools": [
-        OWN_TOOL, {"type": "web", "name": OWN + "_2"}]}, BEARER, None)
+    body = {"messages": [{"role": "user", "content": "hi"}],
+            "tools": [OWN_TOOL, {"type": "web", "name": OWN + "_2"}]}
+    answer = proxy.request("POST", CHAT, body, BEARER, None)
     assert OWN + " " in answer.fields["x-ccproxy-notes"]
     assert OWN + "_2 " in answer.fields["x-ccproxy-notes"]
     schema = {"type": "object", "properties": {OWN: {"type": "string"}, "user_location": {},
@@ -392,6 +398,23 @@ def test_the_whole_program(tmp_path, monkeypatch):
     log = (tmp_path / "proxy.log").read_text()
     assert not any(holds_secret(text) for text in (log, errors, program.screen))
     assert log.count("key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]) >= 3
+
+
+def test_a_traceback_in_the_log(tmp_path):
+    """An exception may quote what it failed on."""
+    path = tmp_path / "proxy.log"
+    log, other = logging.getLogger("ccproxy"), logging.getLogger("asyncio")
+    before = [(one, one.handlers, one.propagate, one.level) for one in (log, other)]
+    ccproxy.open_log(ccproxy.read_config({}, {}, {"logFile": str(path)}, "")[0])
+    try:
+        {}[KEY]
+    except KeyError:
+        log.error("internal error", exc_info=True)
+    log.handlers[0].close()
+    for one, handlers, propagate, level in before:
+        one.handlers, one.propagate, one.level = handlers, propagate, level
+    said = path.read_text()
+    assert "KeyError" in said and "Traceback" in said and not holds_secret(said)
 
 
 PLANTED = [
