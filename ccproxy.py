@@ -10139,8 +10139,8 @@ discard: Discard | 되돌리기 | 放弃
 applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names}
 restart_needed: In effect after a restart: {names} | 재시작 후 적용: {names} | 重启后生效：{names}
 restart: Restart | 재시작 | 重启
-restart_note: Requests in progress may finish. Until then, for at most {seconds} s (drainSeconds), new
-   requests wait; no connection is refused. This page reconnects by itself.
+restart_note: Requests in progress may finish. Until then, for at most {seconds} s (drainSeconds),
+   new requests wait; no connection is refused. This page reconnects by itself.
   | 진행 중인 요청은 끝까지 처리됩니다. 그동안 새 요청은 최대 {seconds}초(drainSeconds) 대기하며 연결은
    거부되지 않습니다. 이 페이지는 자동으로 다시 연결됩니다.
   | 进行中的请求会完成。在此期间，新请求最多等待 {seconds} 秒（drainSeconds），不会拒绝连接。
@@ -11162,7 +11162,8 @@ async function saveOptions(event) {
 }
 async function restart() {
   const seconds = shared.config.options.find((one) => one.name === "drainSeconds").value;
-  if (!await ask(say("restart"), say("restart_note", { seconds }), [], say("restart"), true)) return;
+  const note = say("restart_note", { seconds });
+  if (!await ask(say("restart"), note, [], say("restart"), true)) return;
   if (await attempt(() => write("POST", "/admin/restart"))) toast(say("restarting"));
 }
 views.settings = {
