@@ -7124,18 +7124,22 @@ def read_figures(billing: Any, subscription: Any, now: float) -> Optional[Figure
     return figures if figures != Figures(now) else None
 
 
-def days_left(figures: Figures, now: float) -> float:
-    """Days to the period's end as they divide, never below MIN_DAYS."""
-    if figures.period_end is None:
-        return UNKNOWN_DAYS
-    return max((figures.period_end - now) / DAY_SECONDS, MIN_DAYS)
+def days_left(figures: Figures, now: float) -> Optional[float]:
+    """Days to the period's end; None where no end is told, or where the period is over."""
+    left = (figures.period_end or 0.0) - now
+    return left / DAY_SECONDS if left > 0 else None
 
 
-def burn_of(figures: Figures, now: float) -> float:
+def burn_of(figures: Figures, now: float) -> Optional[float]:
     """USD a day that must be spent, or expiring credit is lost; a purchased reserve's share of a
-    year where that is all there is."""
-    if figures.expiring > 0:
-        return figures.expiring / days_left(figures, now)
+    year where that is all there is.  None: not known, for no credit is told, or the period is over
+    and the next period's figures have yet to come."""
+    end, expiring = figures.period_end, figures.expiring
+    ended = end is not None and end <= now and (expiring > 0 or figures.at < end)
+    if ended or not figures.known:
+        return None
+    if expiring > 0:
+        return expiring / max(days_left(figures, now) or UNKNOWN_DAYS, MIN_DAYS)
     return figures.balance / RESERVE_DAYS
 
 
@@ -7350,7 +7354,8 @@ def unfit_marks(key: RingKey, state: KeyState, routing: Routing, now: float) -> 
 
 RING_IN_FLIGHT = 4          # calls at once on a key of a ring, while another is free
 POLICY_ALIASES = {"depletion_aware": "daily_burn_priority"}
-FIGURE_POLICIES = ("daily_burn_priority", "balance_priority")
+FIGURE_POLICIES: Dict[str, Callable[[Figures, float], Optional[float]]] = {     # what they weigh
+    "daily_burn_priority": burn_of, "balance_priority": lambda figures, now: figures.balance}
 USEFUL_STATUSES = (429, 500, 402, 403, 401)     # 500 stands for all 5xx
 
 Candidate = Tuple[RingKey, KeyState]
@@ -7360,6 +7365,12 @@ def figures_of(state: KeyState, now: float) -> Optional[Figures]:
     """A key's figures where they are of use: credits are told, and not long ago."""
     figures = state.figures
     return figures if figures and figures.known and now - figures.at <= STALE_SECONDS else None
+
+
+def weigh_account(policy: str, state: KeyState, now: float) -> Optional[float]:
+    """What a policy by figures weighs an account by; None where that is not known."""
+    figures = figures_of(state, now)
+    return FIGURE_POLICIES[policy](figures, now) if figures else None
 
 
 def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[float]) -> RingKey:
@@ -7376,15 +7387,15 @@ def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[flo
 
 def choose_by_burn(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
     """The account that must spend the most a day gets the most, so that nothing expires."""
-    scores = [burn_of(figures, now) * key.weight if figures else 0.0
-              for key, figures in ((key, figures_of(state, now)) for key, state in fit)]
+    scores = [(weigh_account("daily_burn_priority", state, now) or 0.0) * key.weight
+              for key, state in fit]
     return choose_smooth(turns, [key for key, _ in fit], scores)
 
 
 def choose_by_balance(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
     """The account that has the most left, by its weight; the first in the ring at a tie."""
-    balances = [figures.balance * key.weight if figures else 0.0
-                for key, figures in ((key, figures_of(state, now)) for key, state in fit)]
+    balances = [(weigh_account("balance_priority", state, now) or 0.0) * key.weight
+                for key, state in fit]
     return fit[balances.index(max(balances))][0]
 
 
@@ -7428,18 +7439,21 @@ def fit_keys(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: fl
 
 
 def with_credit(fit: List[Candidate], now: float) -> List[Candidate]:
-    """Those not known to be out of credit; all, where all are: free models exist."""
+    """Those not known to be out of credit (after its period's end an account may have new
+    credit); all, where all are: free models exist."""
     known = [(key, state, figures_of(state, now)) for key, state in fit]
     return [(key, state) for key, state, figures in known
-            if figures is None or figures.balance > 0] or fit
+            if figures is None or figures.balance > 0 or burn_of(figures, now) is None] or fit
 
 
 def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candidate],
                      routing: Routing, now: float) -> RingKey:
     """One of the fit keys by the policy, or by the fallback where figures are missing."""
     fit = with_credit(fit, now)
-    told = all(figures_of(state, now) for _, state in fit)
-    policy = routing.policy if told or routing.policy not in FIGURE_POLICIES else routing.fallback
+    policy = routing.policy
+    if policy in FIGURE_POLICIES and any(
+            weigh_account(policy, state, now) is None for _, state in fit):
+        policy = routing.fallback
     ring = hashlib.sha256(" ".join([policy, *(key.digest for key in keys)]).encode()).hexdigest()
     turns = table.turns.get(ring) or {}
     keep_newest(table.turns, ring, turns, MAX_RINGS)
@@ -7659,15 +7673,15 @@ def account_entry(figures: Optional[Figures], now: float) -> Optional[Json]:
     """What is told of an account; None when nothing is known of it."""
     if figures is None:
         return None
-    end = figures.period_end
+    days, burn = days_left(figures, now), burn_of(figures, now)
     return {"plan": figures.plan or None, "status": figures.status or None,
             "credits_usd": {"monthly": figures.monthly, "free": figures.free,
                             "purchased": figures.purchased,
                             "expiring": round(figures.expiring, 6) if figures.known else None,
                             "balance": round(figures.balance, 6) if figures.known else None},
-            "period_end": shown_moment(end),
-            "days_left": round(max(end - now, 0) / DAY_SECONDS, 2) if end else None,
-            "burn_usd_per_day": round(burn_of(figures, now), 6) if figures.known else None,
+            "period_end": shown_moment(figures.period_end),
+            "days_left": None if days is None else round(days, 2),
+            "burn_usd_per_day": None if burn is None else round(burn, 6),
             "windows": {"five_hour": window_entry(figures.five_hour),
                         "weekly": window_entry(figures.weekly)},
             "age_seconds": round(max(now - figures.at, 0))}
@@ -7782,10 +7796,9 @@ def expiring_balance(figures: Figures, now: float) -> Optional[float]:
     return figures.expiring if told else None
 
 
-def required_burn(figures: Figures, now: float) -> Optional[float]:
-    """USD a day that must be spent so that nothing expires.  Not known where no end is told, or
-    where it is over: the next period's figures have yet to come."""
-    if expiring_balance(figures, now) is None or (figures.period_end or 0.0) <= now:
+def expiring_burn(figures: Figures, now: float) -> Optional[float]:
+    """The burn of an account whose credit expires at a moment that is told; 0 where none does."""
+    if expiring_balance(figures, now) is None or days_left(figures, now) is None:
         return None
     return burn_of(figures, now) if figures.expiring > 0 else 0.0
 
@@ -7793,7 +7806,7 @@ def required_burn(figures: Figures, now: float) -> Optional[float]:
 ALERT_RULES = {
     "minCurrentBalance": AlertRule(current_balance, -1, "balance of %.2f USD"),
     "minExpiringBalance": AlertRule(expiring_balance, -1, "expiring balance of %.2f USD"),
-    "maxRequiredDailyBurn": AlertRule(required_burn, 1, "required burn of %.2f USD a day")}
+    "maxRequiredDailyBurn": AlertRule(expiring_burn, 1, "required burn of %.2f USD a day")}
 
 
 def alert_limits(config: Config) -> Dict[str, float]:

@@ -82,7 +82,10 @@ def test_the_organisation(whoami, org):
 @pytest.mark.parametrize("credits, days, burn", [
     # (monthly, free, purchased), days to the period's end: USD a day
     ((10, 0, 0), 10, 1.0), ((10, 5, 0), 10, 1.5), ((10, 0, 100), 10, 1.0),
-    ((10, 0, 0), 0.1, 40.0), ((10, 0, 0), -3, 40.0),           # never fewer than 0.25 days
+    ((10, 0, 0), 0.1, 40.0), ((10, 0, 0), 1e-9, 40.0),         # never fewer than 0.25 days
+    # the period is over: not known, but for a reserve that does not end with it
+    ((10, 0, 0), 0, None), ((10, 0, 0), -3, None), ((0, 2, 0), -3, None), ((0, 0, 365), -3, 1.0),
+    ((None, None, None), 10, None), ((None, None, None), None, None),
     ((10, 0, 0), None, 10 / 30),                                # no end is told: a month
     ((0, 0, 365), 10, 1.0), ((0, 0, 0), 10, 0.0), ((-5, 0, 0), 10, 0.0),
     ((None, None, 730), None, 2.0), ((None, 3, None), 3, 1.0),
@@ -90,7 +93,21 @@ def test_the_organisation(whoami, org):
 def test_the_burn(credits, days, burn):
     end = None if days is None else NOW + days * DAY
     figures = ccproxy.Figures(NOW, *credits, period_end=end)
-    assert ccproxy.burn_of(figures, NOW) == pytest.approx(burn)
+    assert ccproxy.burn_of(figures, NOW) == (None if burn is None else pytest.approx(burn))
+    told = ccproxy.account_entry(figures, NOW)
+    assert told["burn_usd_per_day"] == (None if burn is None else pytest.approx(burn, abs=1e-6))
+    assert told["days_left"] == (None if days is None or days <= 0 else round(days, 2))
+
+
+@pytest.mark.parametrize("credits", [(10, 0, 0), (0, 0, 0), (0, 0, 365)])
+def test_a_period_that_ended_since_is_unknown_until_new_figures_come(credits):
+    old = ccproxy.Figures(NOW - 60, *credits, period_end=NOW - 1)
+    assert ccproxy.burn_of(old, NOW) is None and ccproxy.burn_of(old, NOW - 2) is not None
+    new = old._replace(at=NOW, period_end=NOW + 30 * DAY)
+    assert ccproxy.burn_of(new, NOW) == pytest.approx(credits[0] / 30 or credits[2] / 365)
+    row = ccproxy.usage_row(ccproxy.usage_entry(
+        RING[0], ccproxy.KeyState(figures=old), ROUTING, NOW))
+    assert row[6:8] == ("-", "-")
 
 
 # The report.

@@ -133,6 +133,31 @@ def test_without_figures_the_fallback_chooses(name, fallback, expected, case):
     assert choices(table, len(expected), routing=policy(name, fallback), now=now) == expected
 
 
+@pytest.mark.parametrize("days, expected", [
+    # days to the end of the first account's period: what is chosen
+    (0.5, "aaaaaaaa"), (1e-6, "aaaaaaaa"),          # the last hours count, within a bound
+    (0.0, "bbbbbbbb"), (-1.0, "bbbbbbbb")])         # an ended period is no reason to favour it
+def test_an_account_whose_period_is_over_is_not_favoured(days, expected):
+    table, keys = ccproxy.KeyTable(), ring("user_b", "user_a")
+    with_figures(table, keys[1], monthly=10.0, days=days)
+    with_figures(table, keys[0], monthly=10.0)
+    burn = policy("daily_burn_priority", "drain_first")
+    assert choices(table, 8, keys=keys, routing=burn) == expected
+    with_figures(table, keys[1], monthly=100.0)     # the next period's figures came
+    assert "a" in choices(table, 8, keys=keys, routing=burn)
+
+
+def test_an_empty_account_may_have_credit_again_once_its_period_is_over():
+    table, drain = ccproxy.KeyTable(), policy("drain_first")
+    with_figures(table, ABC[0], monthly=0.0, days=1)
+    assert choose(table, routing=drain) == "b"
+    for key in ABC[1:]:
+        with_figures(table, key, NOW + DAY, monthly=1.0)
+    ccproxy.state_of(table, ABC[0], NOW).figures = ccproxy.Figures(
+        NOW + DAY - 60, 0.0, period_end=NOW + DAY)
+    assert choose(table, routing=drain, now=NOW + DAY + 1) == "a"
+
+
 def test_smooth_weighting_is_exact_and_bounded_in_the_long_run():
     table, count = ccproxy.KeyTable(), collections.Counter()
     keys = ring("user_a;weight=0.1", "user_b;weight=0.7", "user_c;weight=0.2")
