@@ -2363,6 +2363,10 @@ def new_ring_key(key: str, **known: Any) -> RingKey:
     return RingKey(key, hashlib.sha256(key.encode()).hexdigest(), **known)
 
 
+def key_words(key: RingKey) -> str:
+    return "%s (%s)" % (key.shown, key.name) if key.name else key.shown
+
+
 def ring_entries(value: str) -> List[str]:
     """The entries of a list that are not empty (RFC 9110 5.6.1), without quotes, white space and
     the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
@@ -7148,7 +7152,8 @@ def burn_of(figures: Figures, now: float) -> Optional[float]:
 # until when, its account's figures, what went through.  It is shared by all
 # callers that hold the key, and so says nothing of any of them.  Every table is
 # bounded; the least recently used goes first.  Times are epoch seconds, for the
-# upstream's resets are.
+# upstream's resets are.  `account_state` alone says how an account is: routing,
+# reports, alerts and the doctor ask it.
 
 MAX_KEYS = 4096             # about 1 KiB each
 MAX_KEY_MODELS = 32         # that a key is remembered not to serve
@@ -7159,7 +7164,7 @@ PLAN_SECONDS = 3600.0       # a plan may be upgraded: asked again after this
 NEVER_ENDS = float("inf")
 
 # Reasons for passing a key over, in the words that a person reads.
-UNFIT_WORDS = {"refused": "the upstream refuses it", "credit": "it is out of credit",
+UNFIT_WORDS = {"refused": "the upstream refused it", "credit": "it is out of credit",
            "window": "it is over its usage window", "cooldown": "it is in cooldown",
            "model": "its plan or account lacks this model",
            "allowed": "its allowedModels lack this model"}
@@ -7191,6 +7196,16 @@ class Mark(NamedTuple):
     since: float = 0.0
 
 
+class AccountState(NamedTuple):
+    """How an account is now, in one word: `usable`, `refused` (its key), `skipped`, or `unknown`
+    where the upstream has not accepted its key yet.  Routing may choose it where `reason` is ""."""
+
+    word: str
+    reason: str = ""            # one of UNFIT_WORDS
+    kind: str = ""              # of the failure that it answers to
+    until: float = 0.0          # NEVER_ENDS: until something new is known
+
+
 @dataclass(eq=False, **SLOTS)
 class KeyState:
     """What is known of one key."""
@@ -7200,6 +7215,8 @@ class KeyState:
     marks: Dict[str, Mark] = field(default_factory=dict)    # by reason, or route of a model
     figures: Optional[Figures] = None
     asked: float = 0.0                                      # when figures were last asked for
+    accepted: float = 0.0                                   # when the upstream last took the key
+    denied: float = 0.0     # since when account questions alone are answered with 401; 0.0: not
     requests: int = 0
     failures: int = 0
     input: int = 0
@@ -7288,6 +7305,8 @@ def note_failure(state: KeyState, error: ProxyError, routing: Routing, now: floa
     reason = failure_reason(error)
     if not reason:
         return
+    if reason in ("credit", "window", "model"):
+        state.accepted = max(state.accepted, now)       # of a key that is not known it says 401
     place = model_route(routing) if reason == "model" else reason
     mark = Mark(reason, error.kind, now + mark_span(reason, error, state, routing, now), now)
     state.marks.pop(place, None)
@@ -7295,6 +7314,24 @@ def note_failure(state: KeyState, error: ProxyError, routing: Routing, now: floa
     models = [one for one in state.marks if one not in UNFIT_WORDS]
     if len(models) > MAX_KEY_MODELS:
         del state.marks[models[0]]
+
+
+def note_success(state: KeyState, began: float, now: float) -> None:
+    """Remember that a call which began then was answered: its key is neither refused nor resting.
+    An account question that was denied before was wrong, and so is the next one."""
+    state.accepted = max(now, state.denied)
+    for reason in ("refused", "cooldown"):
+        if reason in state.marks and state.marks[reason].since <= began:
+            del state.marks[reason]
+
+
+def note_key_check(state: KeyState, status: int, now: float) -> None:
+    """Remember what /alpha/whoami said of a key: 401 is that of a key which is not valid.  Routing
+    goes on with it, for side calls keep no key from being chosen."""
+    if status == 200:
+        state.accepted, state.denied = now, 0.0
+    elif status == 401:
+        state.denied = state.denied or now
 
 
 def note_figures(state: KeyState, figures: Figures) -> None:
@@ -7335,14 +7372,22 @@ def is_allowed(key: RingKey, routing: Routing) -> bool:
         not routing.names.isdisjoint(key.allowed_models)
 
 
-def unfit_marks(key: RingKey, state: KeyState, routing: Routing, now: float) -> List[Mark]:
-    """Every reason that holds now for passing a key over, the longest first; [] when it is fit."""
-    found = [mark for place, mark in state.marks.items()
+def account_state(key: RingKey, state: KeyState, routing: Routing, now: float) -> AccountState:
+    """How a key's account is now, for the model of `routing` or for none in particular; of several
+    reasons for passing it over the one that holds longest."""
+    marks = [mark for place, mark in state.marks.items()
              if place in UNFIT_WORDS or place == model_route(routing)]
-    found += window_marks(state.figures, routing)
+    marks += window_marks(state.figures, routing)
     if routing.model and not is_allowed(key, routing):
-        found.append(Mark("allowed", "model", NEVER_ENDS))
-    return sorted([mark for mark in found if mark.until > now], key=lambda mark: -mark.until)
+        marks.append(Mark("allowed", "model", NEVER_ENDS))
+    mark = max((mark for mark in marks if mark.until > now), default=None,
+               key=lambda mark: mark.until)
+    if mark is not None:
+        word = "refused" if mark.reason == "refused" else "skipped"
+        return AccountState(word, mark.reason, mark.kind, mark.until)
+    if state.denied > state.accepted:
+        return AccountState("refused")
+    return AccountState("usable" if state.accepted or state.figures else "unknown")
 
 
 # === KEY ROUTING (pure) =====================================================
@@ -7435,7 +7480,7 @@ def fit_keys(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: fl
     """The keys that may serve now, in the ring's order; `tried` ones had their chance."""
     known = [(key, state_of(table, key, now)) for key in keys]
     return [(key, state) for key, state in known
-            if key.digest not in tried and not unfit_marks(key, state, routing, now)]
+            if key.digest not in tried and not account_state(key, state, routing, now).reason]
 
 
 def with_credit(fit: List[Candidate], now: float) -> List[Candidate]:
@@ -7523,27 +7568,27 @@ def shown_span(until: float, now: float) -> str:
     return "" if until == NEVER_ENDS else " for %d s" % max(1, round(until - now))
 
 
-def memory_errors(known: List[Tuple[RingKey, List[Mark]]], now: float) -> List[ProxyError]:
+def memory_errors(skipped: List[Tuple[RingKey, AccountState]], now: float) -> List[ProxyError]:
     """What is to be said of keys that were passed over, in words of our own: the upstream's may
     have been about another caller's request."""
-    marked = [(key, marks[0]) for key, marks in known if marks]
-    words = ["%s: %s%s" % (key.shown, UNFIT_WORDS[mark.reason], shown_span(mark.until, now))
-             for key, mark in marked[:5]]
-    more = ["and %d more" % (len(marked) - 5)] if len(marked) > 5 else []
+    words = ["%s: %s%s" % (key.shown, UNFIT_WORDS[known.reason], shown_span(known.until, now))
+             for key, known in skipped[:5]]
+    more = ["and %d more" % (len(skipped) - 5)] if len(skipped) > 5 else []
     text = "No key of the ring can serve this now (%s)." % "; ".join(words + more)
-    return [ProxyError(mark.kind, text) for _, mark in marked]
+    return [ProxyError(known.kind, text) for _, known in skipped]
 
 
 def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: float,
                 seen: Iterable[ProxyError]) -> ProxyError:
     """The most useful error when no key is left: of those seen, then of those remembered, with
     the earliest time at which one is fit again."""
-    known = [(key, unfit_marks(key, state_of(table, key, now), routing, now)) for key in keys]
-    errors = [*seen, *memory_errors(known, now)] or [ProxyError("busy", "No key is free.")]
+    known = [(key, account_state(key, state_of(table, key, now), routing, now)) for key in keys]
+    skipped = [(key, one) for key, one in known if one.reason]
+    errors = [*seen, *memory_errors(skipped, now)] or [ProxyError("busy", "No key is free.")]
     best = min(errors, key=usefulness)
-    ends = [marks[0].until for _, marks in known if marks and marks[0].until < NEVER_ENDS]
+    ends = [one.until for _, one in skipped if one.until < NEVER_ENDS]
     wait = min(ends) - now if ends else best.retry_after
-    if wait and not all(marks for _, marks in known):
+    if wait and len(skipped) < len(known):
         wait = 1.0          # a key is fit already: what failed was on the way to it
     return ProxyError(best.kind, best.message, status=best.status, code=best.code,
                       param=best.param, details=best.details, trace_id=best.trace_id,
@@ -7687,14 +7732,17 @@ def account_entry(figures: Optional[Figures], now: float) -> Optional[Json]:
             "age_seconds": round(max(now - figures.at, 0))}
 
 
+FIT_OF_WORD = {"usable": True, "unknown": None}
+
+
 def usage_entry(key: RingKey, state: KeyState, routing: Routing, now: float) -> Json:
-    """All that is told of one key."""
-    marks = unfit_marks(key, state, routing._replace(model="", upstream=""), now)
+    """All that is told of one key; `fit` is null while the upstream has not accepted it yet."""
+    known = account_state(key, state, routing._replace(model="", upstream=""), now)
     models = [place for place, mark in state.marks.items()
               if place not in UNFIT_WORDS and mark.until > now]
     entry: Json = {"key": key.shown, "name": key.name or None, "weight": key.weight,
-                   "fit": not marks, "reason": UNFIT_WORDS[marks[0].reason] if marks else None,
-                   "fit_at": shown_moment(marks[0].until) if marks else None,
+                   "state": known.word, "fit": FIT_OF_WORD.get(known.word, False),
+                   "reason": UNFIT_WORDS.get(known.reason), "fit_at": shown_moment(known.until),
                    "models_passed_over": len(models), "in_flight": state.in_flight,
                    "account": account_entry(state.figures, now),
                    "through_proxy": {"requests": state.requests, "failures": state.failures,
@@ -7719,6 +7767,12 @@ def window_cell(window: Optional[Json]) -> str:
         dollars(window["used_usd"]), dollars(window["cap_usd"]), "!" if window["exceeded"] else "")
 
 
+def state_cell(entry: Json) -> str:
+    """The state of an account: `usable`, or `skipped: it is in cooldown until ...`."""
+    why = ": " + entry["reason"] if entry["state"] == "skipped" else ""
+    return entry["state"] + why + (" until " + entry["fit_at"] if entry["fit_at"] else "")
+
+
 def usage_row(entry: Json) -> Tuple[str, ...]:
     """One key's line of the table, a cell a column."""
     account = entry["account"] or {"plan": None, "days_left": None, "burn_usd_per_day": None,
@@ -7732,12 +7786,11 @@ def usage_row(entry: Json) -> Tuple[str, ...]:
             window_cell(windows.get("weekly")), "%d" % through["requests"],
             "%d" % through["input_tokens"], "%d" % through["output_tokens"],
             "%d" % through["cached_tokens"], "%.4f" % through["cost_usd"],
-            "yes" if entry["fit"] else "no: %s%s" % (
-                entry["reason"], " until " + entry["fit_at"] if entry["fit_at"] else ""))
+            state_cell(entry))
 
 
 USAGE_COLUMNS = ("KEY", "NAME", "PLAN", "MONTHLY", "FREE", "BOUGHT", "DAYS", "BURN/DAY", "5 HOURS",
-                 "WEEK", "REQUESTS", "IN", "OUT", "CACHED", "COST", "FIT")
+                 "WEEK", "REQUESTS", "IN", "OUT", "CACHED", "COST", "STATE")
 
 
 def usage_text(body: Json) -> str:
@@ -10183,9 +10236,11 @@ period_end: Period ends | 기간 종료 | 周期结束
 figures_age: Figures from | 조회 시점 | 数据时间
 ago: {span} ago | {span} 전 | {span}前
 no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
-fit: fit | 사용 가능 | 可用
-unfit: passed over | 건너뜀 | 被跳过
-unfit_refused: The upstream refuses it. | 업스트림이 거부합니다. | 上游拒绝此密钥。
+state_usable: usable | 사용 가능 | 可用
+state_refused: refused | 거부됨 | 被拒绝
+state_skipped: skipped | 건너뜀 | 已跳过
+state_unknown: unknown | 알 수 없음 | 未知
+unfit_refused: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。
 unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
 unfit_window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
 unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。
@@ -11204,10 +11259,11 @@ const WINDOWS = [["five_hour", "five_hours"], ["weekly", "week"]];
 const CREDITS = [["monthly", "credit_monthly"], ["free", "credit_free"],
   ["purchased", "credit_purchased"]];
 const REASONS = {        // the server's words, and ours for them
-  "the upstream refuses it": "unfit_refused", "it is out of credit": "unfit_credit",
+  "the upstream refused it": "unfit_refused", "it is out of credit": "unfit_credit",
   "it is over its usage window": "unfit_window", "it is in cooldown": "unfit_cooldown",
   "its plan or account lacks this model": "unfit_model",
   "its allowedModels lack this model": "unfit_allowed" };
+const STATE_CHIPS = { usable: "good", refused: "bad", skipped: "bad" };
 function windowPart(name, window) {
   if (!window) return null;
   const used = window.cap_usd ? (window.used_usd || 0) / window.cap_usd : null;
@@ -11232,13 +11288,13 @@ function accountPart(account) {
 }
 function keyCard(entry, buttons) {
   const { through_proxy: through, account } = entry, name = entry.id || entry.name;
-  const fit = entry.enabled === false ? ["", say("key_off")] :
-    entry.fit ? ["good", say("fit")] : ["bad", say("unfit")];
+  const chip = entry.enabled === false ? ["", say("key_off")] :
+    [STATE_CHIPS[entry.state] || "", say("state_" + entry.state)];
   return make("article.card.stack", { "aria-label": name || entry.key },
     make("div.between", null, make("div", null, make("h3", null, name || entry.key), name &&
       make("p.mono.dim", null, entry.key)), make("div.row", null, account && account.plan &&
-      make("span.chip.info", null, account.plan), make("span", { class: "chip " + fit[0] },
-      fit[1]))),
+      make("span.chip.info", null, account.plan), make("span", { class: "chip " + chip[0] },
+      chip[1]))),
     entry.reason && make("p.banner.bad", null, say(REASONS[entry.reason] || entry.reason),
       entry.fit_at && [" · ", until(entry.fit_at)]),
     accountPart(account),
@@ -12976,8 +13032,8 @@ async def keep_version_fresh(app: App) -> None:
 # === ACCOUNTS ===============================================================
 # Asking the upstream what accounts have left: in the background, by one task a
 # key and few in all.  A request waits for them a moment at most, and only where
-# nothing is known yet.  What goes wrong with these side calls never counts
-# against a key (FIELD 4).
+# nothing is known yet.  What goes wrong with these side calls never keeps a key
+# from being chosen; that the upstream refused the key itself is shown.
 
 MAX_REFRESHES = 16          # accounts asked at once; the rest wait for their next request
 
@@ -13012,10 +13068,33 @@ async def ask_account(app: App, key: RingKey, path: str) -> Any:
         give_back(app, call)
 
 
-async def read_account(app: App, key: RingKey) -> Optional[Figures]:
+def log_refusal(app: App, key: RingKey, before: AccountState, now: float) -> None:
+    """Log that a key's account, which was as `before`, is refused now."""
+    known = account_state(key, state_of(app.keys, key, now), Routing(), now)
+    if known.word == "refused" != before.word:
+        lent = any(key.digest == one.digest for one in app.operator.keys)
+        app.log.log(logging.WARNING if lent else logging.INFO, "%s was refused by the upstream "
+                    "(401)", key_words(key))
+
+
+async def check_key(app: App, key: RingKey, state: KeyState) -> str:
+    """The organisation of a key, "" for none; whether the upstream accepts the key is noted.
+    Raises ProxyError, ValueError."""
+    before = account_state(key, state, Routing(), time.time())
+    try:
+        org = read_org(await ask_account(app, key, ACCOUNT_PATHS[0]))
+    except ProxyError as error:
+        note_key_check(state, error.status, time.time())
+        log_refusal(app, key, before, time.time())
+        raise
+    note_key_check(state, 200, time.time())
+    return org
+
+
+async def read_account(app: App, key: RingKey, state: KeyState) -> Optional[Figures]:
     """An account's figures, by its organisation where the key is of one."""
-    whoami, credits, subscriptions = ACCOUNT_PATHS
-    org = read_org(await ask_account(app, key, whoami))
+    _, credits, subscriptions = ACCOUNT_PATHS
+    org = await check_key(app, key, state)
     query = "?orgId=" + org if org else ""
     billing = await ask_account(app, key, credits + query)
     subscription = await ask_account(app, key, subscriptions + query)
@@ -13027,7 +13106,8 @@ async def refresh_account(app: App, key: RingKey) -> None:
     state = state_of(app.keys, key, time.time())
     state.asked = time.time()
     try:
-        figures = await within(app, app.config.account_timeout_seconds, read_account(app, key))
+        figures = await within(app, app.config.account_timeout_seconds,
+                               read_account(app, key, state))
         if figures is not None:
             note_figures(state, figures)
     except (ProxyError, OSError, ValueError, RecursionError, asyncio.TimeoutError) as error:
@@ -13398,20 +13478,25 @@ def may_repeat(relay: Relay, error: ProxyError) -> bool:
 async def run_key_call(relay: Relay, record: Dict[str, Any], key: RingKey,
                        routing: Routing) -> None:
     """One attempt with one key, counted.  Raises ProxyError when it failed."""
-    app = relay.app
-    state = state_of(app.keys, key, time.time())
+    app, began, shown, answered = relay.app, time.time(), relay.answer.shown, False
+    state = state_of(app.keys, key, began)
     state.requests += 1
     state.in_flight += 1
     relay.key, record["key"] = key, key.shown
     try:
         await run_call(relay, record)
+        answered = True
     except ProxyError as error:
         state.failures += 1
         if not app.ending.done():       # else it is we who ended it
+            before = account_state(key, state, Routing(), began)
             note_failure(state, error, routing, time.time())
+            log_refusal(app, key, before, time.time())
         raise
     finally:
         state.in_flight -= 1
+        if answered or (relay.answer.shown and not shown):     # or cut, or the client left
+            note_success(state, began, time.time())
 
 
 def begin_anew(relay: Relay, error: ProxyError, mendable: bool, code: str, detail: str) -> None:
@@ -16471,12 +16556,12 @@ VERSION_SECONDS = 8.0           # for `CLIENT --version`; aider takes three
 
 
 class Account(NamedTuple):
-    """What the upstream said of a key: a status (0: no answer) and words, or figures."""
+    """What the upstream said of a key: a status (0: no answer), words, and what follows of it."""
 
     key: RingKey
     status: int
     said: str
-    figures: Optional[Figures] = None
+    state: KeyState
 
 
 @dataclass
@@ -16838,36 +16923,35 @@ def own_keys(settings: Settings, notes: List[str]) -> Tuple[RingKey, ...]:
 def ask_about(scene: Scene, key: RingKey) -> Account:
     """What the upstream says of a key, as ACCOUNTS asks it."""
     whoami, credits, subscriptions = ACCOUNT_PATHS
+    state = KeyState()
     try:
         status, body = ask_upstream(scene, whoami, key.key)
+        org = read_org(json.loads(body)) if status == 200 else ""
+        note_key_check(state, status, time.time())
         if status != 200:
-            return Account(key, status, "")
-        org = read_org(json.loads(body))
+            return Account(key, status, "", state)
         answers = []
         for path in (credits, subscriptions):
             status, body = ask_upstream(scene, path + ("?orgId=" + org if org else ""), key.key)
             answers.append(json.loads(body) if status == 200 else None)
-        return Account(key, 200, "", read_figures(answers[0], answers[1], time.time()))
+        state.figures = read_figures(answers[0], answers[1], time.time())
+        return Account(key, 200, "", state)
     except (OSError, ValueError, RecursionError) as error:
-        return Account(key, 0, plain_reason(error))
-
-
-def key_words(key: RingKey) -> str:
-    return "%s (%s)" % (key.shown, key.name) if key.name else key.shown
+        return Account(key, 0, plain_reason(error), state)
 
 
 def key_finding(account: Account) -> Finding:
-    """Whether a key was accepted."""
+    """Whether a key was accepted, and what else keeps its account from being used."""
     shown = key_words(account.key)
-    if account.status == 200:
-        return Finding(True, shown + " is accepted")
-    if account.status in (401, 403):
+    known = account_state(account.key, account.state, Routing(), time.time())
+    if known.word == "refused":
         return Finding(False, "%s is refused (%d)" % (shown, account.status),
                        "Make a new one at commandcode.ai, settings, API keys")
-    if account.status:
-        return Finding(False, "%s: the upstream answers %d" % (shown, account.status),
-                       "Try again later")
-    return Finding(False, "%s: %s" % (shown, account.said), "Try again later")
+    if account.status == 200:
+        why = ", but " + UNFIT_WORDS[known.reason] if known.reason else ""
+        return Finding(True, "%s is accepted%s" % (shown, why))
+    return Finding(False, "%s is %s: %s" % (shown, known.word, account.said or (
+        "the upstream answers %d" % account.status)), "Try again later")
 
 
 def check_keys(scene: Scene) -> List[Finding]:
@@ -16892,7 +16976,8 @@ def check_keys(scene: Scene) -> List[Finding]:
 def figures_findings(finding: Callable[[str, Figures, float], Finding], nothing: str,
                      scene: Scene) -> List[Finding]:
     """A finding for each account of which there are figures."""
-    known = [(key_words(one.key), one.figures) for one in scene.accounts if one.figures]
+    known = [(key_words(one.key), one.state.figures) for one in scene.accounts
+             if one.state.figures]
     return [finding(shown, figures, time.time()) for shown, figures in known] or [
         Finding(None, nothing)]
 

@@ -148,7 +148,8 @@ def test_the_report_as_json():
     assert account["burn_usd_per_day"] == pytest.approx(8.54 / 10.8975, rel=1e-3)
     assert account["windows"]["five_hour"] == {"used_usd": 0.02, "cap_usd": 3, "exceeded": False,
                                                "resets_at": "2026-08-30T20:10:42Z"}
-    assert (second["account"], second["name"], second["fit"]) == (None, None, True)
+    assert (second["account"], second["name"], second["fit"]) == (None, None, None)
+    assert [one["state"] for one in body["keys"]] == ["usable", "unknown"]
 
 
 def test_the_report_says_why_and_until_when_a_key_is_not_fit():
@@ -157,8 +158,9 @@ def test_the_report_says_why_and_until_when_a_key_is_not_fit():
     ccproxy.note_failure(state, ccproxy.ProxyError("authentication", "user_5ecretB"), ROUTING, NOW)
     first, second = ccproxy.usage_body(table, ccproxy.Caller(RING, "d"), ROUTING, NOW)["keys"]
     assert (first["fit"], first["fit_at"]) == (False, ccproxy.shown_moment(NOW + 3600))
-    assert "window" in first["reason"] and "refuses" in second["reason"]
+    assert "window" in first["reason"] and "refused" in second["reason"]
     assert (second["fit"], second["fit_at"]) == (False, None)
+    assert (first["state"], second["state"]) == ("skipped", "refused")
 
 
 def test_models_that_others_asked_for_are_counted_not_named():
@@ -177,8 +179,10 @@ def test_the_report_as_a_table():
     text = ccproxy.usage_text(body)
     head, first, second = text.splitlines()
     assert head.split()[:3] == ["KEY", "NAME", "PLAN"] and text.endswith("\n")
-    assert "6.00/6.00!" in first and "8.54" in first and "no: " in first
-    assert second.split()[0] == RING[1].shown and second.endswith("yes")
+    assert "6.00/6.00!" in first and "8.54" in first
+    assert first.endswith("  skipped: it is over its usage window until 2026-08-30T15:26:40Z")
+    assert second.split()[0] == RING[1].shown and second.endswith("  unknown")
+    assert head.endswith("  STATE") and "fit" not in text.lower()
     assert first.index("work") == head.index("NAME") and text.isascii()
 
 

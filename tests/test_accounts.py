@@ -294,7 +294,7 @@ def make_place():
 
 COOL, BROKE = "it is in cooldown", "it is out of credit"
 TAKEN_OVER = {
-    "401": (fault(401), "the upstream refuses it"), "402": (fault(402), BROKE),
+    "401": (fault(401), "the upstream refused it"), "402": (fault(402), BROKE),
     "402, no body": (status(402, b"", "connection: close\r\n"), BROKE),
     "400 about credit": (fault(400, "Insufficient credits"), BROKE),
     "spending cap": (fault(403, code="USAGE_EXCEEDED"), BROKE),
@@ -314,7 +314,7 @@ TAKEN_OVER = {
                               COOL),
     "closed behind the head": (stream(b"", end=False), COOL),
     "event 429": (event(429), COOL), "event 503": (event(503), COOL),
-    "event 401": (event(401), "the upstream refuses it"), "event 402": (event(402), BROKE),
+    "event 401": (event(401), "the upstream refused it"), "event 402": (event(402), BROKE),
     "event 403": (event(403, code="MODEL_NOT_IN_PLAN"), None)}
 
 
@@ -447,7 +447,8 @@ def test_a_client_that_leaves_counts_for_nothing(here, before):
     here.proxy.wait_quiet()
     entries = here.usage()
     assert [entry["through_proxy"]["failures"] for entry in entries] == [0, 0]
-    assert [(entry["fit"], entry["in_flight"]) for entry in entries] == [(True, 0)] * 2
+    assert [(entry["state"], entry["fit"], entry["in_flight"]) for entry in entries] == [
+        ("usable", True, 0) if before else ("unknown", None, 0), ("unknown", None, 0)]
     assert here.ask().fields["x-ccproxy-key"] == ccproxy.key_name(here.keys[0])
 
 
@@ -809,16 +810,25 @@ def test_accounts_that_lie_harm_nothing(here, name):
         here.fake.side_script = NO_ACCOUNT
 
 
+REFUSED = status(401, {})
+
+
 @pytest.mark.parametrize("script", [
-    status(401, {}), status(402, {}), status(429, {}, "retry-after: 900\r\n"), status(403, {}),
+    REFUSED, status(402, {}), status(429, {}, "retry-after: 900\r\n"), status(403, {}),
     reset(), raw(b"garbage\r\n\r\n", close=True), status(200, b"x" * 100000),
     status(302, b"", "location: http://elsewhere.example/\r\n")])
 def test_what_the_account_service_refuses_marks_no_key(here, script):
+    """No key is passed over for it.  That one is refused is shown, unless it was answered."""
     here.fake.side_script = script
     try:
         assert here.ask().status == 200
         assert here.reasons() == [None, None] and here.served() == "a"
         assert all(entry["account"] is None for entry in here.usage())
+        denied = "refused" if script is REFUSED else "unknown"
+        assert [entry["state"] for entry in here.usage()] == ["usable", denied]
+        assert here.ask("x", ring=",".join(reversed(here.keys))).status == 200
+        assert here.served() == "ab"
+        assert [entry["state"] for entry in here.usage()] == ["usable", "usable"]
     finally:
         here.fake.side_script = NO_ACCOUNT
 
@@ -899,6 +909,33 @@ def test_usage_needs_a_key_of_ones_own(here):
     bad = here.proxy.request("GET", "/v1/usage", None, {
         "authorization": "Bearer %s;nonsense" % here.ring}, None)
     assert bad.status == 400
+
+
+@pytest.mark.parametrize("whoami, script, state, fit, words", [
+    # what /alpha/whoami and a request are answered with: how the key is shown
+    (401, None, "refused", False, ["refused"]), (404, None, "unknown", None, ["unknown"]),
+    (200, None, "usable", True, ["usable"]), (401, 200, "refused", False, ["refused"]),
+    (404, 200, "usable", True, ["usable"]), (404, fault(401), "refused", False, ["refused"]),
+    (404, event(401), "refused", False, ["refused"]), (404, fault(400), "unknown", None, ["unknown"]),
+    (404, fault(429, fields="retry-after: 9\r\n"), "skipped", False, [
+        "skipped:", "it", "is", "in", "cooldown", "until"]),
+    (404, fault(403, code="MODEL_NOT_IN_PLAN"), "usable", True, ["usable"])])
+def test_how_a_key_is_shown(here, whoami, script, state, fit, words):
+    here.fake.side_script = status(whoami, {}, "connection: close\r\n")
+    key = here.keys[0]
+    try:
+        if script is not None:
+            here.fake.scripts = [] if script == 200 else [script]
+            here.ask(ring=key)
+        (entry,) = here.usage(key)
+        text = here.proxy.request("GET", "/v1/usage?format=text", None, {"x-api-key": key},
+                                  None).body.decode()
+    finally:
+        here.fake.side_script = NO_ACCOUNT
+    assert (entry["state"], entry["fit"]) == (state, fit)
+    assert " ".join(words) in text.splitlines()[1] and "fit" not in text.lower()
+    logged = "INFO %s was refused by the upstream (401)" % ccproxy.key_name(key)
+    assert here.proxy.log.getvalue().count(logged) == (whoami == 401 or state == "refused")
 
 
 def test_usage_tells_all(here):

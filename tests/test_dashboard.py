@@ -333,6 +333,23 @@ def test_the_python_snippets_work(place, open_page, upstream):
 
 # Keys.
 
+@pytest.mark.parametrize("code, word, colour", [
+    (401, "refused", "bad"), (404, "unknown", "")])
+def test_a_key_that_was_not_accepted_is_never_shown_as_usable(proxy, upstream, open_page, code,
+                                                              word, colour):
+    upstream.side_script = status(code, {}, "connection: close\r\n")
+    page = open_page(proxy, "keys")
+    page.wait("document.querySelector('#own-key')")
+    page.type("#own-key", "user_%d" % code + OWN[5:])
+    page.click("#usage-form button.first")
+    page.wait("document.querySelector('#usage article')")
+    chip = "document.querySelector('#usage article .chip')"
+    assert page.run(chip + ".innerText") == word
+    assert page.run(chip + ".className").split() == ["chip", *colour.split()]
+    assert not re.search(r"\b(fit|usable)\b", page.run(
+        "document.querySelector('#usage').innerText"))
+
+
 def test_a_pasted_key_stays_in_the_tab(proxy, upstream, open_page):
     upstream.side_script = tell_account
     page = open_page(proxy, "keys")
@@ -342,7 +359,7 @@ def test_a_pasted_key_stays_in_the_tab(proxy, upstream, open_page):
     page.wait("document.querySelector('#usage article')")
     shown = page.run("document.querySelector('#usage').innerText")
     for words in ("individual-go", "$10.00", "$1.50 / $3.00", "50%", "100%",
-                  ccproxy.key_name(OWN), "a day", "passed over",
+                  ccproxy.key_name(OWN), "a day", "skipped",
                   "It is over its usage window.", "Resets", "in 1h"):
         assert words in shown, shown
     assert page.run("document.querySelectorAll('#usage .meter').length") == 2

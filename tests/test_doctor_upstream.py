@@ -64,6 +64,32 @@ def test_keys_that_are_refused(clinic, tmp_path, monkeypatch):
     assert "user_" not in repr(found).replace("user_...", "")
 
 
+@pytest.mark.parametrize("answer, words, works", [
+    # what the upstream says of the key: what the doctor says, and whether all is well
+    (401, "is refused (401)", False), (403, "is unknown: the upstream answers 403", False),
+    (503, "is unknown: the upstream answers 503", False), (200, "is accepted", True),
+    (b"<html>", "is unknown: Expecting value", False)])
+def test_how_a_key_is(clinic, tmp_path, answer, words, works):
+    body = answer if isinstance(answer, bytes) else b"{}"
+    fake = clinic()
+    fake.side_script = raw(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b" % (
+        200 if isinstance(answer, bytes) else answer, len(body), body))
+    key = ccproxy.new_ring_key("user_good", name="home")
+    finding = ccproxy.key_finding(ccproxy.ask_about(
+        scene_of(settings_of(tmp_path, apiBase=fake.base)), key))
+    assert finding.words.startswith("%s (home) %s" % (key.shown, words)), finding
+    assert finding.works is works and bool(finding.advice) is not works
+
+
+def test_a_key_whose_window_is_full_is_accepted_but(clinic, tmp_path):
+    fake = clinic()
+    fake.credits = {"credits": {"monthlyCredits": 5}, "windowLimits": {
+        "weekly": {"used": 6, "cap": 6, "resetAt": (time.time() + 900) * 1000}}}
+    finding = ccproxy.key_finding(ccproxy.ask_about(
+        scene_of(settings_of(tmp_path, apiBase=fake.base)), ccproxy.new_ring_key("user_good")))
+    assert finding.words.endswith(" is accepted, but it is over its usage window")
+
+
 @pytest.mark.parametrize("value, word", [("user_a,user_b;nonsense", "COMMANDCODE_KEY, entry 2"),
                                          ("a=user_a,a=user_b", "one name to two keys")])
 def test_a_ring_that_is_malformed(clinic, tmp_path, monkeypatch, value, word):

@@ -418,6 +418,82 @@ def test_a_single_key_is_never_refused_from_memory():
     ccproxy.check_single(ABC[0], ccproxy.state_of(table, ABC[0], NOW), ROUTING)
 
 
+# The one word for how an account is.
+
+def known_state(marks=(), now=NOW, key=ABC[0], routing=ROUTING._replace(model=""), **members):
+    state = ccproxy.KeyState(**members)
+    for error in marks:
+        ccproxy.note_failure(state, error, routing._replace(model="m/one"), NOW)
+    return ccproxy.account_state(key, state, routing, now)
+
+
+LATER, OF_ONE_MODEL = NOW + 2 * DAY, ROUTING._replace(model="m/one")
+
+
+@pytest.mark.parametrize("known, word, reason", [
+    # what is known of an account: how it is, and why routing passes it over
+    ({}, "unknown", ""), ({"accepted": NOW - 5}, "usable", ""), ({"in_flight": 9}, "unknown", ""),
+    ({"figures": ccproxy.Figures(NOW, 5.0)}, "usable", ""),
+    ({"requests": 3, "failures": 3}, "unknown", ""),
+    ({"marks": [failure("authentication")]}, "refused", "refused"),
+    ({"marks": [failure("authentication")], "accepted": NOW - 5, "now": LATER}, "refused",
+     "refused"),
+    # by an account question alone: shown, but routing goes on with it
+    ({"denied": NOW}, "refused", ""), ({"denied": NOW, "accepted": NOW - 5}, "refused", ""),
+    ({"denied": NOW - 5, "accepted": NOW}, "usable", ""),
+    ({"denied": NOW, "marks": [failure("billing")]}, "skipped", "credit"),
+    # what ends by itself; what it says of the key stays
+    ({"marks": [failure("billing")]}, "skipped", "credit"),
+    ({"marks": [failure("billing")], "now": LATER}, "usable", ""),
+    ({"marks": [failure("rate_limit")]}, "skipped", "cooldown"),
+    ({"marks": [failure("rate_limit")], "now": LATER}, "unknown", ""),
+    ({"marks": [failure("usage_window"), failure("rate_limit")]}, "skipped", "window"),
+    ({"marks": [failure("rate_limit"), failure("authentication")]}, "refused", "refused"),
+    ({"figures": ccproxy.Figures(NOW, 5.0, weekly=ccproxy.Window(3, 3, True, NOW + 9))}, "skipped",
+     "window"),
+    # of one model
+    ({"marks": [failure("plan")]}, "usable", ""),
+    ({"marks": [failure("plan")], "routing": OF_ONE_MODEL}, "skipped", "model"),
+    ({"key": ccproxy.new_ring_key("user_x", allowed_models=("m/two",)), "routing": OF_ONE_MODEL},
+     "skipped", "allowed"),
+])
+def test_how_an_account_is(known, word, reason):
+    state = known_state(**known)
+    assert (state.word, state.reason) == (word, reason)
+    assert (state.until > known.get("now", NOW)) == bool(state.kind) == bool(reason)
+
+
+def test_an_answer_ends_what_it_disproves():
+    table = ccproxy.KeyTable()
+    state = ccproxy.state_of(table, ABC[0], NOW)
+    for kind in ("authentication", "rate_limit", "billing"):
+        fail(table, ABC[0], failure(kind))
+    ccproxy.note_success(state, NOW - 1, NOW + 1)       # began before: it disproves nothing
+    assert set(state.marks) == {"refused", "cooldown", "credit"}
+    ccproxy.note_success(state, NOW, NOW + 1)           # credit: free models exist
+    assert set(state.marks) == {"credit"}
+
+
+def test_account_questions_that_are_wrongly_denied_are_so_once():
+    """Or an account would be refused and usable in turn, as questions and answers go."""
+    state = ccproxy.KeyState()
+
+    def word(now):
+        return ccproxy.account_state(ABC[0], state, ROUTING, now).word
+
+    ccproxy.note_key_check(state, 503, NOW)
+    assert word(NOW) == "unknown"
+    ccproxy.note_key_check(state, 401, NOW + 1)
+    assert word(NOW + 1) == "refused"
+    ccproxy.note_success(state, NOW - 99, NOW - 90)     # with a clock set back, too
+    assert word(NOW - 90) == "usable"
+    ccproxy.note_key_check(state, 401, NOW + 3)
+    assert word(NOW + 3) == "usable"
+    ccproxy.note_key_check(state, 200, NOW + 4)
+    ccproxy.note_key_check(state, 401, NOW + 5)
+    assert word(NOW + 5) == "refused"
+
+
 # Conversations.
 
 def test_a_conversation_stays_with_its_key():
@@ -525,7 +601,7 @@ def test_from_memory_it_says_why_in_words_of_our_own():
     error = spent(table, [])
     assert (error.status, error.retry_after) == (429, 60.0)
     assert "another caller" not in error.message and SECRET not in error.message
-    for key, words in zip(ABC, ("refuses", "cooldown for 60 s", "window for 3000 s")):
+    for key, words in zip(ABC, ("refused", "cooldown for 60 s", "window for 3000 s")):
         assert key.shown in error.message and words in error.message
 
 
@@ -647,7 +723,7 @@ def test_no_key_is_in_any_repr_or_error():
     error = failure("unavailable")
     fail(table, ABC[0], error)
     values = (table, table.states, table.turns, ABC, ROUTING, spent(table, [error]).message,
-              ccproxy.unfit_marks(ABC[0], ccproxy.state_of(table, ABC[0], NOW), ROUTING, NOW))
+              ccproxy.account_state(ABC[0], ccproxy.state_of(table, ABC[0], NOW), ROUTING, NOW))
     assert all(SECRET not in repr(value) for value in values)
 
 

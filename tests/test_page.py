@@ -62,7 +62,8 @@ COMPOSED = {
     "link_": ("waiting", "live", "ok", "draining", "lost", "asleep"),
     "theme_": ("auto", "light", "dark"), "status_": ("ok", "failed", "left"),
     "phase_": ("reading", "waiting", "thinking", "answering"),
-    "field_": ccproxy.Record._fields, "alert_": tuple(ccproxy.ALERT_RULES)}
+    "field_": ccproxy.Record._fields, "alert_": tuple(ccproxy.ALERT_RULES),
+    "state_": ("usable", "refused", "skipped", "unknown")}
 
 
 REASONS = dict(re.findall(r'"([^"]+)": "(unfit_\w+)"', ccproxy.PAGE_KEYS))
