@@ -2271,13 +2271,21 @@ def is_same_secret(one: str, other: str) -> bool:
     return hmac.compare_digest(*digests)
 
 
-def missing_key(fields: Fields) -> ProxyError:
-    """The 401 for a request without a key: what is expected, never what was sent."""
-    problem = ("The key sent is not a Command Code key"
-               if any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
-               else "No key was sent")
-    return ProxyError("authentication", problem + ": send your own as `Authorization: Bearer "
-                      "user_...` or `x-api-key: user_...` (commandcode.ai, settings, API keys).")
+OWN_KEY = ("send your own as `Authorization: Bearer user_...` or `x-api-key: user_...` "
+           "(commandcode.ai, settings, API keys).")
+
+
+def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
+    """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
+    one is set, and what was sent is not it."""
+    given = any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
+    if given and client_key:
+        return ProxyError("authentication", "The clientKey sent is wrong, and it is not a Command "
+                          "Code key either: ask the proxy's operator for the clientKey, or "
+                          + OWN_KEY)
+    problem = "The key sent is not a Command Code key" if given else "No key was sent"
+    either = "send the clientKey that the proxy's operator chose, or " if client_key else ""
+    return ProxyError("authentication", "%s: %s%s" % (problem, either, OWN_KEY))
 
 
 def inner_session(user_id: str) -> str:
@@ -2665,8 +2673,10 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
     own = ring_in(fields, notes, operator.client_key)
     if own:
         return Caller(own, own[0].digest, False, tuple(notes))
-    if operator.keys and operator.client_key and presents_client_key(
-            fields, operator.client_key, notes):
+    if operator.client_key and presents_client_key(fields, operator.client_key, notes):
+        if not operator.keys:
+            raise ProxyError("authentication", "The clientKey is right, but the proxy's operator "
+                             "has set no keys (credentialsFile): " + OWN_KEY)
         name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
         return Caller(operator.keys, name, True, tuple(notes))
     if operator.keys and operator.loopback and not operator.client_key:
@@ -2675,7 +2685,7 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
             raise ProxyError("permission", "The operator's keys are not for this request: %s "
                              "(operatorKeys: loopback). Send your own key." % fault)
         return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
-    raise missing_key(fields)
+    raise missing_key(fields, bool(operator.client_key))
 
 
 # === OPERATOR KEY CHANGES (pure) ============================================
@@ -7595,6 +7605,17 @@ def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now:
                       retryable=best.retryable, retry_after=wait)
 
 
+def operator_refusal(error: ProxyError, refused: List[RingKey]) -> ProxyError:
+    """What callers are told in place of the upstream's 401 for keys that are not their own: it is
+    the operator's fault, and to send the request again is no use."""
+    also = "; also refused: " + ", ".join(map(key_words, refused[1:5])) if refused[1:] else ""
+    also += " and %d more" % (len(refused) - 5) if len(refused) > 5 else ""
+    return ProxyError("upstream_final", "Your request is not at fault: the operator's key %s was "
+                      "refused by Command Code (401)%s. The proxy's operator must replace it "
+                      "(commandcode.ai, settings, API keys); `ccproxy.py doctor` checks keys."
+                      % (key_words(refused[0]), also), trace_id=error.trace_id)
+
+
 # === CALLER LIMITS (pure) ===================================================
 # How many requests a caller may send in a window of time.  The window begins
 # with its first request; callers are known by a digest, and the least recently
@@ -8266,8 +8287,8 @@ def check_reader(fields: Fields, secrets: Tuple[str, str], peer: str) -> None:
         return
     fault = loopback_fault(fields, peer, "GET")
     if fault and secret:
-        raise ProxyError("authentication", "This wants the proxy's adminKey as `Authorization: "
-                         "Bearer ...`: %s." % fault)
+        raise ProxyError("authentication", "This wants the proxy's %s as `Authorization: "
+                         "Bearer ...`: %s." % ("adminKey" if secrets[0] else "clientKey", fault))
     if fault:
         raise ProxyError("permission", "This can be read on the proxy's own machine only, until "
                          "adminKey is set: %s." % fault)
@@ -13046,6 +13067,7 @@ class Ring(NamedTuple):
     conversation: str
     routing: Routing
     build: Callable[[RingKey], CallSpec]
+    operator: bool = False          # the keys are the operator's
 
 
 def read_routing(config: Config, fields: Fields, model: str, upstream: str) -> Routing:
@@ -14015,7 +14037,8 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
                        app.models, app.config))
     conversation = prompt.session if len(keys) == 1 else \
         derive_session(anchor_of(keys).key, named, first)
-    ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec)
+    ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec,
+                caller.operator)
     return Job(spec, answer, notes, ring, prompt if has_checked_format(prompt) else None,
                prompt.no_answer)
 
@@ -14157,12 +14180,19 @@ def admit(app: App, caller: Caller) -> None:
 
 async def run_job(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
     """The calls of one answer: of a ring key by key, of a single key with its own retries."""
-    if len(ring.keys) > 1:
-        await run_ring(relay, record, ring)
-        return
-    key = ring.keys[0]
-    check_single(key, state_of(relay.app.keys, key, time.time()), ring.routing)
-    await run_calls(relay, record, key, ring.routing)
+    keys, now = ring.keys, time.time()
+    try:
+        if len(keys) > 1:
+            await run_ring(relay, record, ring)
+            return
+        check_single(keys[0], state_of(relay.app.keys, keys[0], now), ring.routing)
+        await run_calls(relay, record, keys[0], ring.routing)
+    except ProxyError as error:
+        if not ring.operator or error.kind != "authentication":
+            raise
+        refused = [key for key in keys if account_state(
+            key, state_of(relay.app.keys, key, now), ring.routing, now).word == "refused"]
+        raise operator_refusal(error, refused or list(keys)) from None
 
 
 async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
@@ -15495,8 +15525,12 @@ async def serve_credentials(app: App, exchange: Exchange) -> None:
     operator = app.operator
     if not (operator.client_key and presents_client_key(exchange.head.fields,
                                                         operator.client_key)):
-        raise ProxyError("authentication", "This wants the proxy's own clientKey as "
-                         "`Authorization: Bearer ...`.")
+        raise ProxyError("authentication", "%s: this wants the proxy's own clientKey as "
+                         "`Authorization: Bearer ...`." % (
+                             "The clientKey sent is wrong" if operator.client_key and
+                             exchange.head.fields.get("authorization", "").strip() else
+                             "No clientKey was sent" if operator.client_key else
+                             "No clientKey is set"))
     if not operator.keys:
         raise ProxyError("not_found", "No operator's keys are configured.")
     await show_usage(app, exchange, Caller(operator.keys, "", True),

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from unittest import mock
 
 import pytest
@@ -353,6 +354,103 @@ def test_who_presents_the_client_key(make_place, upstream, fields):
     assert b"x-ccproxy-key: " + NAMES[B].encode() in answer
     code, answer = send(proxy, "/v1/usage", "GET", **fields)
     assert code == 200 and b'"keys_of":"operator"' in answer.replace(b": ", b":")
+
+
+@pytest.mark.parametrize("path, method, fields, words", [
+    (path, method, fields, words) for path, method in (
+        (CHAT, "POST"), (MESSAGES, "POST"), (RESPONSES, "POST"), ("/explain" + CHAT, "POST"),
+        ("/v1/usage", "GET"), (ADMIN, "GET"))
+    for fields, words in (
+        ({"authorization": "Bearer " + CLIENT[:-1]}, b"The clientKey sent is wrong"),
+        ({"authorization": "Bearer sk-x"}, b"The clientKey sent is wrong"),
+        ({}, b"No clientKey was sent" if path == ADMIN else b"No key was sent"))])
+def test_a_wrong_client_key_is_told_so(make_place, upstream, path, method, fields, words):
+    code, answer = send(make_place(CLIENT, False), path, method, **fields)
+    assert code == 401 and words in answer and b"clientKey" in answer and served(upstream) == []
+
+
+def test_without_a_client_key_nothing_is_said_of_one(make_place):
+    code, answer = send(make_place("", False), authorization="Bearer sk-x")
+    assert code == 401 and b"not a Command Code key" in answer and b"clientKey" not in answer
+
+
+def test_the_right_client_key_of_an_operator_without_keys(make_place):
+    code, answer = send(make_place(CLIENT, False, text=""), authorization="Bearer " + CLIENT)
+    assert code == 401 and b"The clientKey is right, but" in answer
+
+
+# A key of the operator's that the upstream refuses is not the caller's fault.
+
+REFUSED = status(401, {"error": {"message": "Invalid API key", "code": "authentication_error"}},
+                 "connection: close\r\n")
+REFUSED_EVENT = stream(b'{"type":"error","error":{"message":"Invalid API key","statusCode":401}}\n')
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+@pytest.mark.parametrize("script", [REFUSED, REFUSED_EVENT], ids=["401", "event"])
+@pytest.mark.parametrize("text", ["home=" + A, "home=%s,%s" % (A, B)], ids=["one", "two"])
+def test_a_refused_key_of_the_operators(make_place, upstream, text, script, path, streamed):
+    proxy = make_place(CLIENT, False, text=text)
+    upstream.default = script
+    body = {"input": "hi"} if path == RESPONSES else {
+        "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    for memory in (False, True):
+        answer = proxy.request("POST", path, {**body, "stream": streamed}, {
+            "authorization": "Bearer " + CLIENT, **JSON}, None)
+        said = answer.body.decode()
+        assert (answer.status, answer.fields["x-should-retry"]) == (502, "false"), said
+        assert "www-authenticate" not in answer.fields and not leaks(said)
+        assert "the operator's key %s (home) was refused" % NAMES[A] in said
+        assert ("also refused: " + NAMES[B] in said) == ("," in text)
+        for word in ("Invalid API key", "invalid_api_key", "authentication_error"):
+            assert word not in said
+    assert len(served(upstream)) == 2           # of two keys, none is asked a second time
+    wait_until(lambda: len(proxy.app.recent) == 2)
+    assert all(record.error.startswith("upstream_final: ") for record in proxy.app.recent)
+    assert "WARNING %s (home) was refused by the upstream (401)" % NAMES[A] in \
+        proxy.log.getvalue()
+
+
+@pytest.mark.parametrize("first, second, code", [
+    # what the operator's two keys are answered with: what the caller gets
+    (401, 402, 402), (402, 401, 402), (401, 429, 429), (401, 503, 503), (401, 401, 502),
+    (402, 402, 402), (403, 401, 403)])
+def test_the_most_useful_error_of_the_operators_keys(make_place, upstream, first, second, code):
+    proxy = make_place(CLIENT, False)
+    upstream.scripts = [status(one, {"error": {"message": "no"}}, "connection: close\r\n")
+                        for one in (first, second)]
+    assert send(proxy, authorization="Bearer " + CLIENT)[0] == code
+    assert served(upstream) == [A, B]
+
+
+def test_another_key_of_the_operators_takes_over_from_a_refused_one(make_place, upstream):
+    proxy = make_place(CLIENT, False)
+    upstream.scripts = [REFUSED]
+    assert send(proxy, authorization="Bearer " + CLIENT)[0] == 200 and served(upstream) == [A, B]
+
+
+def test_a_callers_own_refused_key_is_its_own_fault(make_place, upstream):
+    proxy = make_place(CLIENT, False)
+    upstream.default = REFUSED
+    for keys in (OWN, "%s,%s" % (OWN, C)):
+        code, answer = send(proxy, authorization="Bearer " + keys)
+        assert code == 401 and b"invalid_api_key" in answer and b"operator" not in answer
+
+
+@pytest.mark.parametrize("count, words", [
+    (1, "key (n0) was refused by Command Code (401). The"),
+    (2, "key (n0) was refused by Command Code (401); also refused: key (n1). The"),
+    (5, "key (n1), key (n2), key (n3), key (n4). The"),
+    (7, "key (n1), key (n2), key (n3), key (n4) and 2 more. The")])
+def test_refused_keys_are_named(count, words):
+    keys = [ccproxy.new_ring_key("user_%d" % number, name="n%d" % number)
+            for number in range(count)]
+    error = ccproxy.operator_refusal(ccproxy.ProxyError(
+        "authentication", "x", trace_id="t"), keys)
+    assert words in re.sub("key:[0-9a-f]{6}", "key", error.message)
+    assert (error.kind, error.status, error.retryable, error.trace_id) == (
+        "upstream_final", 502, False, "t")
 
 
 @pytest.mark.parametrize("fields", [
