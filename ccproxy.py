@@ -175,6 +175,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import ceil, log
+from operator import ge, gt, lt
 from sys import intern
 from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
                     Mapping, NamedTuple, Optional, Set, Tuple, Union)
@@ -541,7 +542,21 @@ OPTIONS = (
            (), (0, 1_000_000)),
     Option("maxRequiredDailyBurn", "number", 0, "alert when more must be spent a day, or credit "
            "expires (USD)", (), (0, 1_000_000)),
-    Option("alertIntervalSeconds", "seconds", 300, "how often accounts are looked at for alerts",
+    Option("accountAlerts", "bool", True, "alert when an operator's key is refused, and when none "
+           "of them is usable"),
+    Option("windowAlert", "number", 90, "alert from this percentage of a usage window on that an "
+           "operator's account has used (0: no alert)", (), (0, 100)),
+    Option("windowAlertEnd", "number", 80, "below this percentage that alert is over", (),
+           (0, 100)),
+    Option("errorRateAlert", "number", 50, "alert from this percentage of requests on that fail "
+           "(0: no alert)", (), (0, 100)),
+    Option("errorRateAlertEnd", "number", 25, "below this percentage that alert is over", (),
+           (0, 100)),
+    Option("errorRateAlertRequests", "number", 20, "how many requests such an alert takes", (),
+           (1, 500)),
+    Option("errorRateAlertSeconds", "seconds", 300, "the time in which they are counted", (),
+           (1, 3600)),
+    Option("alertIntervalSeconds", "seconds", 300, "how often accounts are asked for alerts",
            (), (10, 86_400)),
     Option("alertRepeatSeconds", "seconds", 21_600, "how often an alert that stands is told again "
            "(0: never)", (), (0, 30 * 86_400)),
@@ -7821,24 +7836,45 @@ def usage_text(body: Json) -> str:
 
 
 # === ALERTS (pure) ==========================================================
-# When the operator is told that an account needs a look: it holds too little,
-# or more must be spent a day than is wanted.  From the accounts' figures and the
-# alerts that stood before follows which stand now and which must be told.  What
-# is not known begins no alert and ends none.
+# When the operator is told that something needs a look: an account holds too
+# little, must spend too much a day, has used up a window, is refused; none is
+# usable; or requests fail.  From what is known now and the alerts that stood
+# before follows which stand now and which must be told.  An alert is over only
+# well within its limit, so that a value around it is told once.  What is not
+# known begins no alert and ends none.
 
 
 class AlertRule(NamedTuple):
-    """What an option watches: `sign` is 1 where more than the limit is alarming, -1 where less."""
+    """What is watched: whether a value is beyond a limit, the value of an account (None: it is of
+    the whole proxy), and the words for both.  `share` of its limit is where an alert is over, 0
+    where an option says so; one that is `lasting` must not have held for a while before."""
 
-    figure: Callable[[Figures, float], Optional[float]]     # of an account, at a time
-    sign: int
-    words: str
+    beyond: Callable[[float, float], bool]
+    figure: Optional[Callable[[AccountState, Figures, float], Optional[float]]]
+    words: str                      # {no} is "no more " where it is over
+    share: float = 0.0
+    lasting: bool = False
+
+
+class Limit(NamedTuple):
+    """Where an alert begins, and where it is over."""
+
+    begins: float
+    over: float
+
+
+class Watched(NamedTuple):
+    """A value that is judged; None is not known."""
+
+    kind: str
+    value: Optional[float]
+    account: Optional[RingKey] = None
 
 
 class Alert(NamedTuple):
-    """An account beyond a limit; `kind` is the option that sets it, the rest as it is shown."""
+    """A value beyond a limit; `kind` is a row of ALERT_RULES, the rest as it is shown."""
 
-    key: str                        # by its name
+    key: str                        # by its name; "": of the whole proxy
     name: str                       # the operator's own word for it
     kind: str
     value: float
@@ -7847,10 +7883,11 @@ class Alert(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """An alert that stands, and when it was told last."""
+    """An alert that stands, when it was told last, and when its value was beyond last."""
 
     alert: Alert
     told: float
+    held: float
 
 
 class News(NamedTuple):
@@ -7861,79 +7898,125 @@ class News(NamedTuple):
     text: str                       # one line for a person
 
 
-def current_balance(figures: Figures, now: float) -> Optional[float]:
+def current_balance(state: AccountState, figures: Figures, now: float) -> Optional[float]:
     return figures.balance if figures.known else None
 
 
-def expiring_balance(figures: Figures, now: float) -> Optional[float]:
+def expiring_balance(state: AccountState, figures: Figures, now: float) -> Optional[float]:
     told = (figures.monthly, figures.free) != (None, None)
     return figures.expiring if told else None
 
 
-def expiring_burn(figures: Figures, now: float) -> Optional[float]:
+def expiring_burn(state: AccountState, figures: Figures, now: float) -> Optional[float]:
     """The burn of an account whose credit expires at a moment that is told; 0 where none does."""
-    if expiring_balance(figures, now) is None or days_left(figures, now) is None:
+    if expiring_balance(state, figures, now) is None or days_left(figures, now) is None:
         return None
     return burn_of(figures, now) if figures.expiring > 0 else 0.0
 
 
+def window_percentage(state: AccountState, figures: Figures, now: float) -> Optional[float]:
+    """How much of a usage window is used, of the two the fuller; None where none is told, or was
+    reset since."""
+    if state.reason == "window":
+        return 100.0
+    windows = [one for one in (figures.five_hour, figures.weekly) if one is not None]
+    return max((100 * one.used / one.cap for one in windows
+                if one.cap > 0 and not 0 < one.resets <= now), default=None)
+
+
 ALERT_RULES = {
-    "minCurrentBalance": AlertRule(current_balance, -1, "balance of %.2f USD"),
-    "minExpiringBalance": AlertRule(expiring_balance, -1, "expiring balance of %.2f USD"),
-    "maxRequiredDailyBurn": AlertRule(expiring_burn, 1, "required burn of %.2f USD a day")}
+    "minCurrentBalance": AlertRule(lt, current_balance, "balance of {value:.2f} USD is {no}below "
+                                   "minCurrentBalance {limit:.2f}", 1.1),
+    "minExpiringBalance": AlertRule(lt, expiring_balance, "expiring balance of {value:.2f} USD is "
+                                    "{no}below minExpiringBalance {limit:.2f}", 1.1),
+    "maxRequiredDailyBurn": AlertRule(gt, expiring_burn, "required burn of {value:.2f} USD a day "
+                                      "is {no}above maxRequiredDailyBurn {limit:.2f}", 0.9),
+    "windowAlert": AlertRule(ge, window_percentage, "a usage window that is {value:.4g} % used is "
+                             "{no}at or above windowAlert {limit:g} %"),
+    "accountRefused": AlertRule(ge, lambda state, figures, now: float(state.word == "refused"),
+                                "the key is {no}refused by the upstream", 1.0, True),
+    "accountsUnusable": AlertRule(ge, None, "the operator's accounts are {no}all unusable "
+                                  "({value:.0f} %)", 1.0, True),
+    "errorRateAlert": AlertRule(ge, None, "an error rate of {value:.4g} % is {no}at or above "
+                                "errorRateAlert {limit:g} %")}
 
 
-def alert_limits(config: Config) -> Dict[str, float]:
-    """The limits that are set, by the options' names."""
-    limits = {kind: getattr(config, snake_case(kind)) for kind in ALERT_RULES}
-    return {kind: limit for kind, limit in limits.items() if limit > 0}
+BALANCE_KINDS = ("minCurrentBalance", "minExpiringBalance", "maxRequiredDailyBurn")     # in USD
 
 
-def alert_text(alert: Alert, state: str) -> str:
+def alert_limits(config: Config) -> Dict[str, Limit]:
+    """The limits that are set, by kind."""
+    begins = {kind: getattr(config, snake_case(kind)) for kind in ALERT_RULES
+              if snake_case(kind) in Config._fields}
+    if config.account_alerts:
+        begins.update(accountRefused=1.0, accountsUnusable=100.0)
+    ends = {kind: limit * ALERT_RULES[kind].share for kind, limit in begins.items()}
+    ends.update(windowAlert=min(config.window_alert_end, config.window_alert),
+                errorRateAlert=min(config.error_rate_alert_end, config.error_rate_alert))
+    return {kind: Limit(limit, ends[kind]) for kind, limit in begins.items() if limit > 0}
+
+
+def watch_account(key: RingKey, state: AccountState, figures: Optional[Figures],
+                  now: float) -> List[Watched]:
+    """All that is watched of an account."""
+    fresh = figures if figures and now - figures.at <= STALE_SECONDS else Figures(now)
+    return [Watched(kind, rule.figure(state, fresh, now), key)
+            for kind, rule in ALERT_RULES.items() if rule.figure is not None]
+
+
+def watch_pool(states: List[AccountState]) -> List[Watched]:
+    """How many of the operator's accounts are refused or skipped, in percent; nothing where there
+    are none.  A lone key in cooldown is called all the same."""
+    count = sum(one.word == "refused" or (one.word == "skipped" and not (
+        one.reason == "cooldown" and len(states) == 1)) for one in states)
+    return [Watched("accountsUnusable", 100.0 * count / len(states))] if states else []
+
+
+def alert_text(alert: Alert, no: str) -> str:
     """An alert as a line: `home (key:3fa9c1): balance of 1.20 USD is below ...`."""
-    who = "%s (%s)" % (alert.name, alert.key) if alert.name else alert.key
-    return "%s: %s is %s %s %.2f" % (who, ALERT_RULES[alert.kind].words % alert.value, state,
-                                     alert.kind, alert.limit)
+    who = "%s (%s): " % (alert.name, alert.key) if alert.name else alert.key and alert.key + ": "
+    return who + ALERT_RULES[alert.kind].words.format(no=no, **alert._asdict())
 
 
-def judge_alert(old: Optional[Standing], alert: Alert, repeat: float,
+def judge_alert(old: Optional[Standing], alert: Alert, over: float, spans: Tuple[float, float],
                 now: float) -> Tuple[Optional[Standing], Optional[News]]:
-    """(what stands, what is told) of one account and limit whose figure is known."""
-    sign = ALERT_RULES[alert.kind].sign
-    side = "below" if sign < 0 else "above"
+    """(what stands, what is told) of one value that is known; `spans` as in judge_alerts."""
+    rule, (repeat, calm) = ALERT_RULES[alert.kind], spans
     if old is not None:
         alert = alert._replace(since=old.alert.since)
-    if (alert.value - alert.limit) * sign <= 0:
-        return None, old and News("resolved", alert, alert_text(alert, "no more " + side))
+    if not rule.beyond(alert.value, alert.limit if old is None else over):
+        if old is not None and rule.lasting and 0 <= now - old.held < calm:
+            return old, None
+        return None, old and News("resolved", alert, alert_text(alert, "no more "))
     if old is not None and not (repeat and not 0 <= now - old.told < repeat):
-        return Standing(alert, old.told), None
-    return Standing(alert, now), News("alert", alert, alert_text(alert, side))
+        return Standing(alert, old.told, now), None
+    return Standing(alert, now, now), News("alert", alert, alert_text(alert, ""))
 
 
-def judge_alerts(standing: Mapping[str, Standing],
-                 accounts: Iterable[Tuple[RingKey, Optional[Figures]]], limits: Mapping[str, float],
-                 repeat: float, now: float) -> Tuple[Dict[str, Standing], List[News]]:
-    """The alerts that stand now, by key and kind, and what must be told.
+def judge_alerts(standing: Mapping[str, Standing], watched: Iterable[Watched],
+                 limits: Mapping[str, Limit], spans: Tuple[float, float],
+                 now: float) -> Tuple[Dict[str, Standing], List[News]]:
+    """The alerts that stand now, by account and kind, and what must be told.
 
-    `repeat`: seconds after which an alert that stands is told again, 0 for never.  One whose key
-    or limit is gone is over too.
+    `spans`: seconds after which an alert that stands is told again, 0 for never; and for which a
+    lasting one must not have held.  One whose key or limit is gone is over too.
     """
     stand: Dict[str, Standing] = {}
     news: List[Optional[News]] = []
     left = dict(standing)
-    for key, figures in accounts:
-        fresh = figures if figures is not None and now - figures.at <= STALE_SECONDS else None
-        for kind, limit in limits.items():
-            place = "%s %s" % (key.digest, kind)
-            old = kept = left.pop(place, None)
-            value = ALERT_RULES[kind].figure(fresh, now) if fresh is not None else None
-            if value is not None:
-                alert = Alert(key.shown, key.name, kind, round(value, 6), limit, now)
-                kept, told = judge_alert(old, alert, repeat, now)
-                news.append(told)
-            if kept is not None:
-                stand[place] = kept
-    news += [News("resolved", old.alert, alert_text(old.alert, "not watched any more with"))
+    for kind, value, account in watched:
+        if kind not in limits:
+            continue
+        place = "%s %s" % (account.digest if account else "", kind)
+        old = kept = left.pop(place, None)
+        if value is not None:
+            key, name = (account.shown, account.name) if account else ("", "")
+            alert = Alert(key, name, kind, round(value, 6), limits[kind].begins, now)
+            kept, told = judge_alert(old, alert, limits[kind].over, spans, now)
+            news.append(told)
+        if kept is not None:
+            stand[place] = kept
+    news += [News("resolved", old.alert, alert_text(old.alert, "") + "; not watched any more")
              for old in left.values()]
     return stand, [one for one in news if one is not None]
 
@@ -8041,6 +8124,15 @@ def is_failure(record: Record) -> bool:
     """Whether a request went wrong, be it in the middle of its stream; a client that left is
     none."""
     return record.status != 499 and (record.status >= 400 or record.error != "")
+
+
+def error_percentage(records: Iterable[Record], since: float, least: float) -> Optional[float]:
+    """How many of the requests that ended since then failed; None where there are fewer than
+    `least`, or none."""
+    ended = [record for record in records if record.at + record.total >= since]
+    if len(ended) < max(least, 1):
+        return None
+    return 100.0 * sum(map(is_failure, ended)) / len(ended)
 
 
 def count_record(minutes: Minutes, record: Record) -> None:
@@ -10101,6 +10193,16 @@ alert_minExpiringBalance: {name}: expiring credit {value} is below {limit} (sinc
 alert_maxRequiredDailyBurn: {name}: {value} a day would have to be spent, more than {limit}
   (since {when}) | {name}: 하루에 {value}을(를) 써야 하며 {limit}보다 많습니다 ({when}부터)
   | {name}：每天需花费 {value}，超过 {limit}（自 {when}）
+alert_windowAlert: {name}: {value} of a usage window is used, {limit} or more (since {when})
+  | {name}: 사용량 한도의 {value}을(를) 사용했습니다. 알림 기준 {limit} ({when}부터)
+  | {name}：用量窗口已使用 {value}，达到告警线 {limit}（自 {when}）
+alert_accountRefused: {name}: the upstream refused the key (since {when})
+  | {name}: 업스트림이 키를 거부했습니다 ({when}부터) | {name}：上游拒绝了此密钥（自 {when}）
+alert_accountsUnusable: None of the operator's accounts is usable (since {when})
+  | 사용할 수 있는 운영자 계정이 없습니다 ({when}부터) | 没有可用的运营者账户（自 {when}）
+alert_errorRateAlert: {value} of requests fail, {limit} or more (since {when})
+  | 요청의 {value}이(가) 실패합니다. 알림 기준 {limit} ({when}부터)
+  | {value} 的请求失败，达到告警线 {limit}（自 {when}）
 state: State | 상태 | 状态
 version: Version | 버전 | 版本
 upstream: Upstream | 업스트림 | 上游
@@ -10645,8 +10747,9 @@ function showBanners() {
   if (link === "lost") rows.push(["bad", fault || say("lost_note")]);
   if (state && state.status === "draining") rows.push(["warn", say("draining_note")]);
   for (const alert of (state && state.alerts) || []) {
+    const shown = /^(min|max)/.test(alert.kind) ? money : (value) => percent(value / 100);
     rows.push(["warn", say("alert_" + alert.kind, { name: alert.name || alert.key,
-      value: money(alert.value), limit: money(alert.limit), when: day(alert.since) })]);
+      value: shown(alert.value), limit: shown(alert.limit), when: day(alert.since) })]);
   }
   const now = JSON.stringify(rows);
   if (now === bannersShown) return;
@@ -13172,9 +13275,10 @@ async def await_all_figures(app: App, keys: Tuple[RingKey, ...], seconds: float)
 
 
 # === ALERT WATCH ============================================================
-# Looking at the operator's accounts from time to time, and telling what ALERTS
-# finds: in the log, on the page (`App.alerts`), and to a webhook, by a task of its
-# own, in order, tried again a few times.
+# Looking at the operator's accounts and at the error rate from time to time, and
+# telling what ALERTS finds: in the log, on the page (`App.alerts`), and to a
+# webhook, by a task of its own, in order, tried again a few times.  What stands is
+# in memory: after a restart it is told again.
 
 MAX_POSTS = 1024            # that wait for the webhook; the oldest go first
 AGAIN_STATUSES = (408, 425, 429)        # besides 5xx: what a webhook may mend by itself
@@ -13184,39 +13288,63 @@ AGAIN_STATUSES = (408, 425, 429)        # besides 5xx: what a webhook may mend b
 class AlertWatch:
     """What the watch remembers between two looks."""
 
-    looked: float = 0.0                 # epoch second of the last look
+    asked: float = 0.0                  # epoch second at which accounts were asked last,
+    requests: int = 0                   # and how many requests their keys had then
     standing: Dict[str, Standing] = field(default_factory=dict)
     posts: Deque[Json] = field(default_factory=lambda: deque(maxlen=MAX_POSTS))
     posting: Optional["asyncio.Task[Any]"] = None
 
 
 async def watch_alerts(app: App) -> None:
-    """Look at the accounts whenever they are due, as the configuration of the moment says."""
+    """Look at what is known every few seconds, as the configuration of the moment says, and ask
+    the accounts whenever they are due."""
     watch = AlertWatch()
     while True:
         await asyncio.sleep(app.limits.alert_tick)
-        watched = bool(alert_limits(app.config) and app.operator.keys) and not app.demo
-        age = time.time() - watch.looked
-        if watched and not 0 <= age < app.config.alert_interval_seconds:
-            await look_at_accounts(app, watch)
-        elif watch.standing and not watched:
-            tell_alerts(app, watch, ())
+        keys = () if app.demo else app.operator.keys
+        if are_accounts_due(app, watch, keys):
+            await await_all_figures(app, keys, app.config.alert_interval_seconds / 2)
+        if watch.standing or alert_limits(app.config):
+            tell_alerts(app, watch, keys)
 
 
-async def look_at_accounts(app: App, watch: AlertWatch) -> None:
-    """Ask for figures that are not quite new, and tell what follows from them."""
-    watch.looked, keys = time.time(), app.operator.keys
-    await await_all_figures(app, keys, app.config.alert_interval_seconds / 2)
-    tell_alerts(app, watch, keys)
+def are_accounts_due(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> bool:
+    """Whether accounts must be asked now: from time to time, where an option of the operator's
+    watches their balance, their keys were used since, or an alert stands."""
+    now, limits = time.time(), set(alert_limits(app.config)) - {"errorRateAlert"}
+    if not keys or not limits or 0 <= now - watch.asked < app.config.alert_interval_seconds:
+        return False
+    requests = sum(state_of(app.keys, key, now).requests for key in keys)
+    standing = {one.alert.kind for one in watch.standing.values()}
+    if requests == watch.requests and not (standing | set(BALANCE_KINDS)) & limits:
+        return False
+    watch.asked, watch.requests = now, requests
+    return True
+
+
+def list_watched(app: App, keys: Tuple[RingKey, ...], least: float, now: float) -> List[Watched]:
+    """All that is watched now: these keys' accounts, and the error rate of at least so many
+    requests."""
+    routing = Routing(refresh=app.config.account_refresh_seconds)
+    watched, accounts = [], []
+    for key in keys:
+        state = state_of(app.keys, key, now)
+        accounts.append(account_state(key, state, routing, now))
+        watched += watch_account(key, accounts[-1], state.figures, now)
+    rate = error_percentage(app.recent, now - app.config.error_rate_alert_seconds, least)
+    return [*watched, *watch_pool(accounts), Watched("errorRateAlert", rate)]
 
 
 def tell_alerts(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> None:
-    """Judge these keys by what is known of them, and tell what is new."""
-    now = time.time()
-    accounts = [(key, state_of(app.keys, key, now).figures) for key in keys]
-    watch.standing, news = judge_alerts(watch.standing, accounts, alert_limits(app.config),
-                                        app.config.alert_repeat_seconds, now)
-    app.alerts = [alert_entry(one.alert) for one in watch.standing.values()]
+    """Judge what is known of these keys and of the last requests, and tell what is new."""
+    now, config = time.time(), app.config
+    stands = any(one.alert.kind == "errorRateAlert" for one in watch.standing.values())
+    watched = list_watched(app, keys, 1 if stands else config.error_rate_alert_requests, now)
+    before = watch.standing
+    watch.standing, news = judge_alerts(before, watched, alert_limits(config), (
+        config.alert_repeat_seconds, config.alert_interval_seconds), now)
+    if before or watch.standing:
+        app.alerts = [alert_entry(one.alert) for one in watch.standing.values()]
     for one in news:
         app.log.log(logging.WARNING if one.event == "alert" else logging.INFO, "%s: %s",
                     one.event, one.text)
@@ -17234,9 +17362,12 @@ def summary_words(view: TopView) -> List[str]:
 
 
 def alert_line(alert: Json) -> str:
-    return "alert: %s %s is %.2f (%.2f)" % (
-        text_in(alert, "name") or text_in(alert, "key"), text_in(alert, "kind"),
-        number_in(alert, "value"), number_in(alert, "limit"))
+    """An alert as the log tells it; one that is not known here by its members."""
+    key, name, kind = (text_in(alert, member) for member in ("key", "name", "kind"))
+    value, limit = number_in(alert, "value"), number_in(alert, "limit")
+    if kind in ALERT_RULES:
+        return "alert: " + alert_text(Alert(key, name, kind, value, limit, 0.0), "")
+    return "alert: %s %s is %.2f (%.2f)" % (name or key, kind, value, limit)
 
 
 def colour_of(entry: Json) -> str:

@@ -10,7 +10,8 @@ import threading
 from collections import deque
 
 import pytest
-from fake_upstream import FakeProxy, FakeUpstream, raw, reset, stall, status
+from fake_upstream import (FakeProxy, FakeUpstream, raw, reset, stall, status, stream,
+                           text_answer)
 from harness import CHAT, FAST, FakeClock, Proxy, ccproxy, wait_until
 
 CERTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "certs")
@@ -25,12 +26,17 @@ class Place:
 
     def __init__(self):
         self.left = {A: 3.0, B: 50.0}
+        self.refused, self.used = set(), {}         # keys; percentages of a window
         self.upstream, self.hook = FakeUpstream(), FakeUpstream()
         self.upstream.side_script = self.tell
         self.hook.default = status(200, b"ok")
         self.proxy = None
 
     def tell(self, sock, request):
+        key = (request.field("authorization") or "")[len("Bearer "):]
+        if key in self.refused and "/alpha/" in request.line:
+            status(401, {"error": {"message": "no"}}, "connection: close\r\n")(sock, request)
+            return
         left = self.left.get((request.field("authorization") or "")[len("Bearer "):])
         path = request.line.split(" ")[1].replace(self.upstream.base, "")   # through a proxy
         if left is None:
@@ -38,7 +44,9 @@ class Place:
             return
         status(200, {
             "/alpha/whoami": {"org": None},
-            "/alpha/billing/credits": {"credits": {"monthlyCredits": left, "freeCredits": 0}},
+            "/alpha/billing/credits": {
+                "credits": {"monthlyCredits": left, "freeCredits": 0},
+                "windowLimits": {"weekly": {"used": self.used.get(key, 0), "cap": 100}}},
         }.get(path, {"data": None}))(sock, request)
 
     def start(self, keys="home=%s,work=%s" % (A, B), limits=HOOK, **options):
@@ -150,6 +158,117 @@ def test_without_a_webhook_the_log_tells(place):
     place.start(alertWebhookUrl="", **LIMITS)
     wait_until(lambda: place.logged("WARNING alert: home"))
     assert place.posts == []
+
+
+def told(place):
+    return [(post["event"], post["alert"]["kind"], post["alert"]["name"]) for post in place.posts]
+
+
+def ask(place, count=1):
+    """Requests of a caller that is lent the operator's keys; their statuses."""
+    fields = {"authorization": "Bearer c"}
+    return [place.proxy.post(CHAT, fields, None, messages=[
+        {"role": "user", "content": "%d" % number}]).status for number in range(count)]
+
+
+def test_a_window_that_fills_and_empties(place, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    app = place.start().app
+    place.used = {A: 92, B: 50}
+    place.let_it_look()
+    assert place.upstream.side_requests == []       # idle: nobody is asked
+    assert ask(place) == [200]
+    steps = [([("alert", "windowAlert", "home")], {A: 92}), ([], {A: 85, B: 89}), ([], {A: 91}),
+             ([("resolved", "windowAlert", "home")], {A: 79})]
+    expected = []
+    for events, used in steps:
+        place.used, looks = used, len(place.upstream.side_requests)
+        clock.now += 301
+        wait_until(lambda: len(place.upstream.side_requests) >= looks + 6)
+        expected += events
+        wait_until(lambda: len(place.posts) == len(expected))
+        place.let_it_look()
+        assert told(place) == expected
+        assert [one["kind"] for one in app.alerts] == ["windowAlert"] * (used != {A: 79})
+    assert len(place.logged("WARNING alert: home (key:")) == 1
+    assert len(place.logged("INFO resolved: home (key:")) == 1
+
+
+@pytest.mark.parametrize("by", ["a request", "an account question"])
+def test_refused_keys(place, monkeypatch, by):
+    """One, then all; each told once each way, and resolved a while after it works again."""
+    clock = FakeClock(monkeypatch)
+    scripts = [status(401, {"error": {"message": "no"}}, "connection: close\r\n")]
+    keys = ["home=" + A, "work=" + B]
+    if by == "a request":
+        place.upstream.scripts = list(scripts)
+    else:
+        place.refused = {A}
+        keys.reverse()
+    app = place.start(",".join(keys), routingPolicy="drain_first").app
+    assert ask(place) == [200]
+    wait_until(lambda: len(place.posts) == 1)
+    assert told(place) == [("alert", "accountRefused", "home")]
+    place.refused = {A, B}
+    place.upstream.default = scripts[0]
+    assert ask(place, 3) == [502] * 3
+    wait_until(lambda: len(place.posts) == 3)
+    assert sorted(told(place)[1:]) == [
+        ("alert", "accountRefused", "work"), ("alert", "accountsUnusable", None)]
+    assert {one["kind"] for one in app.alerts} == {"accountRefused", "accountsUnusable"}
+    place.let_it_look()
+    assert len(place.posts) == 3
+    place.refused, place.upstream.default = set(), stream(text_answer("well"))
+    for _ in range(3):
+        clock.now += 301
+        place.let_it_look()
+        wait_until(lambda: not app.refreshes)
+    wait_until(lambda: len(place.posts) == 6)
+    assert sorted(told(place)[3:]) == [
+        ("resolved", "accountRefused", "home"), ("resolved", "accountRefused", "work"),
+        ("resolved", "accountsUnusable", None)]
+    assert app.alerts == [] and len(place.logged("WARNING alert: ")) == 3
+
+
+def test_the_error_rate_is_told_without_an_operators_key(place):
+    app = place.start(keys="", limits=HOOK._replace(backoff=())).app
+    place.upstream.default = status(503, {"error": {"message": "away"}}, "connection: close\r\n")
+    own = {"authorization": "Bearer user_own" + SECRET}
+    for _ in range(19):
+        assert place.proxy.post(CHAT, own, None).status == 503
+    place.let_it_look()
+    assert place.posts == []
+    place.proxy.post(CHAT, own, None)
+    wait_until(lambda: place.posts)
+    (alert,) = app.alerts
+    assert alert == {"key": "", "name": None, "kind": "errorRateAlert", "value": 100.0,
+                     "limit": 50.0, "since": alert["since"]}
+    place.upstream.default = stream(text_answer("well"))
+    while app.alerts and len(app.recent) < 100:
+        assert len(place.posts) == 1
+        assert place.proxy.post(CHAT, own, None).status == 200
+        place.let_it_look()
+    assert len(app.recent) in (81, 82)              # 20 of 81 are below 25 %
+    wait_until(lambda: len(place.posts) == 2)
+    assert told(place) == [("alert", "errorRateAlert", None), ("resolved", "errorRateAlert", None)]
+    assert place.logged("alert: an error rate of 100 % is at or above errorRateAlert 50 %")
+    assert place.upstream.side_requests == []
+
+
+@pytest.mark.parametrize("options", [
+    {"accountAlerts": False, "windowAlert": 0, "errorRateAlert": 0}, {}])
+def test_what_is_switched_off_is_not_told(place, options):
+    place.used, place.left = {A: 95}, {A: 9.0, B: 9.0}
+    place.start(limits=HOOK._replace(backoff=()), **options)
+    place.upstream.default = status(401, {"error": {"message": "no"}}, "connection: close\r\n")
+    assert ask(place, 22) == [502] * 22
+    if options:
+        place.let_it_look()
+        assert place.posts == [] and place.proxy.app.alerts == []
+    else:
+        wait_until(lambda: len(place.posts) >= 5)
+        assert {kind for _, kind, _ in told(place)} >= {
+            "accountRefused", "accountsUnusable", "errorRateAlert", "windowAlert"}
 
 
 # A webhook that misbehaves.

@@ -8,7 +8,9 @@ from harness import ccproxy, make_config
 
 NOW, DAY = 1_790_000_000.0, 86_400.0
 HOME, WORK = ccproxy.parse_ring("home=user_5ecretA,user_5ecretB", "x")
-REPEAT = 3600.0
+REPEAT, CALM = 3600.0, 300.0
+USABLE = ccproxy.AccountState("usable")
+OFF = {"accountAlerts": False, "windowAlert": 0, "errorRateAlert": 0}
 
 
 def account(monthly=None, free=None, purchased=None, days=10.0, age=0.0):
@@ -16,8 +18,15 @@ def account(monthly=None, free=None, purchased=None, days=10.0, age=0.0):
     return ccproxy.Figures(NOW - age, monthly, free, purchased, period_end=end)
 
 
-def judge(figures, standing=(), now=NOW, key=HOME, repeat=REPEAT, **limits):
-    return ccproxy.judge_alerts(dict(standing), [(key, figures)], limits, repeat, now)
+def limits_of(limits):
+    """As alert_limits gives them for these options."""
+    given = ccproxy.alert_limits(make_config(**{**OFF, **limits}))
+    return {kind: given[kind] for kind in limits}
+
+
+def judge(figures, standing=(), now=NOW, key=HOME, repeat=REPEAT, state=USABLE, **limits):
+    watched = ccproxy.watch_account(key, state, figures, now)
+    return ccproxy.judge_alerts(dict(standing), watched, limits_of(limits), (repeat, CALM), now)
 
 
 BALANCE, EXPIRING, BURN = "minCurrentBalance", "minExpiringBalance", "maxRequiredDailyBurn"
@@ -51,9 +60,17 @@ def test_when_an_alert_begins(figures, kind, limit, value):
 
 
 def test_limits_that_are_not_set_watch_nothing():
-    assert ccproxy.alert_limits(make_config()) == {}
-    config = make_config(minCurrentBalance="2.5", maxRequiredDailyBurn=3)
-    assert ccproxy.alert_limits(config) == {BALANCE: 2.5, BURN: 3.0}
+    assert ccproxy.alert_limits(make_config(**OFF)) == {}
+    assert ccproxy.alert_limits(make_config()) == {
+        "windowAlert": (90, 80), "errorRateAlert": (50, 25), "accountRefused": (1, 1),
+        "accountsUnusable": (100, 100)}
+    config = make_config(**OFF, minCurrentBalance="2.5", minExpiringBalance=2,
+                         maxRequiredDailyBurn=3)
+    assert ccproxy.alert_limits(config) == {
+        BALANCE: (2.5, 2.75), EXPIRING: (2, 2.2), BURN: (3, pytest.approx(2.7))}
+    config = make_config(windowAlert=60, errorRateAlert=20, errorRateAlertEnd=5)
+    assert ccproxy.alert_limits(config)["windowAlert"] == (60, 60)      # not over while it begins
+    assert ccproxy.alert_limits(config)["errorRateAlert"] == (20, 5)
 
 
 def test_a_life():
@@ -109,9 +126,10 @@ def test_a_limit_that_moves_keeps_its_alert():
 
 
 def test_each_account_and_limit_is_judged_for_itself():
-    standing, news = ccproxy.judge_alerts(
-        {}, [(HOME, account(4)), (WORK, account(90)), (HOME, None)],
-        {BALANCE: 5, EXPIRING: 5, BURN: 5}, REPEAT, NOW)
+    watched = [one for key, figures in ((HOME, account(4)), (WORK, account(90)))
+               for one in ccproxy.watch_account(key, USABLE, figures, NOW)]
+    standing, news = ccproxy.judge_alerts({}, watched, limits_of(
+        {BALANCE: 5, EXPIRING: 5, BURN: 5}), (REPEAT, CALM), NOW)
     assert sorted((one.alert.name, one.alert.kind) for one in news) == [
         ("", BURN), ("home", BALANCE), ("home", EXPIRING)]
     assert len(standing) == 3
@@ -126,9 +144,123 @@ def test_each_account_and_limit_is_judged_for_itself():
 def test_the_words(key, kind, limit, left, text):
     standing, (news,) = judge(account(left), key=key, **{kind: limit})
     assert news.text == text % key.shown
-    ended = judge(account(5), standing, key=key, **{kind: limit})[1][0].text
-    assert " no more " in ended and "5.00" in ended or "0.50" in ended
-    assert "not watched any more" in judge(None, standing, key=key)[1][0].text
+    ended = judge(account(5.5), standing, key=key, **{kind: limit})[1][0].text
+    assert " is no more " in ended and ("5.50" in ended or "0.55" in ended)
+    assert judge(None, standing, key=key)[1][0].text == news.text + "; not watched any more"
+
+
+# Around a limit.
+
+WINDOW, REFUSED, UNUSABLE, ERRORS = (
+    "windowAlert", "accountRefused", "accountsUnusable", "errorRateAlert")
+
+
+def events(steps, **limits):
+    """What is told as an account's figures go through these steps, a look each."""
+    standing, told = {}, []
+    for number, figures in enumerate(steps):
+        now = NOW + 300 * number
+        standing, news = judge(figures._replace(at=now), standing, now, **limits)
+        told += [one.event for one in news]
+    return told
+
+
+@pytest.mark.parametrize("kind, limit, steps", [
+    # 12 looks around one limit: one notice each way
+    (BALANCE, 5, [account(left) for left in (5.1, 4.9) * 6] + [account(5.5)]),
+    (EXPIRING, 5, [account(left) for left in (5.1, 4.9, 5.4, 4.6) * 3] + [account(6)]),
+    (BURN, 5, [account(left) for left in (49, 51) * 6] + [account(44)])])
+def test_a_value_around_a_limit_is_told_once(kind, limit, steps):
+    assert events(steps, **{kind: limit}) == ["alert", "resolved"]
+
+
+def used(percentage, cap=6.0, resets=NOW + 9 * DAY, exceeded=False):
+    return ccproxy.Window(cap * percentage / 100, cap, exceeded, resets)
+
+
+@pytest.mark.parametrize("steps, expected", [
+    # percentages of a window that are used: what is told
+    ([89.9, 90], ["alert"]), ([89.9, 88, 10], []), ([90, 80, 90, 80.1], ["alert"]),
+    ([95, 85, 79.9], ["alert", "resolved"]), ([120, 0], ["alert", "resolved"]),
+    ([95, 75, 89, 91], ["alert", "resolved", "alert"])])
+@pytest.mark.parametrize("member", ["five_hour", "weekly"])
+def test_a_window(steps, expected, member):
+    given = [account(9)._replace(**{member: used(one)}) for one in steps]
+    assert events(given, windowAlert=90) == expected
+
+
+@pytest.mark.parametrize("figures, state, value", [
+    (account(9)._replace(five_hour=used(91), weekly=used(95)), USABLE, 95.0),
+    (account(9), USABLE, None), (None, USABLE, None),
+    (account(9)._replace(weekly=used(95, resets=NOW - 1)), USABLE, None),       # it was reset since
+    (account(9)._replace(weekly=used(95, resets=0.0)), USABLE, 95.0),
+    (account(9)._replace(weekly=ccproxy.Window(0, 0, True, 0)), USABLE, None),
+    (account(9, age=4000)._replace(weekly=used(95)), USABLE, None),
+    # by the upstream's word, without figures
+    (None, ccproxy.AccountState("skipped", "window", "usage_window", NOW + 60), 100.0)])
+def test_how_much_of_a_window_is_used(figures, state, value):
+    standing, news = judge(figures, state=state, windowAlert=90)
+    assert [one.alert.value for one in news] == ([] if value is None else [value])
+
+
+def test_a_refused_key():
+    refused = ccproxy.AccountState("refused", "refused", "authentication", ccproxy.NEVER_ENDS)
+    limits = {REFUSED: ccproxy.Limit(1, 1)}
+    standing, told = {}, []
+    # (seconds later, its state); figures that come clear it, and a request marks it again
+    steps = [(0, USABLE), (10, refused), (20, refused), (300, USABLE), (310, refused),
+             (600, USABLE), (605, ccproxy.AccountState("unknown")), (610, USABLE), (900, USABLE)]
+    for later, state in steps:
+        now = NOW + later
+        watched = ccproxy.watch_account(HOME, state, None, now)
+        standing, news = ccproxy.judge_alerts(standing, watched, limits, (REPEAT, CALM), now)
+        told += [(later, one.event, one.text) for one in news]
+    name = "home (%s): the key is " % HOME.shown
+    assert told == [(10, "alert", name + "refused by the upstream"),
+                    (610, "resolved", name + "no more refused by the upstream")]
+
+
+def state_of(reason, word="skipped"):
+    return ccproxy.AccountState(word, reason, "x", NOW + 60)
+
+
+@pytest.mark.parametrize("states, percentage", [
+    # the operator's accounts: how many are unusable
+    ([], None), ([USABLE], 0), ([ccproxy.AccountState("unknown")], 0),
+    ([state_of("refused", "refused")], 100), ([ccproxy.AccountState("refused")], 100),
+    ([state_of("credit")], 100), ([state_of("window")], 100),
+    ([state_of("cooldown")], 0),                # a lone key is called all the same
+    ([state_of("cooldown"), state_of("window")], 100), ([state_of("credit"), USABLE], 50),
+    ([state_of("credit"), state_of("refused", "refused"), state_of("window")], 100)])
+def test_all_accounts_unusable(states, percentage):
+    watched = ccproxy.watch_pool(states)
+    assert [one.value for one in watched] == ([] if percentage is None else [percentage])
+    limits = {UNUSABLE: ccproxy.Limit(100, 100)}
+    standing, news = ccproxy.judge_alerts({}, watched, limits, (REPEAT, CALM), NOW)
+    assert [one.text for one in news] == (
+        ["the operator's accounts are all unusable (100 %)"] if percentage == 100 else [])
+    later = NOW + CALM
+    news = ccproxy.judge_alerts(standing, ccproxy.watch_pool([USABLE]), limits, (REPEAT, CALM),
+                                later)[1]
+    assert [one.text for one in news] == (
+        ["the operator's accounts are no more all unusable (0 %)"] if percentage == 100 else [])
+
+
+@pytest.mark.parametrize("steps, expected", [
+    # error rates in percent (None: too few requests): what is told
+    ([50], ["alert"]), ([49.9, 30, 0], []), ([60, 40, 25, 55], ["alert"]),
+    ([60, 24.9], ["alert", "resolved"]), ([60, None, None, 20], ["alert", "resolved"])])
+def test_the_error_rate(steps, expected):
+    standing, told = {}, []
+    for value in steps:
+        standing, news = ccproxy.judge_alerts(
+            standing, [ccproxy.Watched(ERRORS, value)], {ERRORS: ccproxy.Limit(50, 25)},
+            (REPEAT, CALM), NOW)
+        told += news
+    assert [one.event for one in told] == expected
+    assert all((one.alert.key, one.alert.name) == ("", "") for one in told)
+    if told:
+        assert told[0].text == "an error rate of %d %% is at or above errorRateAlert 50 %%" % steps[0]
 
 
 def test_what_is_posted():

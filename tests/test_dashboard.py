@@ -549,6 +549,29 @@ def test_who_has_no_admin_key_is_asked_once_and_can_still_connect(place, open_pa
     page.wait("document.querySelector('#link').dataset.link === 'live'")
 
 
+# Alerts.
+
+@pytest.mark.parametrize("language, words", [
+    ("en", ["home: balance $1.00 is below $5.00", "95% of a usage window is used, 90% or more",
+            "home: the upstream refused the key", "None of the operator's accounts is usable",
+            "62.5% of requests fail, 50% or more"]),
+    ("ko", ["업스트림이 키를 거부했습니다", "62.5%"]), ("zh", ["上游拒绝了此密钥", "62.5%"])])
+def test_alerts_stand_on_the_overview(proxy, open_page, language, words):
+    proxy.app.alerts = [
+        {"key": "key:1", "name": "home" if key else None, "kind": kind, "value": value,
+         "limit": limit, "since": 1e9} for kind, key, value, limit in (
+            ("minCurrentBalance", 1, 1.0, 5.0), ("windowAlert", 1, 95.0, 90.0),
+            ("accountRefused", 1, 1.0, 1.0), ("accountsUnusable", 0, 100.0, 100.0),
+            ("errorRateAlert", 0, 62.5, 50.0))]
+    page = open_page(proxy)
+    page.wait("document.querySelectorAll('#banners .warn').length === 5")
+    page.choose("#language", language)
+    shown = "document.querySelector('#banners').innerText"
+    page.wait("%s.includes(%r)" % (shown, words[0]))
+    text = page.run(shown)
+    assert all(one in text for one in words) and "undefined" not in text and "{" not in text
+
+
 # Hostile words, broken lines.
 
 def test_markup_stays_text(proxy, upstream, open_page):

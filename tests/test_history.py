@@ -48,6 +48,19 @@ def test_what_counts_as_an_error(status, error, errors):
     assert entries(record(status=status, error=error))[0]["errors"] == errors
 
 
+@pytest.mark.parametrize("records, least, percentage", [
+    # (status, error, seconds ago at which it ended) of requests: how many of the last 300 s failed
+    ([(503, "busy: x", 1)] * 10 + [(200, "", 1)] * 10, 20, 50.0),
+    ([(503, "busy: x", 1)] * 19, 20, None), ([(503, "busy: x", 1)] * 19, 1, 100.0),
+    ([(200, "upstream: broke off", 1)] * 20, 20, 100.0), ([(499, "left", 1)] * 20, 20, 0.0),
+    ([(503, "x: y", 301)] * 20, 1, None), ([(503, "x: y", 299)] + [(200, "", 1)] * 19, 20, 5.0),
+    ([], 1, None), ([(200, "", 1)] * 3, 2.5, 0.0)])
+def test_the_error_rate(records, least, percentage):
+    ended = [record(at=START - ago - 7, total=7.0, status=status, error=error)
+             for status, error, ago in records]
+    assert ccproxy.error_percentage(ended, START - 300, least) == percentage
+
+
 @pytest.mark.parametrize("firsts", [
     [1.0], [0.2, 0.4], [n / 100 for n in range(1, 1001)], [0.5] * 94 + [30.0] * 6,
     [random.Random(5).lognormvariate(0, 2) for _ in range(500)]])

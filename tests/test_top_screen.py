@@ -50,10 +50,16 @@ def test_figures_go_on_in_a_second_line_where_the_first_is_full():
 
 def test_trouble_and_alerts_stand_above():
     view = view_of(alerts=[{"key": "key:1", "name": "home", "kind": "minCurrentBalance",
-                            "value": 1.5, "limit": 5, "since": 1}])
+                            "value": 1.5, "limit": 5, "since": 1},
+                           {"key": "", "name": None, "kind": "errorRateAlert", "value": 75,
+                            "limit": 50, "since": 1},
+                           {"key": "key:2", "name": None, "kind": "ofLater", "value": 1.5,
+                            "limit": 5, "since": 1}])
     view.trouble = "no answer since 12:00:00"
-    assert lines_of(view)[2:4] == ["alert: home minCurrentBalance is 1.50 (5.00)",
-                                   "no answer since 12:00:00"]
+    assert lines_of(view)[2:6] == [
+        "alert: home (key:1): balance of 1.50 USD is below minCurrentBalance 5.00",
+        "alert: an error rate of 75 % is at or above errorRateAlert 50 %",
+        "alert: key:2 ofLater is 1.50 (5.00)", "no answer since 12:00:00"]
 
 
 @pytest.mark.parametrize("width", [20, 40, 61, 80, 132])
