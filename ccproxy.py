@@ -2294,12 +2294,10 @@ def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
     """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
     one is set, and what was sent is not it."""
     given = any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
-    if given and client_key:
-        return ProxyError("authentication", "The clientKey sent is wrong, and it is not a Command "
-                          "Code key either: ask the proxy's operator for the clientKey, or "
-                          + OWN_KEY)
     problem = "The key sent is not a Command Code key" if given else "No key was sent"
-    either = "send the clientKey that the proxy's operator chose, or " if client_key else ""
+    if given and client_key:
+        problem = "The clientKey sent is wrong, and it is not a Command Code key either"
+    either = "ask the proxy's operator for the clientKey, or " if client_key else ""
     return ProxyError("authentication", "%s: %s%s" % (problem, either, OWN_KEY))
 
 
@@ -7768,16 +7766,14 @@ def account_entry(figures: Optional[Figures], now: float) -> Optional[Json]:
             "age_seconds": round(max(now - figures.at, 0))}
 
 
-FIT_OF_WORD = {"usable": True, "unknown": None}
-
-
 def usage_entry(key: RingKey, state: KeyState, routing: Routing, now: float) -> Json:
     """All that is told of one key; `fit` is null while the upstream has not accepted it yet."""
     known = account_state(key, state, routing._replace(model="", upstream=""), now)
     models = [place for place, mark in state.marks.items()
               if place not in UNFIT_WORDS and mark.until > now]
     entry: Json = {"key": key.shown, "name": key.name or None, "weight": key.weight,
-                   "state": known.word, "fit": FIT_OF_WORD.get(known.word, False),
+                   "state": known.word, "fit": {"usable": True, "unknown": None}.get(
+                       known.word, False),
                    "reason": UNFIT_WORDS.get(known.reason), "fit_at": shown_moment(known.until),
                    "models_passed_over": len(models), "in_flight": state.in_flight,
                    "account": account_entry(state.figures, now),
@@ -7915,13 +7911,13 @@ def expiring_burn(state: AccountState, figures: Figures, now: float) -> Optional
 
 
 def window_percentage(state: AccountState, figures: Figures, now: float) -> Optional[float]:
-    """How much of a usage window is used, of the two the fuller; None where none is told, or was
-    reset since."""
+    """How much of a usage window is used, of the two the fuller; 0 where a usable account tells of
+    none, or only of ones that were reset since."""
     if state.reason == "window":
         return 100.0
-    windows = [one for one in (figures.five_hour, figures.weekly) if one is not None]
-    return max((100 * one.used / one.cap for one in windows
-                if one.cap > 0 and not 0 < one.resets <= now), default=None)
+    told = [100 * one.used / one.cap for one in (figures.five_hour, figures.weekly)
+            if one is not None and one.cap > 0 and not 0 < one.resets <= now]
+    return max(told, default=0.0 if state.word == "usable" and figures.at else None)
 
 
 ALERT_RULES = {
@@ -7934,7 +7930,8 @@ ALERT_RULES = {
     "windowAlert": AlertRule(ge, window_percentage, "a usage window that is {value:.4g} % used is "
                              "{no}at or above windowAlert {limit:g} %"),
     "accountRefused": AlertRule(ge, lambda state, figures, now: float(state.word == "refused"),
-                                "the key is {no}refused by the upstream", 1.0, True),
+                                "the key is {no}refused by the upstream (`ccproxy.py doctor` "
+                                "checks keys)", 1.0, True),
     "accountsUnusable": AlertRule(ge, None, "the operator's accounts are {no}all unusable "
                                   "({value:.0f} %)", 1.0, True),
     "errorRateAlert": AlertRule(ge, None, "an error rate of {value:.4g} % is {no}at or above "
@@ -7959,7 +7956,9 @@ def alert_limits(config: Config) -> Dict[str, Limit]:
 def watch_account(key: RingKey, state: AccountState, figures: Optional[Figures],
                   now: float) -> List[Watched]:
     """All that is watched of an account."""
-    fresh = figures if figures and now - figures.at <= STALE_SECONDS else Figures(now)
+    fresh = figures or Figures(now)
+    if now - fresh.at > STALE_SECONDS:
+        fresh = Figures(0.0)            # they tell nothing any more
     return [Watched(kind, rule.figure(state, fresh, now), key)
             for kind, rule in ALERT_RULES.items() if rule.figure is not None]
 
@@ -13309,14 +13308,15 @@ async def watch_alerts(app: App) -> None:
 
 
 def are_accounts_due(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> bool:
-    """Whether accounts must be asked now: from time to time, where an option of the operator's
-    watches their balance, their keys were used since, or an alert stands."""
+    """Whether accounts must be asked now: from time to time, where an option watches their balance,
+    a webhook waits for alerts, their keys were used since, or an alert stands."""
     now, limits = time.time(), set(alert_limits(app.config)) - {"errorRateAlert"}
     if not keys or not limits or 0 <= now - watch.asked < app.config.alert_interval_seconds:
         return False
     requests = sum(state_of(app.keys, key, now).requests for key in keys)
     standing = {one.alert.kind for one in watch.standing.values()}
-    if requests == watch.requests and not (standing | set(BALANCE_KINDS)) & limits:
+    if requests == watch.requests and not app.config.alert_webhook_url and \
+            not (standing | set(BALANCE_KINDS)) & limits:
         return False
     watch.asked, watch.requests = now, requests
     return True
@@ -15653,12 +15653,11 @@ async def serve_credentials(app: App, exchange: Exchange) -> None:
     operator = app.operator
     if not (operator.client_key and presents_client_key(exchange.head.fields,
                                                         operator.client_key)):
+        sent = exchange.head.fields.get("authorization", "").strip()
+        problem = "The clientKey sent is wrong" if sent else "No clientKey was sent"
         raise ProxyError("authentication", "%s: this wants the proxy's own clientKey as "
                          "`Authorization: Bearer ...`." % (
-                             "The clientKey sent is wrong" if operator.client_key and
-                             exchange.head.fields.get("authorization", "").strip() else
-                             "No clientKey was sent" if operator.client_key else
-                             "No clientKey is set"))
+                             problem if operator.client_key else "No clientKey is set"))
     if not operator.keys:
         raise ProxyError("not_found", "No operator's keys are configured.")
     await show_usage(app, exchange, Caller(operator.keys, "", True),

@@ -134,8 +134,10 @@ def test_accounts_that_cannot_be_read_are_no_alert(place):
     assert (app.alerts, place.posts) == ([], [])
 
 
-@pytest.mark.parametrize("options, keys", [({}, None), (LIMITS, "")])
-def test_nobody_is_asked_without_a_limit_or_a_key(place, options, keys):
+@pytest.mark.parametrize("options, keys", [
+    ({"alertWebhookUrl": ""}, None), ({"accountAlerts": False, "windowAlert": 0}, None),
+    (LIMITS, "")])
+def test_nobody_is_asked_without_a_limit_a_webhook_or_a_key(place, options, keys):
     place.start(**options, **({} if keys is None else {"keys": keys}))
     place.let_it_look()
     assert place.upstream.side_requests == []
@@ -173,11 +175,8 @@ def ask(place, count=1):
 
 def test_a_window_that_fills_and_empties(place, monkeypatch):
     clock = FakeClock(monkeypatch)
+    place.used = {A: 89, B: 50}
     app = place.start().app
-    place.used = {A: 92, B: 50}
-    place.let_it_look()
-    assert place.upstream.side_requests == []       # idle: nobody is asked
-    assert ask(place) == [200]
     steps = [([("alert", "windowAlert", "home")], {A: 92}), ([], {A: 85, B: 89}), ([], {A: 91}),
              ([("resolved", "windowAlert", "home")], {A: 79})]
     expected = []
@@ -188,10 +187,30 @@ def test_a_window_that_fills_and_empties(place, monkeypatch):
         expected += events
         wait_until(lambda: len(place.posts) == len(expected))
         place.let_it_look()
+        place.let_it_look()
         assert told(place) == expected
         assert [one["kind"] for one in app.alerts] == ["windowAlert"] * (used != {A: 79})
     assert len(place.logged("WARNING alert: home (key:")) == 1
     assert len(place.logged("INFO resolved: home (key:")) == 1
+
+
+def test_without_a_webhook_accounts_are_asked_while_their_keys_are_used(place, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    app = place.start(alertWebhookUrl="").app
+    place.let_it_look()
+    assert place.upstream.side_requests == []
+    assert ask(place) == [200]
+    wait_until(lambda: len(place.upstream.side_requests) == 6)
+    place.let_it_look()
+    clock.now += 301
+    place.let_it_look()
+    assert len(place.upstream.side_requests) == 6       # unused since
+    place.used = {A: 95}
+    assert ask(place) == [200]
+    wait_until(lambda: app.alerts)
+    looks = len(place.upstream.side_requests)
+    clock.now += 301
+    wait_until(lambda: len(place.upstream.side_requests) == looks + 6)      # as long as it stands
 
 
 @pytest.mark.parametrize("by", ["a request", "an account question"])

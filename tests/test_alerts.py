@@ -174,6 +174,10 @@ def test_a_value_around_a_limit_is_told_once(kind, limit, steps):
     assert events(steps, **{kind: limit}) == ["alert", "resolved"]
 
 
+def state_of(reason, word="skipped"):
+    return ccproxy.AccountState(word, reason, "x", NOW + 60)
+
+
 def used(percentage, cap=6.0, resets=NOW + 9 * DAY, exceeded=False):
     return ccproxy.Window(cap * percentage / 100, cap, exceeded, resets)
 
@@ -192,7 +196,6 @@ def test_a_window(steps, expected, member):
 @pytest.mark.parametrize("figures, state, value", [
     (account(9)._replace(five_hour=used(91), weekly=used(95)), USABLE, 95.0),
     (account(9), USABLE, None), (None, USABLE, None),
-    (account(9)._replace(weekly=used(95, resets=NOW - 1)), USABLE, None),       # it was reset since
     (account(9)._replace(weekly=used(95, resets=0.0)), USABLE, 95.0),
     (account(9)._replace(weekly=ccproxy.Window(0, 0, True, 0)), USABLE, None),
     (account(9, age=4000)._replace(weekly=used(95)), USABLE, None),
@@ -201,6 +204,18 @@ def test_a_window(steps, expected, member):
 def test_how_much_of_a_window_is_used(figures, state, value):
     standing, news = judge(figures, state=state, windowAlert=90)
     assert [one.alert.value for one in news] == ([] if value is None else [value])
+
+
+@pytest.mark.parametrize("figures, state, over", [
+    (account(9), USABLE, True), (None, USABLE, True), (None, ccproxy.AccountState("unknown"), False),
+    (account(9)._replace(weekly=used(95, resets=NOW + 100)), USABLE, True),    # it was reset since
+    (account(9, age=4000)._replace(weekly=used(10)), USABLE, False),           # figures are stale
+    (account(9), state_of("cooldown"), False)])
+def test_when_a_window_that_is_no_more_told_is_over(figures, state, over):
+    """The alert began with the upstream's word that a window is used up."""
+    standing, _ = judge(None, state=state_of("window"), windowAlert=90)
+    standing, news = judge(figures, standing, NOW + 200, state=state, windowAlert=90)
+    assert ([one.event for one in news], len(standing)) == ((["resolved"], 0) if over else ([], 1))
 
 
 def test_a_refused_key():
@@ -215,13 +230,9 @@ def test_a_refused_key():
         watched = ccproxy.watch_account(HOME, state, None, now)
         standing, news = ccproxy.judge_alerts(standing, watched, limits, (REPEAT, CALM), now)
         told += [(later, one.event, one.text) for one in news]
-    name = "home (%s): the key is " % HOME.shown
-    assert told == [(10, "alert", name + "refused by the upstream"),
-                    (610, "resolved", name + "no more refused by the upstream")]
-
-
-def state_of(reason, word="skipped"):
-    return ccproxy.AccountState(word, reason, "x", NOW + 60)
+    name, rest = "home (%s): the key is " % HOME.shown, "refused by the upstream (`ccproxy.py " \
+        "doctor` checks keys)"
+    assert told == [(10, "alert", name + rest), (610, "resolved", name + "no more " + rest)]
 
 
 @pytest.mark.parametrize("states, percentage", [
