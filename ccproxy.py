@@ -7229,6 +7229,9 @@ class AccountState(NamedTuple):
     until: float = 0.0          # NEVER_ENDS: until something new is known
 
 
+USABLE, DENIED, UNKNOWN = map(AccountState, ("usable", "refused", "unknown"))
+
+
 @dataclass(eq=False, **SLOTS)
 class KeyState:
     """What is known of one key."""
@@ -7403,14 +7406,14 @@ def account_state(key: RingKey, state: KeyState, routing: Routing, now: float) -
     marks += window_marks(state.figures, routing)
     if routing.model and not is_allowed(key, routing):
         marks.append(Mark("allowed", "model", NEVER_ENDS))
-    mark = max((mark for mark in marks if mark.until > now), default=None,
-               key=lambda mark: mark.until)
-    if mark is not None:
+    marks = [mark for mark in marks if mark.until > now]
+    if marks:
+        mark = max(marks, key=lambda mark: mark.until)
         word = "refused" if mark.reason == "refused" else "skipped"
         return AccountState(word, mark.reason, mark.kind, mark.until)
     if state.denied > state.accepted:
-        return AccountState("refused")
-    return AccountState("usable" if state.accepted or state.figures else "unknown")
+        return DENIED
+    return USABLE if state.accepted or state.figures else UNKNOWN
 
 
 # === KEY ROUTING (pure) =====================================================
@@ -7915,7 +7918,8 @@ def window_percentage(state: AccountState, figures: Figures, now: float) -> Opti
     none, or only of ones that were reset since."""
     if state.reason == "window":
         return 100.0
-    told = [100 * one.used / one.cap for one in (figures.five_hour, figures.weekly)
+    told = [min(100 * one.used / one.cap, 1000.0)       # an odd cap may be next to nothing
+            for one in (figures.five_hour, figures.weekly)
             if one is not None and one.cap > 0 and not 0 < one.resets <= now]
     return max(told, default=0.0 if state.word == "usable" and figures.at else None)
 

@@ -197,6 +197,7 @@ def test_a_window(steps, expected, member):
     (account(9)._replace(five_hour=used(91), weekly=used(95)), USABLE, 95.0),
     (account(9), USABLE, None), (None, USABLE, None),
     (account(9)._replace(weekly=used(95, resets=0.0)), USABLE, 95.0),
+    (account(9)._replace(weekly=ccproxy.Window(1e14, 5e-324, False)), USABLE, 1000.0),
     (account(9)._replace(weekly=ccproxy.Window(0, 0, True, 0)), USABLE, None),
     (account(9, age=4000)._replace(weekly=used(95)), USABLE, None),
     # by the upstream's word, without figures

@@ -430,6 +430,12 @@ def test_another_key_of_the_operators_takes_over_from_a_refused_one(make_place, 
     assert send(proxy, authorization="Bearer " + CLIENT)[0] == 200 and served(upstream) == [A, B]
 
 
+def test_a_refused_key_that_is_lent_on_loopback(make_place, upstream):
+    upstream.default = REFUSED
+    code, answer = send(make_place("", True, text=A))
+    assert code == 502 and b"the operator's key %s was refused" % NAMES[A].encode() in answer
+
+
 def test_a_callers_own_refused_key_is_its_own_fault(make_place, upstream):
     proxy = make_place(CLIENT, False)
     upstream.default = REFUSED
