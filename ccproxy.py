@@ -18387,7 +18387,9 @@ SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
                        "programs that start this one"}),
     ("--version", {"action": "version", "version": "ccproxy " + __version__}),
     ("--watch", {"action": "store_true", "help": "start again, without losing a request, when "
-                 "ccproxy.py, the config file or credentialsFile changes"}))
+                 "ccproxy.py, the config file or credentialsFile changes"}),
+    ("--help-all", {"action": "store_true", "help": "show every option"}))
+NO_VALUE = {"action": "help"}
 MAIN_OPTIONS = ("port", "host", "upstream", "defaultModel", "allowedModels", "credentialsFile",
                 "clientKey", "adminKey", "usageDb", "logLevel")     # --help shows these alone
 
@@ -18397,11 +18399,10 @@ def flags_of(name: str) -> Dict[str, str]:
     or "word" for true or false, which may be left out."""
     known = {flag_name(option): "word" if option.kind == "bool" else "one" for option in OPTIONS}
     known.update((flag_name(option), "one") for option in REMOVED_OPTIONS)
-    arguments = COMMANDS[name].arguments if name else SERVE_FLAGS
+    arguments = COMMANDS[name].arguments if name else (*SERVE_FLAGS, ("-p", {}), ("-h", NO_VALUE))
     known.update((flag, "none" if "action" in row else "one")
                  for flag, row in (*COMMON_FLAGS, *arguments) if flag[0] == "-")
-    return {**known, "--help": "none", **({} if name else {
-        "-p": "one", "-h": "none", "--help-all": "none"})}
+    return {**known, "--help": "none"}
 
 
 def take_flags(argv: List[str], flags: Mapping[str, str]) -> Tuple[List[str], List[str]]:
@@ -18427,8 +18428,7 @@ def split_arguments(argv: List[str]) -> Tuple[str, List[str], List[str]]:
     """(command, its own words, those of the program that it starts).  Ends the program with one
     line on a word that is no command."""
     own, argv = take_flags(argv, flags_of(""))
-    word = argv[0] if argv and argv[0][:1] != "-" else ""
-    argv = argv[1:] if word else argv
+    word, argv = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else ("", argv)
     if word == "version":
         return "", [*own, "--version", *argv], []
     if word == "help":
@@ -18485,7 +18485,6 @@ def main_parser(whole: bool = False) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, known in SERVE_FLAGS:
         parser.add_argument(flag, **known)
-    parser.add_argument("--help-all", action="store_true", help="show every option")
     return parser
 
 
