@@ -289,9 +289,9 @@ class Limits(NamedTuple):
 
 # === ERRORS (pure) ==========================================================
 # `ProxyError` is the one exception that crosses functions.  FAILURES is the
-# one table of what can go wrong: which upstream failure is meant (its status,
-# or words in its code or message), and what the client is told in either API.
-# How an upstream writes its errors is its format's business, not told here.
+# one table of what can go wrong: which upstream failure is meant (by its code,
+# its status, or words that refine that status), and what the client is told in
+# either API.  How an upstream writes its errors is its format's business.
 
 NEVER, CLIENT, BOTH = "never", "client", "both"     # who may try the same request again
 
@@ -305,35 +305,45 @@ class Failure(NamedTuple):
     """One row: an upstream's failure, and the answer that a client gets for it."""
 
     kind: str
-    upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by words alone, or ours
-    words: str                      # pattern in the upstream's code or message, any case
+    upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by the rest, or ours
+    words: str                      # pattern in the upstream's message, any case: see `refines`
     status: int                     # ours
     anthropic: str                  # error.type of Messages
     openai: str                     # error.type of Chat Completions
     code: Optional[str]             # error.code there
     again: str                      # NEVER sends x-should-retry: false
+    codes: Tuple[str, ...] = ()     # an upstream's code, type or name that means it, lower case
+    refines: Tuple[Optional[int], ...] = ()     # statuses in which `words` mean it; None: untold
 
 
 FAILURES = (
-    # The first row that fits an upstream failure counts: words before bare statuses.
-    Failure("billing", (), r"premium_credits_exhausted|insufficient[ _](credits?|balance|funds)",
-            402, "billing_error", "insufficient_quota", "insufficient_quota", NEVER),
+    # A code counts whatever the status.  Words never outrank a status: they refine some.
+    Failure("billing", (402,), r"premium_credits_exhausted|credit balance is too low"
+            r"|insufficient[ _](credits?|balance|funds)", 402, "billing_error",
+            "insufficient_quota", "insufficient_quota", NEVER,
+            ("premium_credits_exhausted", "insufficient_quota", "insufficient_credits",
+             "insufficient_balance", "billing_error", "payment_required",
+             "billing_hard_limit_reached", "exceeded_current_quota_error"), (400, 403, 429, None)),
     Failure("plan", (), r"model_not_in_plan|upgrade_required", 403, "permission_error",
-            "permission_error", "model_not_in_plan", NEVER),
-    Failure("too_long", (), r"prompt is too long|context[ _](length|window)"
-            r"|maximum context|too many (input )?tokens|input is too long", 400,
-            "invalid_request_error", "invalid_request_error", "context_length_exceeded", NEVER),
-    Failure("model", (), r"model/provider not recognized|unsupported_model"
-            r"|model_not_found|unknown model", 404, "not_found_error",
-            "invalid_request_error", "model_not_found", NEVER),
+            "permission_error", "model_not_in_plan", NEVER,
+            ("model_not_in_plan", "upgrade_required", "usage_not_included"), (400, 403, None)),
+    # Bedrock throttles with "Too many tokens, please wait": anomalyco/opencode#39620.
+    Failure("too_long", (), r"prompt is too long|context[ _](length|window)|maximum context"
+            r"|too many (input )?tokens(?!,? (please wait|per (second|minute|hour|day)))"
+            r"|input is too long|input token count|exceeded model token limit", 400,
+            "invalid_request_error", "invalid_request_error", "context_length_exceeded", NEVER,
+            ("context_length_exceeded",), (400, 413, None)),
+    Failure("model", (), r"model/provider not recognized|unsupported_model|model_not_found"
+            r"|unknown model(?! error)", 404, "not_found_error", "invalid_request_error",
+            "model_not_found", NEVER, ("model_not_found", "unsupported_model"),
+            (400, 403, 404, None)),
     Failure("usage_window", (), r"usage limit|usage_limit|window limit", 429,
-            "rate_limit_error", "usage_limit_reached", "usage_limit_reached", NEVER),
+            "rate_limit_error", "usage_limit_reached", "usage_limit_reached", NEVER,
+            ("usage_limit_reached", "usage_limit_exceeded"), (429, None)),
     Failure("invalid", (400, 405, 406, 411, 415, 417), "", 400, "invalid_request_error",
             "invalid_request_error", None, NEVER),
     Failure("authentication", (401,), "", 401, "authentication_error",
             "authentication_error", "invalid_api_key", NEVER),
-    Failure("billing", (402,), "", 402, "billing_error", "insufficient_quota",
-            "insufficient_quota", NEVER),
     Failure("permission", (403, 451), "", 403, "permission_error", "permission_error",
             "permission_denied", NEVER),
     Failure("not_found", (404, 410), "", 404, "not_found_error", "invalid_request_error",
@@ -382,14 +392,8 @@ FAILURES = (
 )
 
 
-def failures_by_kind() -> Dict[str, Failure]:
-    table: Dict[str, Failure] = {}
-    for row in FAILURES:
-        table.setdefault(row.kind, row)
-    return table
-
-
-KINDS = failures_by_kind()
+KINDS = {row.kind: row for row in FAILURES}
+CODE_KINDS = {code: row.kind for row in FAILURES for code in row.codes}
 
 
 class ProxyError(Exception):
@@ -413,15 +417,18 @@ class ProxyError(Exception):
         self.trace_id: Optional[str] = known.get("trace_id")
 
 
-def classify_failure(status: int, code: str, message: str) -> str:
-    """The kind of an upstream failure, by the first row that fits."""
-    said = "%s %s" % (code, message)
+def classify_failure(status: Optional[int], code: str, message: str) -> str:
+    """The kind of an upstream failure, whose status None means that none was told."""
+    kind = CODE_KINDS.get(code.lower())
+    if kind is not None:
+        return kind
     for row in FAILURES:
-        if status in row.upstream or (row.words and re.search(row.words, said, re.I)):
+        if status in row.refines and re.search(row.words, message, re.I):
             return row.kind
-    if 400 <= status < 500:
-        return "invalid"
-    return "upstream"
+    for row in FAILURES:
+        if status in row.upstream:
+            return row.kind
+    return "invalid" if status is not None and 400 <= status < 500 else "upstream"
 
 
 def error_fields(error: ProxyError) -> List[Tuple[str, str]]:
@@ -4991,16 +4998,38 @@ def read_retry_after(fields: Fields) -> Optional[float]:
     return min(max(span.total_seconds(), 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
-def upstream_error(status: int, said: Json, trace_id: Optional[str],
+ERROR_NAMES = ("code", "type", "name")      # the members that name an error
+# The status of an error that names none, inside a stream: by a name as general as a status is,
+# which decides nothing beside one.  After the documents of Anthropic (errors), OpenAI (error codes,
+# ResponseError), Amazon Bedrock (InvokeModel) and the vendor.
+NAME_STATUSES = {name: status for status, names in {
+    400: ("invalid_request_error", "invalid_prompt", "bad_request", "validationexception"),
+    401: ("authentication_error", "invalid_api_key", "unauthorized"),
+    403: ("permission_error", "usage_exceeded", "forbidden"), 404: ("not_found_error", "not_found"),
+    413: ("request_too_large",), 422: ("cmd_zdr_no_providers",),
+    429: ("rate_limit_error", "rate_limit_exceeded", "rate_limited", "throttlingexception"),
+    500: ("api_error", "server_error"), 504: ("timeout_error",), 529: ("overloaded_error",),
+    503: ("service_unavailable", "slow_down", "serviceunavailableexception"),
+}.items() for name in names}
+
+
+def told_status(said: Json, before: Optional[int] = None) -> Optional[int]:
+    """The status that an error object tells: its own, that which stood before it, or its name's."""
+    numbers = (said.get("statusCode", said.get("status")), before, said.get("code"))
+    found = [one for one in numbers if type(one) is int and 400 <= one <= 599]     # True is none
+    names = [str(said.get(name)).lower() for name in ERROR_NAMES]
+    found += [NAME_STATUSES[name] for name in names if name in NAME_STATUSES]
+    return found[0] if found else None
+
+
+def upstream_error(status: Optional[int], said: Json, trace_id: Optional[str],
                    retry_after: Optional[float]) -> ProxyError:
     """An upstream's error object, from a body or an event, as what the client is told.
 
-    `said` may hold message, code, type, name, isRetryable and an own status or statusCode.
+    `said` may hold message, code, type, name and isRetryable; `status` None: it was not told.
     """
-    own = said.get("statusCode", said.get("status"))
-    if isinstance(own, int) and not isinstance(own, bool) and 400 <= own <= 599:
-        status = own
-    code = next((str(said[name]) for name in ("code", "type", "name") if said.get(name)), "")
+    names = [str(said[name]) for name in ERROR_NAMES if said.get(name)]
+    code = next((name for name in names if name.lower() in CODE_KINDS), (names or [""])[0])
     message = said.get("message")
     message = redact(str(message))[:MAX_ERROR_TEXT] if message else ""
     kind = classify_failure(status, code, message)
@@ -5011,29 +5040,35 @@ def upstream_error(status: int, said: Json, trace_id: Optional[str],
     retryable = said.get("isRetryable")
     if isinstance(retryable, bool) and KINDS[kind].again != NEVER:
         known["retryable"] = retryable
-    return ProxyError(kind, message or "The upstream answered %d without saying why." % status,
-                      **known)
+    return ProxyError(kind, message or "The upstream answered %s without saying why." % (
+        status or "with an error"), **known)
 
 
-def decode_error(said: Any) -> Tuple[int, Json]:
-    """(status, error object) of what an `error` member held: an object, a string, or a string
-    such as `403 {"error": {...}}` with an envelope in it."""
+def decode_error(said: Any) -> Tuple[Optional[int], Json]:
+    """(status, None where none is told; error object) of what an `error` member held: an object, a
+    string, or a string such as `403 {"error": {...}}` with an envelope in it."""
     if isinstance(said, dict):
-        inner = said.get("message")
+        inner, status = said.get("message"), None
         if isinstance(inner, str) and re.match(r"[1-5][0-9][0-9] *\{", inner):
             status, found = decode_error(inner)
-            return status, {**said, **found}
-        return 502, said
+            said = {**said, **found}
+        return told_status(said, status), said
     text = str(said)
-    status = re.match(r"\s*([45][0-9][0-9])\b", text)
+    before = re.match(r"\s*([45][0-9][0-9])\b", text)
     try:
-        envelope = json.loads(text[text.index("{"):])
+        envelope, _ = DECODER.raw_decode(text, text.index("{"))
         inner = envelope.get("error") or envelope
     except (ValueError, RecursionError, AttributeError):
         inner = None
     if not isinstance(inner, dict):
         inner = {"message": text}
-    return int(status[1]) if status else 502, inner
+    return told_status(inner, int(before[1]) if before else None), inner
+
+
+def read_stream_error(reading: Reading, said: Any) -> Iterator[Event]:
+    """An error inside a stream, as whatever its `error` member held."""
+    status, found = decode_error(said)
+    yield from fail_answer(reading, upstream_error(status, found, None, None))
 
 
 def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
@@ -5045,17 +5080,14 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
                           "followed (is apiBase right?)." % status, trace_id=trace_id)
     readable = fields.get("content-encoding", "").strip(" \t").lower() in CODINGS
     text = body.decode("utf-8", "replace").strip() if readable else ""
-    said: Json = {}
-    try:
-        envelope = json.loads(text) if text.startswith("{") else {}
-        inner = envelope.get("error") or envelope
-        said = inner if isinstance(inner, dict) else {"message": inner}
-    except (ValueError, RecursionError):
-        said = {}
-    if not said and text and not text.startswith(("<", "{")):
-        said = {"message": redact(text)[:500]}
-    said = {name: value for name, value in said.items() if name not in ("status", "statusCode")}
-    return upstream_error(status, said, trace_id, retry_after)
+    said: Any = "" if text.startswith(("<", "{")) else redact(text)[:500]   # no page for people
+    if text.startswith("{"):
+        try:
+            envelope = json.loads(text)
+            said = envelope.get("error") or envelope
+        except (ValueError, RecursionError):
+            said = ""
+    return upstream_error(status, decode_error(said)[1], trace_id, retry_after)
 
 
 # === ALPHA EVENTS (pure) ====================================================
@@ -5200,9 +5232,8 @@ def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
-    status, said = decode_error(raw.get("error") or {
+    yield from read_stream_error(reading, raw.get("error") or {
         name: value for name, value in raw.items() if name != "type"})
-    yield from fail_answer(reading, upstream_error(status, said, None, None))
 
 
 def read_abort(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -5417,12 +5448,6 @@ NOTHING_SKIPPED = b"\n"     # no line begins with its own end
 FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
                 "model_context_window_exceeded": LENGTH}
 BROKEN_WORDS = ("error", "network_error", "insufficient_system_resource")
-ERROR_STATUSES = {      # an error's type or code inside a stream, which has no status of its own
-    "invalid_request_error": 400, "authentication_error": 401, "invalid_api_key": 401,
-    "billing_error": 402, "insufficient_quota": 402, "permission_error": 403,
-    "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429,
-    "rate_limit_exceeded": 429, "timeout_error": 504, "overloaded_error": 529,
-    "service_unavailable": 503}
 NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
 NO_ACCESS_ADVICE = (" (ccproxy: `upstream: provider`, or x-ccproxy-upstream, chose the documented "
                     "API. Use a key of a plan with API access, or choose `alpha`; there is no "
@@ -5477,15 +5502,6 @@ def begin_answer(reading: Reading) -> Iterator[Event]:
     if not reading.began:
         reading.began = True
         yield Begin()
-
-
-def read_stream_error(reading: Reading, said: Any) -> Iterator[Event]:
-    """An error inside a stream; its code or type tells which status it would have had."""
-    status, said = decode_error(said)
-    words = [said.get("code"), said.get("type")]
-    found = [word for word in words if isinstance(word, int) and 400 <= word <= 599] + [
-        ERROR_STATUSES[word] for word in words if isinstance(word, str) and word in ERROR_STATUSES]
-    yield from fail_answer(reading, upstream_error(found[0] if found else status, said, None, None))
 
 
 def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
@@ -7289,9 +7305,9 @@ def model_route(routing: Routing) -> str:
 def failure_reason(error: ProxyError) -> str:
     """What a failure says of the key that it came with; "" when it says nothing."""
     said = ("%s %s" % (error.code, error.message)).lower()
-    if "premium_credits_exhausted" in said:
+    if error.kind == "billing" and "premium_credits_exhausted" in said:
         return "model"          # other models may go on
-    if "usage_exceeded" in said:
+    if error.kind == "permission" and "usage_exceeded" in said:
         return "credit"         # an organisation's spending cap
     if error.status >= 500 and error.kind != "late" and not error.retryable:
         return ""               # the upstream says that repeating is no use, with any key

@@ -303,6 +303,7 @@ TAKEN_OVER = {
     "premium": (fault(402, code="PREMIUM_CREDITS_EXHAUSTED"), None),
     "429": (fault(429), COOL), "429 for 7 s": (fault(429, fields="retry-after: 7\r\n"), COOL),
     "429 for an hour": (fault(429, fields="retry-after: 3600\r\n"), COOL),
+    "429 about quota": (fault(429, code="insufficient_quota"), BROKE),
     "window": (fault(429, "Usage limit reached"), "it is over its usage window"),
     "408": (fault(408), COOL), "500": (fault(500), COOL), "502": (fault(502), COOL),
     "503": (fault(503), COOL), "503, HTML": (status(503, b"<html>", "connection: close\r\n"),

@@ -65,17 +65,17 @@ UPSTREAM_FAILURES = [
     ((503, "", "Service Unavailable"), (503, "overloaded_error", "service_unavailable", True)),
     ((504, "", ""), (504, "timeout_error", "timeout", True)),
     ((529, "overloaded_error", "Overloaded"), (529, "overloaded_error", "overloaded", True)),
-    # Markers count anywhere in the text, in any case, whatever the status (UPSTREAM 7.2).
-    ((500, "", "upstream said: Premium_Credits_Exhausted"),
+    # An error event need not carry a status: markers count anywhere in its text, in any case.
+    ((None, "", "upstream said: Premium_Credits_Exhausted"),
      (402, "billing_error", "insufficient_quota", False)),
-    ((502, "", "gateway: model_NOT_in_plan"), (403, "permission_error", "model_not_in_plan",
-                                              False)),
-    ((502, "", "insufficient credits"), (402, "billing_error", "insufficient_quota", False)),
-    # An error event need not carry a status.
-    ((502, "", "You've reached your weekly usage limit"),
+    ((None, "", "gateway: model_NOT_in_plan"), (403, "permission_error", "model_not_in_plan",
+                                                False)),
+    ((None, "", "insufficient credits"), (402, "billing_error", "insufficient_quota", False)),
+    ((None, "", "You've reached your weekly usage limit"),
      (429, "rate_limit_error", "usage_limit_reached", False)),
-    ((502, "", "prompt is too long"),
+    ((None, "", "prompt is too long"),
      (400, "invalid_request_error", "context_length_exceeded", False)),
+    ((None, "", "boom"), (502, "api_error", "upstream_error", True)),
     # Statuses that no row names.
     ((418, "", "teapot"), (400, "invalid_request_error", None, False)),
     ((409, "", ""), (400, "invalid_request_error", None, False)),
@@ -91,6 +91,56 @@ def test_what_an_upstream_failure_means(failure, expected):
     row = by_kind(error.kind)
     assert (error.status, row.anthropic, row.code) == (status, anthropic, code)
     assert error.retryable is again
+
+
+# Words, and the statuses in which they say more than the status does (None: none was told).
+BEDROCK = "Too many tokens, please wait before trying again."
+REFINED = [
+    ("too_long", (400, 413, None), ["prompt is too long: 9 > 5", "exceeds the context window",
+                                    "context_length_exceeded", "too many input tokens",
+                                    "Your request exceeded model token limit: 5 (requested: 9)"]),
+    ("too_long", (), [BEDROCK, "Throttling error: " + BEDROCK, "Too many tokens per day"]),
+    ("billing", (400, 402, 403, 429, None), ["Insufficient credits", "insufficient balance",
+                                             "Your credit balance is too low",
+                                             "premium_credits_exhausted: buy more"]),
+    ("plan", (400, 403, None), ["model_not_in_plan", "upgrade_required"]),
+    ("model", (400, 403, 404, None), ["Model/provider not recognized: anthropic:x",
+                                      "unknown model x"]),
+    ("model", (), ["unknown model error"]),
+    ("usage_window", (429, None), ["You've reached your 5-hour usage limit"])]
+EVERY_STATUS = [None, *(status for status in range(400, 600))]
+
+
+@pytest.mark.parametrize("kind, refined, message", [
+    (kind, refined, message) for kind, refined, messages in REFINED for message in messages])
+def test_words_refine_some_statuses_and_outrank_none(kind, refined, message):
+    for status in EVERY_STATUS:
+        plain = ccproxy.classify_failure(status, "", "")
+        expected = kind if status in refined else plain
+        assert ccproxy.classify_failure(status, "", message) == expected, status
+        # a code that only says what a status says decides nothing beside one
+        assert ccproxy.classify_failure(status, "invalid_request_error", message) == expected
+
+
+@pytest.mark.parametrize("code, kind", [
+    ("insufficient_quota", "billing"), ("PREMIUM_CREDITS_EXHAUSTED", "billing"),
+    ("billing_error", "billing"), ("MODEL_NOT_IN_PLAN", "plan"), ("upgrade_required", "plan"),
+    ("context_length_exceeded", "too_long"), ("model_not_found", "model"),
+    ("unsupported_model", "model"), ("usage_limit_reached", "usage_window")])
+def test_codes_count_in_any_status(code, kind):
+    for status in EVERY_STATUS:
+        for word in (code, code.upper(), code.lower()):
+            assert ccproxy.classify_failure(status, word, "words") == kind
+        plain = ccproxy.classify_failure(status, "", "")        # the whole code, no word in it
+        assert ccproxy.classify_failure(status, "not_%s_at_all" % code, "") == plain
+
+
+def test_every_row_that_looks_for_words_names_what_they_refine():
+    for row in ccproxy.FAILURES:
+        assert bool(row.words) == bool(row.refines)
+        assert all(code == code.lower() for code in row.codes)
+    codes = [code for row in ccproxy.FAILURES for code in row.codes]
+    assert len(codes) == len(set(codes)) and not set(codes) & set(ccproxy.NAME_STATUSES)
 
 
 @pytest.mark.parametrize("status, never", [
@@ -109,10 +159,9 @@ def test_every_row_can_be_told(row):
         assert row.again == ccproxy.NEVER       # the same request fails the same way
 
 
-def test_rows_of_one_kind_tell_the_same():
-    for row in ccproxy.FAILURES:
-        first = by_kind(row.kind)
-        assert row[3:] == first[3:]
+def test_each_kind_is_one_row():
+    kinds = [row.kind for row in ccproxy.FAILURES]
+    assert len(kinds) == len(set(kinds))
 
 
 @pytest.mark.parametrize("kind, status", [

@@ -275,6 +275,7 @@ def window(exceeded=True, resets=NOW + 1000.0):
     (failure("unprocessable"), None), (failure("too_large"), None), (failure("not_found"), None),
     (failure("empty"), None), (failure("upstream_final"), None), (failure("busy"), None),
     (failure("internal"), None), (failure("upstream", retryable=False), None),
+    (failure("invalid", message="premium_credits_exhausted, usage_exceeded"), None),
 ])
 def test_what_a_failure_does_and_when_it_ends(error, span):
     table = ccproxy.KeyTable()
@@ -630,6 +631,7 @@ def test_the_message_names_few_keys_of_a_long_ring():
     (failure("late"), False), (failure("invalid"), False), (failure("too_long"), False),
     (failure("model"), False), (failure("unprocessable"), False), (failure("empty"), False),
     (failure("upstream_final"), False), (failure("upstream", retryable=False), False),
+    (failure("unreachable"), True), (failure("unconnected"), False),
     (failure("busy"), False)])
 def test_which_failures_go_on_to_the_next_key(error, replaced):
     assert ccproxy.is_replaceable(error) is replaced

@@ -27,6 +27,8 @@ def envelope(code, message, number=400):
                                         "docs": "https://docs.example/errors"}}
 
 
+BEDROCK = "Too many tokens, please wait before trying again."
+
 # Errors before any output, by UPSTREAM 7: the upstream's status and body, and what a client gets:
 # status, Anthropic's error.type, OpenAI's error.code, calls made, whether x-should-retry: false.
 
@@ -61,6 +63,19 @@ ERRORS = [
      429, "rate_limit_error", "rate_limit_exceeded", 3, False),
     ("window", 429, envelope("RATE_LIMITED", "You've reached your 5-hour usage limit"),
      429, "rate_limit_error", "usage_limit_reached", 1, True),
+    ("quota", 429, {"error": {"message": "You exceeded your current quota", "type":
+                              "insufficient_quota", "code": "insufficient_quota"}},
+     402, "billing_error", "insufficient_quota", 1, True),
+    ("throttled, 429", 429, envelope("RATE_LIMITED", BEDROCK),
+     429, "rate_limit_error", "rate_limit_exceeded", 3, False),
+    ("throttled, 503", 503, envelope("UNAVAILABLE", BEDROCK),
+     503, "overloaded_error", "service_unavailable", 3, False),
+    ("a window in a 500", 500, envelope("INTERNAL", "The context window broke"),
+     502, "api_error", "upstream_error", 3, False),
+    ("a model in a 502", 502, envelope("INTERNAL", "unknown model error"),
+     502, "api_error", "upstream_error", 3, False),
+    ("a limit in a 403", 403, envelope("FORBIDDEN", "Set a usage limit first"),
+     403, "permission_error", "permission_denied", 1, True),
     ("timeout", 408, b"", 504, "timeout_error", "timeout", 3, False),
     ("server", 500, envelope("INTERNAL", "Oops"), 502, "api_error", "upstream_error", 3, False),
     ("gateway", 502, b"<html>Bad gateway</html>", 502, "api_error", "upstream_error", 3, False),
@@ -114,6 +129,10 @@ EVENTS = [
     ("not retryable", {"message": "terminated", "isRetryable": False}, 502, "api_error", 1),
     ("not retryable, 503", {"message": "x", "statusCode": 503, "isRetryable": False},
      503, "overloaded_error", 1),
+    ("a throttle's words", {"message": BEDROCK}, 502, "api_error", 3),
+    ("a throttle's name", {"message": BEDROCK, "name": "ThrottlingException"}, 429,
+     "rate_limit_error", 3),
+    ("quota", {"message": "x", "code": "insufficient_quota"}, 402, "billing_error", 1),
     ("nothing", None, 502, "api_error", 3),
 ]
 

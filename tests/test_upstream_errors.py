@@ -7,6 +7,7 @@ import pytest
 from fake_upstream import ndjson
 from harness import ccproxy
 from pure import new_answer, run
+from pure_formats import run_stream
 
 
 def envelope(message, code="BAD_REQUEST", **more):
@@ -174,3 +175,103 @@ def test_an_error_without_any_word_still_says_something():
     answer = new_answer("chat")
     run(answer, ndjson({"type": "error", "error": None}))
     assert "None" not in answer.error.message and len(answer.error.message) > 10
+
+
+# The same error in a head and in a stream, in all three formats.
+
+FORMATS = {"alpha": ccproxy.ALPHA, "openai": ccproxy.OPENAI, "anthropic": ccproxy.ANTHROPIC}
+
+
+def in_head(name, status, error):
+    body = json.dumps({"type": "error", "error": error}).encode()
+    return FORMATS[name].read_failure(status, {}, body)
+
+
+def in_stream(name, error):
+    event = {"error": error} if name == "openai" else {"type": "error", "error": error}
+    if name != "alpha":
+        data = b"data: %b\n\n" % json.dumps(event).encode()
+        return run_stream(FORMATS[name], "chat", data)[0].error
+    answer = new_answer("chat")
+    run(answer, ndjson(event))
+    return answer.error
+
+
+BEDROCK = "Too many tokens, please wait before trying again."
+SAME = [    # (status of the head, error without a status, kind, our status, tried again)
+    (429, {"message": "x", "type": "insufficient_quota", "code": "insufficient_quota"}, "billing",
+     402, False),
+    (429, {"message": "x", "type": "insufficient_quota", "code": None}, "billing", 402, False),
+    (500, {"message": "x", "code": "insufficient_quota"}, "billing", 402, False),
+    (402, {"message": "Insufficient Balance", "code": "invalid_request_error"}, "billing", 402,
+     False),
+    (402, {"message": "x", "type": "billing_error"}, "billing", 402, False),
+    (403, {"message": "x", "code": "PREMIUM_CREDITS_EXHAUSTED"}, "billing", 402, False),
+    (403, {"message": "x", "code": "MODEL_NOT_IN_PLAN"}, "plan", 403, False),
+    (403, {"message": "x", "code": "USAGE_EXCEEDED"}, "permission", 403, False),
+    (400, {"message": "x", "type": "invalid_request_error", "code": "context_length_exceeded"},
+     "too_long", 400, False),
+    (500, {"message": "x", "code": "context_length_exceeded"}, "too_long", 400, False),
+    (400, {"message": "prompt is too long: 9", "type": "invalid_request_error"}, "too_long", 400,
+     False),
+    (404, {"message": "x", "type": "invalid_request_error", "code": "model_not_found"}, "model",
+     404, False),
+    (403, {"message": "x", "code": "model_not_found"}, "model", 404, False),
+    (429, {"message": "x", "type": "usage_limit_reached"}, "usage_window", 429, False),
+    (429, {"message": "You've reached your weekly usage limit", "code": "RATE_LIMITED"},
+     "usage_window", 429, False),
+    (429, {"message": BEDROCK, "code": "rate_limit_exceeded"}, "rate_limit", 429, True),
+    (429, {"message": BEDROCK, "type": "rate_limit_error"}, "rate_limit", 429, True),
+    (429, {"message": BEDROCK, "name": "ThrottlingException"}, "rate_limit", 429, True),
+    (503, {"message": BEDROCK, "code": 503}, "unavailable", 503, True),
+    (503, {"message": BEDROCK, "type": "service_unavailable"}, "unavailable", 503, True),
+    (529, {"message": "Overloaded", "type": "overloaded_error"}, "overloaded", 529, True),
+    (500, {"message": "The context window broke", "type": "api_error"}, "upstream", 502, True),
+    (502, {"message": "unknown model error"}, "upstream", 502, True),
+    (500, {"message": BEDROCK}, "upstream", 502, True),
+    (500, {"message": "The usage limit service is down", "type": "server_error"}, "upstream", 502,
+     True),
+    (403, {"message": "No: usage limit", "type": "permission_error"}, "permission", 403, False),
+    (401, {"message": "x", "type": "authentication_error"}, "authentication", 401, False),
+    (401, {"message": "x", "code": "invalid_api_key"}, "authentication", 401, False),
+    (401, {"message": "x", "code": "UNAUTHORIZED"}, "authentication", 401, False),
+    (403, {"message": "x", "code": "FORBIDDEN"}, "permission", 403, False),
+    (403, {"message": "Model/provider not recognized: anthropic:x", "code": "FORBIDDEN"}, "model",
+     404, False),
+    (404, {"message": "x", "code": "NOT_FOUND"}, "not_found", 404, False),
+    (422, {"message": "x", "code": "CMD_ZDR_NO_PROVIDERS"}, "unprocessable", 422, False),
+    (400, {"message": "x", "code": "BAD_REQUEST"}, "invalid", 400, False),
+    (413, {"message": "x", "type": "request_too_large"}, "too_large", 413, False),
+    (400, {"message": '403 {"error":{"code":"MODEL_NOT_IN_PLAN","message":"deep"}}'}, "plan", 403,
+     False)]
+
+
+@pytest.mark.parametrize("status,error,kind,ours,again", SAME, ids=range(len(SAME)))
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_error_in_a_head_and_in_a_stream(name, status, error, kind, ours, again):
+    found = [in_head(name, status, error), in_stream(name, error)]
+    if name == "alpha":
+        found.append(in_stream(name, {**error, "statusCode": status}))
+    for one in found:
+        assert (one.kind, one.status, one.retryable) == (kind, ours, again)
+        assert (("x-should-retry", "false") in ccproxy.error_fields(one)) is not again
+
+
+def test_an_error_that_names_no_status():
+    for said in ("boom", {"message": "boom"}, {"message": "x", "statusCode": 200}, 5, ["a"], {},
+                 {"message": "x", "statusCode": True}, {"message": "x", "type": "AI_APICallError"}):
+        assert ccproxy.decode_error(said)[0] is None
+    for said, status in ((('429 {"error":{"code":"X"}}'), 429), ({"statusCode": 402}, 402),
+                         ({"status": 418}, 418), ({"code": 503}, 503), ("503 sorry", 503),
+                         ('403 {"error":{"status":404}}', 404), ({"type": "api_error"}, 500),
+                         ({"message": '429 {"error":{"message":"a"}}'}, 429),
+                         ({"statusCode": 402, "type": "server_error"}, 402)):
+        assert ccproxy.decode_error(said)[0] == status
+
+
+def test_an_envelope_within_other_text():
+    """Gemini's endpoint for OpenAI clients answers with a list; gateways add words behind it."""
+    for text in ('[{"error": {"code": 429, "message": "slow", "status": "RESOURCE_EXHAUSTED"}}]',
+                 'failed: {"error": {"code": 429, "message": "slow"}} (attempt 1)'):
+        error = ccproxy.read_upstream_failure(429, {}, text.encode())
+        assert (error.kind, error.message) == ("rate_limit", "slow")
