@@ -436,8 +436,7 @@ def error_fields(error: ProxyError) -> List[Tuple[str, str]]:
     fields = []
     if error.retry_after is not None:
         fields.append(("retry-after", "%d" % -(-error.retry_after // 1)))
-    again = KINDS[error.kind].again
-    if again == NEVER or (again == BOTH and not error.retryable):
+    if KINDS[error.kind].again != CLIENT and not error.retryable:
         fields.append(("x-should-retry", "false"))
     if error.kind == "authentication":
         fields.append(("www-authenticate", 'Bearer realm="Command Code"'))
@@ -5011,6 +5010,8 @@ NAME_STATUSES = {name: status for status, names in {
     500: ("api_error", "server_error"), 504: ("timeout_error",), 529: ("overloaded_error",),
     503: ("service_unavailable", "slow_down", "serviceunavailableexception"),
 }.items() for name in names}
+# Never tried again, whatever an upstream says of it.
+FINAL_STATUSES, FINAL_KINDS = (401, 402, 403), ("billing", "plan", "model", "usage_window")
 
 
 def told_status(said: Json, before: Optional[int] = None) -> Optional[int]:
@@ -5038,7 +5039,8 @@ def upstream_error(status: Optional[int], said: Json, trace_id: Optional[str],
     known: Json = {"code": printable(code, 100) or None, "trace_id": trace_id,
                    "retry_after": retry_after}
     retryable = said.get("isRetryable")
-    if isinstance(retryable, bool) and KINDS[kind].again != NEVER:
+    if retryable is False or (retryable is True and status not in FINAL_STATUSES
+                              and kind not in FINAL_KINDS):
         known["retryable"] = retryable
     return ProxyError(kind, message or "The upstream answered %s without saying why." % (
         status or "with an error"), **known)
@@ -6704,7 +6706,7 @@ def failure_code(error: ProxyError) -> str:
     """error.code of a failed response: a word of OpenAI's list where one fits."""
     codes = {"rate_limit": "rate_limit_exceeded", "billing": "insufficient_quota",
              "too_long": "context_length_exceeded"}
-    permanent = KINDS[error.kind].again == NEVER and error.status < 500
+    permanent = KINDS[error.kind].again == NEVER and error.status < 500 and not error.retryable
     return codes.get(error.kind, "invalid_prompt" if permanent else "server_error")
 
 
@@ -7317,7 +7319,7 @@ def failure_reason(error: ProxyError) -> str:
 def is_replaceable(error: ProxyError) -> bool:
     """Whether another key may do better.  A silent upstream is not asked again: the first call
     may still run, and be paid for."""
-    return error.kind == "unreachable" or (error.kind != "late" and failure_reason(error) != "")
+    return error.kind != "late" and (error.retryable or failure_reason(error) != "")
 
 
 def full_windows(figures: Optional[Figures]) -> List[Window]:

@@ -359,6 +359,15 @@ def test_the_requests_own_fault_is_told_at_once(here, name, streamed):
     assert here.reasons() == [None, None]
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+def test_what_an_upstream_says_may_be_tried_again_goes_on_to_the_next_key(here, streamed):
+    """It says nothing of the first key."""
+    here.fake.scripts = [event(400, isRetryable=True)]
+    answer = here.ask(stream=streamed)
+    assert answer.status == 200 and here.served() == "ab"
+    assert here.reasons() == [None, None]
+
+
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
 @pytest.mark.parametrize("script", [stream(THINKING, end=False), event(429, before=THINKING),
                                     event(402, before=THINKING)], ids=["cut", "429", "402"])

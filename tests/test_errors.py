@@ -209,6 +209,7 @@ def test_what_an_error_knows():
     ("upstream", {"retryable": False}, {"x-should-retry": "false"}),
     ("unavailable", {"retry_after": 5.0}, {"retry-after": "5"}),
     ("busy", {"retry_after": 1.0}, {"retry-after": "1"}),
+    ("invalid", {"retryable": True}, {}),   # an upstream that says so
     ("late", {}, {}),                       # the client may, we do not
     ("internal", {}, {}),
 ])

@@ -631,6 +631,7 @@ def test_the_message_names_few_keys_of_a_long_ring():
     (failure("late"), False), (failure("invalid"), False), (failure("too_long"), False),
     (failure("model"), False), (failure("unprocessable"), False), (failure("empty"), False),
     (failure("upstream_final"), False), (failure("upstream", retryable=False), False),
+    (failure("invalid", retryable=True), True), (failure("unprocessable", retryable=True), True),
     (failure("unreachable"), True), (failure("unconnected"), False),
     (failure("busy"), False)])
 def test_which_failures_go_on_to_the_next_key(error, replaced):

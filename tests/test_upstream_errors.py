@@ -257,6 +257,29 @@ def test_the_same_error_in_a_head_and_in_a_stream(name, status, error, kind, our
         assert (("x-should-retry", "false") in ccproxy.error_fields(one)) is not again
 
 
+NEVER_AGAIN = ("billing", "plan", "model", "usage_window")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_an_upstream_says_of_trying_again(name):
+    """`isRetryable` counts whatever the status, but for those of a key and four kinds."""
+    codes = [None, "context_length_exceeded", "insufficient_quota", "MODEL_NOT_IN_PLAN",
+             "model_not_found", "usage_limit_reached"]
+    for status in range(400, 600):
+        for code in codes:
+            said = {"message": "x", **({"code": code} if code else {})}
+            for retryable in (True, False):
+                error = {**said, "isRetryable": retryable}
+                found = [in_head(name, status, error)]
+                if name == "alpha":
+                    found.append(in_stream(name, {**error, "statusCode": status}))
+                for one in found:
+                    final = status in (401, 402, 403) or one.kind in NEVER_AGAIN
+                    assert one.retryable is (retryable and not final), (status, code)
+                    useless = ("x-should-retry", "false") in ccproxy.error_fields(one)
+                    assert useless is not one.retryable
+
+
 def test_an_error_that_names_no_status():
     for said in ("boom", {"message": "boom"}, {"message": "x", "statusCode": 200}, 5, ["a"], {},
                  {"message": "x", "statusCode": True}, {"message": "x", "type": "AI_APICallError"}):
