@@ -1580,6 +1580,9 @@ def read_float(text: str) -> float:
 # could not be written again.
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 REQUEST_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_float)
+LOOSE_DECODER = json.JSONDecoder(parse_constant=refuse_constant, strict=False)
+KNOWN_ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+ESCAPE, ESCAPE_OR_QUOTE = re.compile(KNOWN_ESCAPE + r"|\\"), re.compile(KNOWN_ESCAPE + r'|[\\"]')
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -1625,10 +1628,24 @@ def finite_value(value: Any) -> Any:
     return value
 
 
-def decode_anyhow(text: str) -> Any:
-    """JSON with null for numbers beyond all floats; text that is not JSON as it is."""
+def escape_lone(found: Any) -> str:
+    """A backslash that escapes nothing, or a bare quote, as one that stands for itself."""
+    return found[0] if len(found[0]) > 1 else "\\" + found[0]
+
+
+def decode_loosely(text: str) -> Any:
+    """JSON as models write it: strict, or with control characters in strings and backslashes that
+    escape nothing.  Raises ValueError, RecursionError."""
     try:
-        return finite_value(DECODER.decode(text))
+        return DECODER.decode(text)
+    except ValueError:
+        return LOOSE_DECODER.decode(ESCAPE.sub(escape_lone, text))
+
+
+def decode_anyhow(text: str) -> Any:
+    """JSON, also loose, with null for numbers beyond all floats; other text as it is."""
+    try:
+        return finite_value(decode_loosely(text))
     except (ValueError, RecursionError):
         return text
 
@@ -3003,10 +3020,10 @@ def call_text(block: Block) -> str:
     if not block.raw:
         return block.text
     try:
-        given = json.loads(block.text)["input"]
+        given = decode_loosely(block.text)["input"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return block.text
-    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return clean_text(given) if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 class Begin(NamedTuple):
@@ -3589,7 +3606,7 @@ def read_arguments(given: Any, path: str, notes: List[str]) -> Json:
     except (ValueError, RecursionError):
         decoded = decode_anyhow(given)      # cut off: the model may see what it was
         if decoded != given:
-            add_note(notes, "replaced", "numbers beyond all bounds by null at %s" % path)
+            add_note(notes, "replaced", "invalid escapes, characters or numbers at %s" % path)
     if has_surrogates(given):
         decoded = clean_value(decoded)
         add_note(notes, "replaced", "lone surrogates by U+FFFD at %s" % path)
@@ -4813,35 +4830,48 @@ def restore_names(names: Mapping[str, ToolName],
 
 
 RAW_START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-RAW_TEXT = re.compile(r'(?:[^"\\]|\\[^u]|\\u[0-9a-fA-F]{4})*')
+RAW_TEXT = re.compile(r'(?:[^"\\]|%s)*' % KNOWN_ESCAPE)
+RAW_UNREADABLE = re.compile(r'\\(?:[^"\\/bfnrtu]|u[0-9a-fA-F]{0,3}[^0-9a-fA-F])')
+MAX_RAW_START = 1000        # characters in which `{"input": "` must have come
 HALF_AT_END = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 
 
 class RawInput:
-    """Takes free text out of the JSON text {"input": "..."} as its pieces come."""
+    """Takes free text out of the JSON text {"input": "..."} as its pieces come, up to the first
+    that is no JSON: what follows is kept for the block's end."""
 
     def __init__(self) -> None:
         self.held = ""
-        self.inside = self.done = False
+        self.kept: Optional[List[str]] = None       # what is not looked at any more
+        self.inside = False
 
     def feed(self, piece: str) -> str:
         """The free text that is complete so far."""
+        if self.kept is not None:
+            self.kept.append(piece)
+            return ""
         self.held += piece
         if not self.inside:
             start = RAW_START.match(self.held)
             if not start:
+                self.kept = [] if len(self.held) > MAX_RAW_START else None
                 return ""
             self.inside, self.held = True, self.held[start.end():]
-        if self.done:
-            return ""
         found = RAW_TEXT.match(self.held)
         text = found[0] if found else ""
-        half = HALF_AT_END.search(text)
-        if half and not self.held.startswith('"', len(text)):
+        half, behind = HALF_AT_END.search(text), self.held[len(text):]
+        if behind.startswith('"') or RAW_UNREADABLE.match(behind):
+            self.kept = []
+        elif half:
             text = text[:half.start()]      # its other half may come
         self.held = self.held[len(text):]
-        self.done = self.held.startswith('"')
         return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
+
+    def rest(self) -> str:
+        """The free text in what was kept, in its best reading."""
+        kept = (self.held + "".join(self.kept or [])).rstrip()
+        kept = kept.removesuffix("}").rstrip().removesuffix('"')
+        return clean_text(LOOSE_DECODER.decode('"%s"' % ESCAPE_OR_QUOTE.sub(escape_lone, kept)))
 
 
 def unwrap_raw() -> Callable[[Event], List[Event]]:
@@ -4849,7 +4879,7 @@ def unwrap_raw() -> Callable[[Event], List[Event]]:
 
     Arguments of another form than {"input": "..."} are told at the block's end, as its body is.
     """
-    reader, told = RawInput(), ""
+    reader, told = RawInput(), [""]
 
     def run(event: Event) -> List[Event]:
         nonlocal reader, told
@@ -4857,13 +4887,15 @@ def unwrap_raw() -> Callable[[Event], List[Event]]:
         if block is None or not block.raw:
             return [event]
         if isinstance(event, Open):
-            reader, told = RawInput(), ""
+            reader, told = RawInput(), [""]
             return [event]
-        closing = isinstance(event, Close)
-        text = "" if closing else reader.feed(event.text)       # type: ignore[union-attr]
-        if closing and block.whole and call_text(block).startswith(told):
-            text = call_text(block)[len(told):]
-        told += text
+        closing, text = isinstance(event, Close), ""
+        if not closing:
+            text = reader.feed(event.text)      # type: ignore[union-attr]
+            told.append(text)
+        elif block.whole:
+            whole, before = call_text(block), "".join(told)
+            text = whole[len(before):] if whole.startswith(before) else reader.rest()
         grown: List[Event] = [Delta(block, text)] if text else []
         return grown + ([event] if closing else [])
     return run
@@ -5023,15 +5055,19 @@ def told_status(said: Json, before: Optional[int] = None) -> Optional[int]:
     return found[0] if found else None
 
 
+def error_code(said: Json) -> str:
+    """The name of an error that tells most."""
+    names = [str(said[name]) for name in ERROR_NAMES if said.get(name)]
+    return next((name for name in names if name.lower() in CODE_KINDS), (names or [""])[0])
+
+
 def upstream_error(status: Optional[int], said: Json, trace_id: Optional[str],
                    retry_after: Optional[float]) -> ProxyError:
     """An upstream's error object, from a body or an event, as what the client is told.
 
     `said` may hold message, code, type, name and isRetryable; `status` None: it was not told.
     """
-    names = [str(said[name]) for name in ERROR_NAMES if said.get(name)]
-    code = next((name for name in names if name.lower() in CODE_KINDS), (names or [""])[0])
-    message = said.get("message")
+    code, message = error_code(said), said.get("message")
     message = redact(str(message))[:MAX_ERROR_TEXT] if message else ""
     kind = classify_failure(status, code, message)
     if kind == "too_long" and "prompt is too long" not in message.lower():
@@ -5169,10 +5205,10 @@ def call_arguments(raw: Json) -> str:
     if isinstance(given, str):
         try:
             decoded = DECODER.decode(given) if given.strip() else {}
+            if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
+                return given
         except (ValueError, RecursionError):
-            decoded = given
-        if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
-            return given
+            decoded = decode_anyhow(given)
         given = decoded
     if isinstance(given, list) and len(given) == 1:
         given = given[0]
@@ -5516,9 +5552,10 @@ def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
 
 
 def whole_arguments(text: str) -> Optional[str]:
-    """A call's arguments where they are complete JSON, healed to an object; None where not."""
+    """A call's arguments where they are complete JSON, also loose, healed to an object; None where
+    not: what was cut closes no bracket."""
     try:
-        DECODER.decode(text)
+        decode_loosely(text)
     except (ValueError, RecursionError):
         return None
     return call_arguments({"input": text})

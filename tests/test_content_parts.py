@@ -383,7 +383,9 @@ ARGUMENTS = [   # (arguments, input, noted)
     ('{"a": "\\u00e9"}', {"a": "\u00e9"}, False),
     ('{"a": 1', {"input": '{"a": 1'}, True), ("[1]", {"input": [1]}, True),
     ("words", {"input": "words"}, True), ('"x"', {"input": "x"}, True),
-    ('{"a": "\\ud83d"}', {"a": "\ufffd"}, True)]
+    ('{"a": "\\ud83d"}', {"a": "\ufffd"}, True), (r'{"a": "\d+"}', {"a": r"\d+"}, True),
+    ('{"a": "x\ny"}', {"a": "x\ny"}, True),
+    (r'{"a": "\ud83d\q', {"input": r'{"a": "\ud83d\q'}, True)]
 
 
 @pytest.mark.parametrize("given,sent,noted", ARGUMENTS, ids=range(len(ARGUMENTS)))

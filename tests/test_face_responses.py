@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 
+import pure_formats
 import pytest
+from fake_provider import SSE_OF
 from fake_upstream import ndjson, recorded, text_answer
 from harness import ccproxy
 from pure import (NAMES, at, check_params, has_note, make_answer, new_answer, params_of,
@@ -476,6 +478,106 @@ def test_random_answers_with_a_free_text_tool_keep_their_law():
         whole = run(new_answer("responses", names=names), data)
         assert run(new_answer("responses", names=names), data, "bytewise") == whole, seed
         assert run(new_answer("responses", names=names, lanes=False), data) == whole, seed
+
+
+# Free text whose JSON is not quite JSON, as models write it.
+
+LOOSE = [   # (the arguments as the model wrote them, the free text that they mean)
+    (r'{"input":"s/\d+/x/"}', r"s/\d+/x/"), (r'{"input":"\d"}', r"\d"),
+    (r'{ "input" : "a\nb\qc\"d\\e" } ', 'a\nb\\qc"d\\e'), (r'{"input":"\u12x4"}', r"\u12x4"),
+    (r'{"input":"C:\Users\me"}', r"C:\Users\me"), ('{"input":"one\ntwo\t"}', "one\ntwo\t"),
+    (r'{"input":"\ud83d\ude80\p{L}"}', "\U0001f680\\p{L}"), (r'{"input":"\ud83d\q"}', "\ufffd\\q")]
+
+
+def check_loose(new, data, text):
+    """An answer with one custom call, streamed in any pieces and whole, in both APIs."""
+    for face in ("chat", "responses"):
+        answer = new(face)
+        frames = run(answer, data)
+        assert answer.error is None and answer.reply.reason == "tool_calls"
+        assert fold_raw(face, read_frames(frames)) == text
+        assert run(new(face), data, "bytewise") == frames
+        answer = new(face, stream=False)
+        run(answer, data)
+        assert answer.error is None and told_raw(face, answer.body()) == text
+        if face == "responses":
+            done = [frame for frame in read_frames(frames)
+                    if frame["type"] == "response.output_item.done"]
+            assert [frame["item"]["input"] for frame in done] == [text]
+
+
+@pytest.mark.parametrize("written, text", LOOSE)
+def test_free_text_with_a_bad_escape(written, text):
+    """Whatever the whole call says of it: the text as it was written, decoded, or the object."""
+    for told in (written, {"input": text}, json.dumps({"input": text})):
+        for cut in range(len(written) + 1):
+            pieces = [piece(one) for one in (written[:cut], written[cut:]) if one]
+            check_loose(lambda face, **known: new_answer(face, names=RAW, **known), ndjson(
+                {"type": "start"}, start(), *pieces, call(told, "c1", "apply_patch"), FINISH), text)
+
+
+@pytest.mark.parametrize("name", sorted(SSE_OF))
+@pytest.mark.parametrize("written, text", LOOSE)
+def test_free_text_with_a_bad_escape_over_other_upstreams(name, written, text):
+    """The call is complete where its brackets are."""
+    upstream = pure_formats.UPSTREAMS[name]
+    for cut in range(1, len(written)):
+        steps = [("start", "c1", "apply_patch"), ("more", "c1", written[:cut]),
+                 ("more", "c1", written[cut:]), ("stop", "c1"), ("end", "tool_calls")]
+        check_loose(lambda face, **known: pure_formats.new_answer(upstream, face, names=RAW,
+                                                                  **known),
+                    SSE_OF[name](steps), text)
+
+
+@pytest.mark.parametrize("name", sorted(SSE_OF))
+@pytest.mark.parametrize("written", [r'{"input":"s/\d', r'{"input":"s/\d"', r'{"input":"s\"}',
+                                     '{"input":"one\n', "{", '{"input":"\\'])
+@pytest.mark.parametrize("reason", ["length", "tool_calls"])
+def test_free_text_that_was_cut_is_no_call(name, written, reason):
+    upstream = pure_formats.UPSTREAMS[name]
+    data = SSE_OF[name]([("text", "a"), ("start", "c1", "apply_patch"), ("more", "c1", written),
+                         ("stop", "c1"), ("end", reason)])
+    for face in ("chat", "responses"):
+        answer, body = pure_formats.run_plain(upstream, face, data, names=RAW)
+        assert answer.reply.reason == "length" and "apply_patch" not in json.dumps(body)
+
+
+def test_what_was_told_stays_where_the_whole_call_says_otherwise():
+    """Told so far, and what was kept, in its best reading."""
+    for written, told, shown in (
+            (r'{"input":"s/\d+/x/"}', {"input": "s#d#"}, r"s/\d+/x/"),
+            (r'{"input":"ab\"}', {"input": "other"}, 'ab"}'),
+            ('{"input":"say "hi" now"}', '{"input":"say "hi" now"}', 'say "hi" now'),
+            ('{"input":"abc"}', {"input": "xyz"}, "abc")):
+        for step in (1, 3, 100):
+            pieces = [piece(written[at:at + step]) for at in range(0, len(written), step)]
+            data = ndjson(start(), *pieces, call(told, "c1", "apply_patch"), FINISH)
+            frames = read_frames(run(new_answer("chat", names=RAW), data))
+            assert fold_raw("chat", frames) == shown, (written, step)
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("name", sorted(SSE_OF))
+def test_ordinary_arguments_with_a_bad_escape(face, name):
+    """They are JSON in a plain answer, and no call is lost."""
+    data = SSE_OF[name]([("start", "c1", "grep"), ("more", "c1", r'{"pattern":"\d+"}'),
+                         ("stop", "c1"), ("end", "tool_calls")])
+    answer, body = pure_formats.run_plain(pure_formats.UPSTREAMS[name], face, data)
+    assert answer.reply.reason == "tool_calls"
+    place = {"chat": "choices.0.message.tool_calls.0.function.arguments",
+             "messages": "content.0.input", "responses": "output.0.arguments"}[face]
+    given = at(body, place)
+    assert (json.loads(given) if isinstance(given, str) else given) == {"pattern": r"\d+"}
+
+
+def test_much_free_text_behind_a_bad_escape_costs_no_more():
+    """Kept in pieces: no piece is looked at twice."""
+    words = ["x" * 50] * 20_000
+    for before in ('{"input":"', r'{"input":"\q', '{"patch":"', " "):
+        reader = ccproxy.RawInput()
+        for one in [before, *words]:
+            reader.feed(one)
+        assert len(reader.held) <= 2000
 
 
 # Chat Completions with custom tools.
