@@ -282,6 +282,7 @@ class Limits(NamedTuple):
     usage_retry: float = 5.0        # and for a database that could not be written
     usage_busy: float = 2.0         # while another process writes
     usage_end: float = 3.0          # for the last of them, at the end
+    restart: Tuple[float, float] = (1.0, 60.0)  # a periodic task after a fault: at first, at most
     bodies: int = 256 * MIB         # request bodies in memory at once; then 503
     followers: int = 32             # readers of /admin/events at once; then 503
     news: float = 1.0               # how often they are told of a change
@@ -12638,15 +12639,61 @@ def take_over(config: Config) -> List[socket.socket]:
 # awaiting `fill` and calling `take`.  For the length of one answer the relay
 # sets `on_data` instead: bytes are then handled in the callback that brings
 # them, without a task switch, a future or a timer per event.  Deadlines are
-# looked at by one periodic sweep (SERVER), not by a timer each.
+# looked at by one periodic sweep (SERVER), not by a timer each.  A callback has
+# nobody to raise to, nor has a periodic task: `guarded` is for both.
+
+
+class guarded:      # a class as contextlib.suppress is one: for work with and without `await`
+    """Surrounds work that has nobody to raise to.  A fault of ours is logged with its traceback
+    and handed to `end`, which ends what it befell; exceptions of the kinds `passed` go on."""
+
+    __slots__ = ("app", "end", "passed")
+
+    def __init__(self, app: App, end: Optional[Callable[[Exception], Any]] = None,
+                 *passed: Any) -> None:
+        self.app, self.end, self.passed = app, end, passed
+
+    def run(self, work: Callable[..., None], *given: Any) -> None:
+        """Do it: what `with` does, in half the time."""
+        try:
+            work(*given)
+        except Exception as fault:
+            if not self.__exit__(type(fault), fault, fault.__traceback__):
+                raise
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, fault: Any, trace: Any) -> bool:
+        if not isinstance(fault, Exception) or isinstance(fault, self.passed):
+            return False
+        from traceback import format_exception      # rarely wanted, so not at start
+        self.app.log.error("internal error: %s", redact("".join(
+            format_exception(kind, fault, trace)).rstrip()))
+        if self.end is not None:
+            self.end(fault)
+        return True
+
+
+async def keep_running(app: App, work: Callable[[App], Awaitable[None]]) -> None:
+    """Run a periodic task, and again after a fault of ours: soon at first, then ever later."""
+    least, most = app.limits.restart
+    pause, clock = least, asyncio.get_running_loop().time
+    while True:
+        began = clock()
+        with guarded(app):
+            return await work(app)
+        pause = pause if clock() - began < most else least
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, most)
 
 
 class Wire(asyncio.BufferedProtocol):
     """A connection.  Its owner closes it; losing it wakes whoever waits and calls `on_end`."""
 
-    __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "waiter",
-                 "deadline", "blocked_since", "closed_at", "flood_bytes", "held", "on_open",
-                 "idle_since", "is_client", "fresh")
+    __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "guard",
+                 "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "held",
+                 "on_open", "idle_since", "is_client", "fresh")
 
     def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
         self.app, self.on_open = app, on_open
@@ -12658,6 +12705,7 @@ class Wire(asyncio.BufferedProtocol):
         self.on_data: Optional[Callable[[bytes], None]] = None
         self.on_end: Optional[Callable[[], None]] = None
         self.on_block: Optional[Callable[[bool], None]] = None   # our writes are (not) stuck
+        self.guard: Optional[guarded] = None        # of these three; None: a fault ends the wire
         self.waiter: Optional["asyncio.Future[None]"] = None
         self.deadline = 0.0                         # of the waiter, in loop time; 0: none
         self.blocked_since = self.closed_at = self.idle_since = 0.0
@@ -12669,8 +12717,7 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.app.wires.add(self)
-        if self.on_open:
-            self.on_open(self)
+        self.call(self.on_open, self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.app.receive
@@ -12678,7 +12725,7 @@ class Wire(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         data = bytes(self.app.receive[:nbytes])
         if self.on_data is not None:
-            self.on_data(data)
+            (self.guard or guarded(self.app, self.abort)).run(self.on_data, data)
             return
         self.buffer += data
         if self.flood_bytes and len(self.buffer) > self.flood_bytes:
@@ -12699,16 +12746,19 @@ class Wire(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self.blocked_since = asyncio.get_running_loop().time()
-        if self.on_block:
-            self.on_block(True)
+        self.call(self.on_block, True)
 
     def resume_writing(self) -> None:
         self.blocked_since = 0.0
-        if self.on_block:
-            self.on_block(False)
+        self.call(self.on_block, False)
         self.wake()
 
     # What we call.
+
+    def call(self, callback: Optional[Callable[..., None]], *given: Any) -> None:
+        """Tell the owner, where it wants to be told."""
+        if callback is not None:
+            (self.guard or guarded(self.app, self.abort)).run(callback, *given)
 
     def end(self) -> None:
         """Remember that nothing more comes, and tell whoever waits for it, once."""
@@ -12716,8 +12766,7 @@ class Wire(asyncio.BufferedProtocol):
             return
         self.ended = True
         self.wake()
-        if self.on_end:
-            self.on_end()
+        self.call(self.on_end)
 
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -12779,12 +12828,12 @@ class Wire(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Send what was written, then close; the sweep aborts what takes too long."""
-        self.on_data = self.on_end = self.on_block = None
+        self.on_data = self.on_end = self.on_block = self.guard = None
         if self.transport is not None and not self.closed_at:
             self.closed_at = asyncio.get_running_loop().time()
             self.transport.close()
 
-    def abort(self) -> None:
+    def abort(self, fault: Optional[Exception] = None) -> None:
         if self.transport is not None:
             self.transport.abort()
 
@@ -12842,7 +12891,7 @@ class Pool:
 
     def give(self, wire: Wire, now: float, size: int) -> None:
         """Keep a connection whose last answer is complete."""
-        wire.on_data = wire.on_end = wire.on_block = None
+        wire.on_data = wire.on_end = wire.on_block = wire.guard = None
         if not wire.is_quiet() or len(self.idle) >= size:
             wire.close()
             return
@@ -13479,11 +13528,15 @@ def internal_error(fault: Exception) -> ProxyError:
                       % type(fault).__name__)
 
 
+def raise_internal(fault: Exception) -> None:
+    raise internal_error(fault) from None
+
+
 class Relay:
     """One answer on its way to one client."""
 
     __slots__ = ("app", "client", "answer", "spec", "head", "framed", "call", "opened", "sent",
-                 "heard", "lines", "done", "over", "first", "clock", "key")
+                 "heard", "lines", "done", "over", "first", "clock", "key", "fault")
 
     def __init__(self, app: App, client: Wire, answer: Answer, spec: CallSpec,
                  head: Callable[[], bytes]) -> None:
@@ -13499,7 +13552,8 @@ class Relay:
         self.key: Any = None            # RingKey: whose call the last one was
         self.done: Any = None           # future: this call's answer is over
         self.over: Any = None           # future: nothing more comes from this call
-        client.on_block = self.block
+        self.fault: Optional[ProxyError] = None     # of ours, that ended the answer
+        client.on_block, client.guard = self.block, guarded(app, self.crash)
         app.relays.add(self)
 
     def attach(self, call: UpstreamCall) -> None:
@@ -13508,13 +13562,13 @@ class Relay:
         self.done, self.over = loop.create_future(), loop.create_future()
         self.call, self.heard = call, self.clock()
         wire = call.wire
-        wire.on_data, wire.on_end = self.receive, self.end
+        wire.on_data, wire.on_end, wire.guard = self.receive, self.end, self.client.guard
         if self.client.blocked_since:
             wire.hold()
         if wire.buffer or call.body.done:
-            self.receive(wire.take())
+            wire.call(wire.on_data, wire.take())
         if wire.ended:
-            self.end()
+            wire.call(wire.on_end)
 
     def receive(self, data: bytes) -> None:
         """A piece of the upstream's body, still framed."""
@@ -13530,9 +13584,6 @@ class Relay:
         except ProxyError as error:
             frames = answer.stop(error)
             call.wire.abort()
-        except Exception as fault:      # a callback has nobody to raise to
-            self.crash(fault)
-            return
         if frames:
             self.send(frames)
             self.heard = self.sent
@@ -13578,12 +13629,17 @@ class Relay:
             self.over.set_result(None)
 
     def crash(self, fault: Exception) -> None:
-        """A bug of ours ends this answer, and says so in the log and to the client."""
-        self.app.log.error("internal error while an answer was read", exc_info=fault)
+        """A fault of ours ends this answer: whoever waits for it, or for a next call, is woken."""
+        self.fault, call = internal_error(fault), self.call
+        if call is None:
+            self.client.call(self.client.on_end)    # as if the client had left: see run_job
+            return
+        call.wire.on_data = call.wire.on_end = None
+        call.wire.abort()
         if not self.done.done():
-            self.done.set_exception(internal_error(fault))
-        if self.call is not None:
-            self.call.wire.abort()
+            self.done.set_exception(self.fault)
+        if not self.over.done():
+            self.over.set_result(None)
 
     def send(self, frames: bytes, last: bool = False) -> None:
         """Write frames, behind the response head where that has not gone out."""
@@ -13636,13 +13692,13 @@ class Relay:
         """Let go of the call; a connection that is not in order is closed."""
         call, self.call, self.done = self.call, None, None
         if call is not None:
-            call.wire.on_data = call.wire.on_end = None
+            call.wire.on_data = call.wire.on_end = call.wire.guard = None
             give_back(self.app, call)
 
     def close(self) -> None:
         self.detach()
         if self.client.on_block == self.block:      # else a next request's relay has it
-            self.client.on_block = None
+            self.client.on_block = self.client.guard = None
         self.app.relays.discard(self)
 
 
@@ -14051,8 +14107,9 @@ def keep_record(app: App, exchange: Exchange) -> None:
         return
 
     def finished(task: "asyncio.Task[Any]") -> None:
-        if not (task.cancelled() or task.exception()):
-            exchange.record["cost"] = task.result()
+        if not task.cancelled():
+            with guarded(app):
+                exchange.record["cost"] = task.result()
         publish_record(app, make_record(exchange, clock(), total))
 
     exchange.finishing.add_done_callback(finished)
@@ -14061,7 +14118,8 @@ def keep_record(app: App, exchange: Exchange) -> None:
 def publish_record(app: App, record: Record) -> None:
     app.recent.append(record)
     for listener in app.listeners:
-        listener(record)
+        with guarded(app):
+            listener(record)
 
 
 # === ITEM MEMORY ============================================================
@@ -14369,11 +14427,15 @@ async def run_job(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
     """The calls of one answer: of a ring key by key, of a single key with its own retries."""
     keys, now = ring.keys, time.time()
     try:
-        if len(keys) > 1:
-            await run_ring(relay, record, ring)
-            return
-        check_single(keys[0], state_of(relay.app.keys, keys[0], now), ring.routing)
-        await run_calls(relay, record, keys[0], ring.routing)
+        with guarded(relay.app, raise_internal, ProxyError, ConnectionError):
+            if len(keys) > 1:
+                return await run_ring(relay, record, ring)
+            check_single(keys[0], state_of(relay.app.keys, keys[0], now), ring.routing)
+            await run_calls(relay, record, keys[0], ring.routing)
+    except asyncio.CancelledError:
+        if relay.fault is None:
+            raise
+        raise relay.fault from None     # it was not the client that left
     except ProxyError as error:
         if not ring.operator or error.kind != "authentication":
             raise
@@ -14590,7 +14652,7 @@ def follow_cli_version(app: App) -> None:
     if app.config.cli_version != "auto":
         app.cli_version = app.config.cli_version
     else:
-        app.version_task = spawn(app, keep_version_fresh(app))
+        app.version_task = spawn(app, keep_running(app, keep_version_fresh))
 
 
 def follow_model_list(app: App) -> None:
@@ -15231,7 +15293,7 @@ async def feed_follower(app: App, follower: Follower) -> None:
 def add_follower(app: App, follower: Follower) -> None:
     """Begin to tell somebody.  The first one starts the task that looks for changes."""
     if not app.followers:
-        app.watching = spawn(app, watch_state(app))
+        app.watching = spawn(app, keep_running(app, watch_state))
         app.telling = lambda record: tell_record(app, record)
         app.listeners.append(app.telling)
     follower.state = event_frame("state", changing_state(app))
@@ -15440,25 +15502,27 @@ class UsageLog:
         """Write one batch; False when that failed.  What is not written stays queued."""
         import sqlite3
         batch = [self.queue[place] for place in range(min(len(self.queue), 5 * USAGE_BATCH))]
-        try:
-            self.open()
-            self.insert(batch)
-            for _ in batch:
-                self.queue.popleft()
-            self.clean()
-        except (sqlite3.Error, OSError, ValueError) as error:
-            self.close()
-            self.fail(str(getattr(error, "strerror", None) or error))
-            return False
-        if self.failing:
-            self.failing = False
-            self.app.log.warning("usageDb %s works again; %s lost", self.path,
-                                 counted(self.lost, "record"))
-            self.lost = 0
-        return True
+        with guarded(self.app, lambda fault: self.fail(type(fault).__name__)):
+            try:
+                self.open()
+                self.insert(batch)
+                for _ in batch:
+                    self.queue.popleft()
+                self.clean()
+            except (sqlite3.Error, OSError, ValueError) as error:
+                self.fail(str(getattr(error, "strerror", None) or error))
+                return False
+            if self.failing:
+                self.failing = False
+                self.app.log.warning("usageDb %s works again; %s lost", self.path,
+                                     counted(self.lost, "record"))
+                self.lost = 0
+            return True
+        return False
 
     def fail(self, problem: str) -> None:
-        """Say once what is wrong."""
+        """Let go of the file, and say once what is wrong."""
+        self.close()
         if not self.failing:
             self.failing, self.lost = True, 0
             self.app.log.error("usageDb %s: %s; records wait for it, %d at most", self.path,
@@ -15909,24 +15973,21 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     loop = asyncio.get_running_loop()
     exchange = Exchange(wire, NO_HEAD, loop.time(), False)
     try:
-        head = await read_request_head(app, wire, first)
-        if head is None:
-            return None
-        wire.fresh = False
-        exchange.head, exchange.started = head, loop.time()
-        exchange.keep = head.keep_alive and not app.leaving
-        app.exchanges.add(exchange)
-        await serve_request(app, exchange)
+        with guarded(app, raise_internal, ProxyError, ConnectionError):
+            head = await read_request_head(app, wire, first)
+            if head is None:
+                return None
+            wire.fresh = False
+            exchange.head, exchange.started = head, loop.time()
+            exchange.keep = head.keep_alive and not app.leaving
+            app.exchanges.add(exchange)
+            await serve_request(app, exchange)
     except ProxyError as error:
         await show_error(app, exchange, error)
     except (asyncio.CancelledError, ConnectionError):
         if exchange.record:
             exchange.record.update(status=499, error="the client left")
         raise
-    except Exception as fault:      # a bug of ours: told, logged, and nobody else is disturbed
-        app.log.error("internal error on %s", hide(shown_path(exchange.head), secrets_of(
-            app, exchange)), exc_info=True)
-        await show_error(app, exchange, internal_error(fault))
     finally:
         app.exchanges.discard(exchange)
         exchange.relay = None       # which knows the exchange: a cycle would wait for the collector
@@ -16052,16 +16113,24 @@ def accept(app: App, wire: Wire) -> None:
     spawn(app, serve_connection(app, wire))
 
 
+def look_at_each(app: App, things: List[Any], look: Callable[[Any], None],
+                 end: Callable[[Any, Exception], None]) -> None:
+    """Look at all of them; a fault ends the one that it befell, and the rest are looked at."""
+    while things:
+        with guarded(app, lambda fault: end(things.pop(), fault)):
+            while things:
+                look(things[-1])
+                things.pop()
+
+
 async def sweep(app: App) -> None:
     """Look at every deadline, again and again."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(app.limits.sweep)
         now = loop.time()
-        for wire in list(app.wires):
-            wire.expire(now)
-        for relay in list(app.relays):
-            relay.tick(now)
+        look_at_each(app, list(app.wires), lambda wire: wire.expire(now), Wire.abort)
+        look_at_each(app, list(app.relays), lambda relay: relay.tick(now), Relay.crash)
         app.pool.prune(now - app.limits.pool_idle)
 
 
@@ -16072,8 +16141,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     await end_idle(app, hurry)
     await wait_for_exchanges(app, min(app.drain_within, app.config.drain_seconds), hurry)
     app.ending.set_result(None)
-    for relay in list(app.relays):
-        relay.give_up(stopping_error())
+    look_at_each(app, list(app.relays), lambda relay: relay.give_up(stopping_error()), Relay.crash)
     for wire in list(app.wires):
         if wire.on_open is None:
             wire.abort()        # an upstream whose answer has not begun
@@ -16124,13 +16192,13 @@ async def listen(app: App) -> Any:
     app.started, app.ending = loop.time(), loop.create_future()
     server = await open_listener(app, app.config.host, app.config.port,
                                  lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
-    spawn(app, sweep(app))
-    spawn(app, watch_alerts(app))
+    spawn(app, keep_running(app, sweep))
+    spawn(app, keep_running(app, watch_alerts))
     app.listeners += [lambda record: measure_record(app.metrics, record, app.models),
                       lambda record: count_record(app.minutes, record)]
     start_usage_log(app)
     if app.config.cli_version == "auto":
-        app.version_task = spawn(app, keep_version_fresh(app))
+        app.version_task = spawn(app, keep_running(app, keep_version_fresh))
     return server
 
 
@@ -16268,7 +16336,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     app.server = await listen(app)
     watch_signals(app)
     if app.watched is not None:
-        spawn(app, watch_files(app))
+        spawn(app, keep_running(app, watch_files))
     host, port = app.server.sockets[0].getsockname()[:2]
     announce(host, port)
     app.log.info("started%s: ccproxy %s on http://%s:%d, process %d", " again" if app.sockets else

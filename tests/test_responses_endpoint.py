@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_upstream import ndjson, recorded, status, stream, text_answer
+from fake_upstream import ndjson, raw, recorded, status, stream, text_answer
 from harness import KEY, ccproxy, parse_answers, post_bytes, read_until
 
 RESPONSES = "/v1/responses"
@@ -174,6 +174,28 @@ def test_custom_and_namespaced_tools(proxy, upstream):
     item, = ask(proxy, tools=tools).json["output"]
     assert (item["type"], item["name"], item["namespace"]) == ("function_call", "spawn",
                                                                "multi_agent_v1")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("close", [False, True])
+def test_a_bad_escape_in_a_custom_tools_input(proxy, upstream, close, streamed):
+    """Also in the last line of a connection that closes."""
+    written = r'{"input":"s/\d+/x/"}'
+    lines = ndjson({"type": "tool-input-start", "id": "c1", "toolName": "edit"},
+                   {"type": "tool-input-delta", "id": "c1", "delta": written},
+                   {"type": "tool-call", "toolCallId": "c1", "toolName": "edit", "input": written},
+                   {"type": "finish", "finishReason": "tool-calls"})
+    upstream.default = raw(b"HTTP/1.1 200 OK\r\n\r\n" + lines[:-1], close=True) if close else \
+        stream(lines)
+    answer = ask(proxy, tools=[{"type": "custom", "name": "edit"}], stream=streamed)
+    response = answer.frames[-1]["response"] if streamed else answer.json
+    item, = response["output"]
+    assert (item["type"], item["input"]) == ("custom_tool_call", r"s/\d+/x/")
+    if not streamed:
+        said = proxy.post("/v1/chat/completions", tools=[{"type": "custom", "custom": {
+            "name": "edit"}}]).json["choices"][0]
+        assert said["finish_reason"] == "tool_calls"
+        assert said["message"]["tool_calls"][0]["custom"]["input"] == r"s/\d+/x/"
 
 
 # What would need a store.
