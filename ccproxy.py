@@ -4834,7 +4834,7 @@ RAW_START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 RAW_TEXT = re.compile(r'(?:[^"\\]|%s)*' % KNOWN_ESCAPE)
 RAW_UNREADABLE = re.compile(r'\\(?:[^"\\/bfnrtu]|u[0-9a-fA-F]{0,3}[^0-9a-fA-F])')
 MAX_RAW_START = 1000        # characters in which `{"input": "` must have come
-HALF_AT_END = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+HALF_AT_END = re.compile(r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})\Z")
 
 
 class RawInput:
@@ -4864,7 +4864,7 @@ class RawInput:
         if behind.startswith('"') or RAW_UNREADABLE.match(behind):
             self.kept = []
         elif half:
-            text = text[:half.start()]      # its other half may come
+            text = text[:half.start(1)]     # its other half may come
         self.held = self.held[len(text):]
         return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
 
@@ -5200,6 +5200,15 @@ def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from extend_call(reading, name, piece)
 
 
+def read_no_json(text: str) -> Any:
+    """The best reading of arguments that are not JSON: loose JSON, or the free text in them."""
+    decoded, reader = decode_anyhow(text), RawInput()
+    if decoded == text:
+        told = reader.feed(text)
+        return {"input": told + reader.rest()} if reader.inside else text
+    return decoded
+
+
 def call_arguments(raw: Json) -> str:
     """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
     given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
@@ -5209,7 +5218,7 @@ def call_arguments(raw: Json) -> str:
             if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
                 return given
         except (ValueError, RecursionError):
-            decoded = decode_anyhow(given)
+            decoded = read_no_json(given)
         given = decoded
     if isinstance(given, list) and len(given) == 1:
         given = given[0]

@@ -368,7 +368,7 @@ def test_a_name_that_looks_like_a_namespaced_one_stays_apart():
 
 # Tools of free text, over every cut.
 
-INPUTS = ["", "x", "*** Begin Patch\n+a\tb\\n\n", "\"quoted\" \\ / \\u0041",
+INPUTS = ["", "x", r"\ud83d \\ud83d", "*** Begin Patch\n+a\tb\\n\n", "\"quoted\" \\ / \\u0041",
           "\u00e9\u4e16\U0001f680!", "\U0001f680\U0001f680", "}\"}", "=lane-mark="]
 WRITTEN = [     # ways in which a model may write the one argument
     lambda text: json.dumps({"input": text}),
@@ -531,7 +531,8 @@ def test_free_text_with_a_bad_escape_over_other_upstreams(name, written, text):
 
 @pytest.mark.parametrize("name", sorted(SSE_OF))
 @pytest.mark.parametrize("written", [r'{"input":"s/\d', r'{"input":"s/\d"', r'{"input":"s\"}',
-                                     '{"input":"one\n', "{", '{"input":"\\'])
+                                     '{"input":"one\n', "{", '{"input":"\\', '{"input":"say "hi"',
+                                     '{"input":"x = {"a":"b"}'])
 @pytest.mark.parametrize("reason", ["length", "tool_calls"])
 def test_free_text_that_was_cut_is_no_call(name, written, reason):
     upstream = pure_formats.UPSTREAMS[name]
@@ -543,17 +544,21 @@ def test_free_text_that_was_cut_is_no_call(name, written, reason):
 
 
 def test_what_was_told_stays_where_the_whole_call_says_otherwise():
-    """Told so far, and what was kept, in its best reading."""
+    """Told so far, and what was kept, in its best reading.  A whole answer has the call's own word,
+    or where that is no JSON, the same reading."""
     for written, told, shown in (
             (r'{"input":"s/\d+/x/"}', {"input": "s#d#"}, r"s/\d+/x/"),
             (r'{"input":"ab\"}', {"input": "other"}, 'ab"}'),
             ('{"input":"say "hi" now"}', '{"input":"say "hi" now"}', 'say "hi" now'),
+            ('{"input":"abc', '{"input":"abc', "abc"),
             ('{"input":"abc"}', {"input": "xyz"}, "abc")):
         for step in (1, 3, 100):
             pieces = [piece(written[at:at + step]) for at in range(0, len(written), step)]
             data = ndjson(start(), *pieces, call(told, "c1", "apply_patch"), FINISH)
             frames = read_frames(run(new_answer("chat", names=RAW), data))
             assert fold_raw("chat", frames) == shown, (written, step)
+            whole = told["input"] if isinstance(told, dict) else shown
+            assert told_raw("chat", run_plain("chat", data, names=RAW)[1]) == whole
 
 
 @pytest.mark.parametrize("face", ["chat", "messages", "responses"])
