@@ -13,7 +13,7 @@ from harness import (CHAT, FAST, KEY, MESSAGES, UPSTREAM_API, Proxy, ccproxy, ma
 
 pytestmark = pytest.mark.skipif(bool(UPSTREAM_API), reason="says it in the words of alpha")
 RESPONSES = "/v1/responses"
-SECRET = "user_5ecretOf0urs"
+SECRET = "user_5ecretOf0urs12345678"
 BEGUN = ndjson({"type": "start"}, {"type": "text-delta", "id": "0", "text": "Hello"})
 BOOM = ndjson({"type": "boom"})
 
