@@ -202,7 +202,7 @@ def test_one_answers_fault_leaves_the_others_alone(make_place, monkeypatch):
             place.proxy.send_post(MESSAGES, stream=True) as messages:
         assert b"Internal error of the proxy" in read_until(messages, b"0\r\n\r\n")
         data = read_until(chat, b"0\r\n\r\n")
-    assert b"silent for 1 seconds" in data and b"Internal" not in data
+    assert b"silent for 1 second" in data and b"Internal" not in data
     place.check_log()
 
 
