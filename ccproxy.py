@@ -50,6 +50,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     GRAMMAR (pure)
     FIELD TABLES (pure)
     CONTENT PARTS (pure)
+    TOOL SCHEMAS (pure)
     TOOLS (pure)
     MESSAGES TO TURNS (pure)
     FIELDS OF ANY API (pure)
@@ -3746,23 +3747,259 @@ def read_result_parts(content: Any, path: str, notes: List[str]) -> List[Part]:
     return read_content(content, path, notes)
 
 
+# === TOOL SCHEMAS (pure) ====================================================
+# A tool's parameters in the form that every provider takes: one object with
+# `properties` and without unions at its top, arrays that have `items`, bounds
+# that are numbers.  A schema in that form is sent as it is; every change leaves
+# a note with the tool's name.  Depth, references and branches are bounded.
+
+SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions",
+                         "dependentSchemas"})       # their members are names, not keywords
+SCHEMA_WORDS = SCHEMA_MAPS | {
+    "items", "prefixItems", "additionalItems", "unevaluatedItems", "contains",
+    "additionalProperties", "unevaluatedProperties", "propertyNames", "anyOf", "oneOf", "allOf",
+    "not", "if", "then", "else"}
+BRANCHES = ("allOf", "anyOf", "oneOf")
+TOP_WORDS = ("$ref", *BRANCHES, "not", "enum")      # what OpenAI refuses at a schema's top
+BOUNDS_BY_FLAG = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}     # draft 4
+NOT_IN_LEAVES = SCHEMA_WORDS.union(BOUNDS_BY_FLAG)
+INTO_BRANCH = re.compile(rb'"\$ref":"#/(allOf|anyOf|oneOf)/([0-9]+)')
+MAX_SCHEMA_DEPTH = 64           # schemas inside one another that are looked at
+MAX_MERGE_DEPTH = 16            # branches inside branches, and references to references
+MAX_MERGE_STEPS = 20_000        # branches, properties and required names of a request's tools
+MAX_REFERENCE = 500             # characters of a $ref
+
+
+def list_in(schema: Json, word: str) -> List[Any]:
+    given = schema.get(word)
+    return given if isinstance(given, list) else []
+
+
+def object_in(holder: Json, name: str) -> Json:
+    value = holder.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def is_array(kind: Any) -> bool:
+    """Whether a schema's type, a word or a list of words, lets an array pass."""
+    return kind == "array" or (kind.__class__ is list and "array" in kind)
+
+
+def is_irregular(schema: Json) -> bool:
+    """Whether a schema itself has an array without items, or a bound that is a flag."""
+    items = schema.get("items")
+    if is_array(schema.get("type")):
+        return not isinstance(items, (dict, bool))
+    return isinstance(items, list) or isinstance(schema.get("exclusiveMinimum"), bool) \
+        or isinstance(schema.get("exclusiveMaximum"), bool)
+
+
+def inner_schemas(schema: Json) -> List[Any]:
+    """The schemas that stand directly inside one."""
+    found: List[Any] = []
+    for word in SCHEMA_WORDS.intersection(schema):
+        inner = schema[word]
+        if word in SCHEMA_MAPS and isinstance(inner, dict):
+            inner = list(inner.values())
+        found += inner if isinstance(inner, list) else [inner]
+    return found
+
+
+def is_regular(schema: Json) -> bool:
+    """Whether nothing inside a schema needs a change: nearly always so, and quickly seen."""
+    schemas: List[Any] = [schema]
+    for one in schemas:             # grows by those inside
+        if one.__class__ is not dict:
+            continue
+        if not NOT_IN_LEAVES.isdisjoint(one):
+            if is_irregular(one):
+                return False
+            schemas += inner_schemas(one)
+        elif is_array(one.get("type")):
+            return False
+    return True
+
+
+def change_schemas(schema: Any, change: Callable[[Json], Json], depth: int = 0) -> Any:
+    """A copy of a schema in which every schema is changed, the innermost first."""
+    if not isinstance(schema, dict) or depth > MAX_SCHEMA_DEPTH:
+        return schema
+    changed: Json = dict(schema)
+    for word in SCHEMA_WORDS.intersection(schema):
+        inner = schema[word]
+        if isinstance(inner, list):
+            changed[word] = [change_schemas(one, change, depth + 1) for one in inner]
+        elif word in SCHEMA_MAPS and isinstance(inner, dict):
+            changed[word] = {name: change_schemas(one, change, depth + 1)
+                             for name, one in inner.items()}
+        else:
+            changed[word] = change_schemas(inner, change, depth + 1)
+    return change(changed)
+
+
+def regulate(schema: Json, changes: List[str]) -> Json:
+    """A schema with items for its array and numbers for its bounds.  Draft 4 wrote a tuple's items
+    as a list, and exclusiveMinimum as a flag beside minimum."""
+    if not is_irregular(schema):
+        return schema
+    fixed, items = dict(schema), schema.get("items")
+    if isinstance(items, list):
+        fixed["items"] = {"anyOf": items} if items else {}
+        changes.append("a list of items made one schema")
+    elif is_array(schema.get("type")) and not isinstance(items, (dict, bool)):
+        fixed["items"] = {}
+        changes.append("items added to an array")
+    for flag, bound in BOUNDS_BY_FLAG.items():
+        if isinstance(schema.get(flag), bool):
+            del fixed[flag]
+            changes.append("%s made a number" % flag)
+            if schema[flag] and bound in fixed:
+                fixed[flag] = fixed.pop(bound)
+    return fixed
+
+
+def find_reference(reference: Any, root: Json) -> Any:
+    """The schema that a local $ref (#/$defs/...) points to, None where there is none."""
+    if not isinstance(reference, str) or reference[:1] != "#" or len(reference) > MAX_REFERENCE:
+        return None
+    found: Any = root
+    for step in reference.split("/", MAX_SCHEMA_DEPTH)[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        else:
+            found = found.get(step) if isinstance(found, dict) else None
+    return found
+
+
+def takes_objects(schema: Any) -> bool:
+    """Whether a schema's type lets an object pass; one without a type does."""
+    kind = schema.get("type") if isinstance(schema, dict) else "none"
+    return "object" in kind if isinstance(kind, list) else kind in ("object", None)
+
+
+class Members(NamedTuple):
+    """The members of an object: for each name the schemas of which one applies."""
+
+    properties: Dict[str, List[Any]]
+    required: List[str]
+
+
+def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) -> List[Members]:
+    """The members of an object schema and of all its branches; [] where it lets no object pass.
+
+    Of a name that is described twice an object's own description counts, then those of $ref and
+    allOf, then all those of a union.  `steps` counts down what may still be looked at.
+    """
+    if not takes_objects(schema) or depth > MAX_MERGE_DEPTH:
+        return []
+    own, names = object_in(schema, "properties"), list_in(schema, "required")
+    steps[0] -= 1 + len(own) + len(names)
+    if steps[0] < 0:
+        return []
+    found = Members({name: [one] for name, one in own.items()}, [*filter(is_name, names)])
+    parts = [members for part in (find_reference(schema.get("$ref"), root),
+                                  *list_in(schema, "allOf"))
+             for members in gather_members(part, root, steps, depth + 1)]
+    for word in ("anyOf", "oneOf"):
+        parts += unite_members([members for branch in list_in(schema, word)
+                                for members in gather_members(branch, root, steps, depth + 1)])
+    for part in parts:
+        found.required.extend(part.required)
+        for name, schemas in part.properties.items():
+            found.properties.setdefault(name, schemas)
+    return [found._replace(required=list(dict.fromkeys(found.required)))]
+
+
+def is_name(given: Any) -> bool:
+    return isinstance(given, str)
+
+
+def unite_members(branches: List[Members]) -> List[Members]:
+    """A union's members: all properties, and as required what every branch requires."""
+    if not branches:
+        return []
+    common = set.intersection(*[set(branch.required) for branch in branches])
+    united = Members({}, [name for name in branches[0].required if name in common])
+    for branch in branches:
+        for name, schemas in branch.properties.items():
+            united.properties.setdefault(name, []).extend(schemas)
+    return [united]
+
+
+def one_schema(schemas: List[Any]) -> Any:
+    """One schema for several of which one applies."""
+    different = list({id(one): one for one in schemas}.values())
+    if len(different) > 1:
+        different = list({to_json(one): one for one in different}.values())
+    return different[0] if len(different) == 1 else {"anyOf": different}
+
+
+def keep_branches(schema: Json) -> Json:
+    """A schema whose references into its branches hold when these are merged."""
+    text = to_json(schema)
+    if not INTO_BRANCH.search(text):
+        return schema
+    kept: Json = json.loads(INTO_BRANCH.sub(rb'"$ref":"#/$defs/\1_\2', text))
+    branches = {"%s_%d" % (word, index): branch for word in BRANCHES
+                for index, branch in enumerate(list_in(kept, word))}
+    return {**kept, "$defs": {**object_in(kept, "$defs"), **branches}}
+
+
+def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
+    """A schema whose reference and branches at the top are merged into one object."""
+    schema = keep_branches(schema)
+    members = (gather_members(schema, schema, steps) or [Members({}, [])])[0]
+    target = find_reference(schema.get("$ref"), schema)
+    merged = {**(target if takes_objects(target) else {}), **schema}
+    merged = {word: value for word, value in merged.items()
+              if word not in TOP_WORDS and word != "required"}
+    merged["properties"] = {name: one_schema(schemas)
+                            for name, schemas in members.properties.items()}
+    if members.required:
+        merged["required"] = members.required
+    changes.append("%s at the top merged into one object"
+                   % ", ".join(word for word in TOP_WORDS if word in schema))
+    if steps[0] < 0:
+        changes.append("left out what is beyond %d branches and members" % MAX_MERGE_STEPS)
+    return merged
+
+
+def make_object(given: Any, steps: List[int], changes: List[str]) -> Json:
+    """A schema whose top is one object with properties; the author's own one where it is one."""
+    if not takes_objects(given):
+        changes.append("made an object")
+        return {"type": "object", "properties": {}}
+    # The dialect's name constrains nothing, most clients send it and some providers refuse it.
+    schema = {word: value for word, value in given.items() if word != "$schema"}
+    if not schema.keys().isdisjoint(TOP_WORDS):
+        schema = merge_top(schema, steps, changes)
+    if schema.get("type") != "object":
+        schema = {**schema, "type": "object"} if "type" in schema else {"type": "object", **schema}
+        changes.append("type made object")
+    if not isinstance(schema.get("properties"), dict):
+        schema["properties"] = {}
+        changes.append("properties added")
+    return schema
+
+
+def read_schema(given: Any, name: str, steps: List[int], notes: List[str]) -> Json:
+    """A tool's parameters as they are sent; none at all are an object without properties."""
+    if given is None:
+        return {"type": "object", "properties": {}}
+    changes: List[str] = []
+    schema = make_object(given, steps, changes)
+    if not is_regular(schema):
+        schema = change_schemas(schema, lambda one: regulate(one, changes))
+    for change in dict.fromkeys(changes):
+        add_note(notes, "schema", "of tool %s: %s" % (name, change))
+    return schema
+
+
 # === TOOLS (pure) ===========================================================
 # Tools and tool_choice of any shape that any API has, read by every face.
 # What only a vendor's own service can run (web search, a hosted sandbox) is
 # left out with a note: refusing it would refuse the whole request.
-
-
-def read_schema(given: Any, name: str, notes: List[str]) -> Json:
-    """A tool's parameters as an object schema; the author's own one where it is one."""
-    if given is None:
-        return {"type": "object", "properties": {}}
-    if not isinstance(given, dict) or given.get("type", "object") != "object":
-        add_note(notes, "schema", "of tool %s made an object" % name)
-        return {"type": "object", "properties": {}}
-    schema = {key: value for key, value in given.items() if key != "$schema"}
-    if "type" not in schema:
-        schema = {"type": "object", **schema}
-    return schema
 
 
 def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
@@ -3773,9 +4010,8 @@ def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     if not name:
         raise wrong(where + ".name", "must be a string that is not empty")
     note_ignored(tool, TOOL_FIELDS, notes, "tools.")
-    schema = tool.get("input_schema", tool.get("parameters"))
     return [Tool(name, get(tool, "description", "a string", where) or "",
-                 read_schema(schema, name, notes), read_cache(entry, path))]
+                 tool.get("input_schema", tool.get("parameters")), read_cache(entry, path))]
 
 
 RAW_SCHEMA: Json = {"type": "object", "properties": {"input": {
@@ -3806,7 +4042,7 @@ def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
 def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     """A namespace's tools, each of which remembers it."""
     name = get(entry, "name", "a string", path) or ""
-    tools = read_tools(entry.get("tools"), path + ".tools", notes)
+    tools = list_tools(entry.get("tools"), path + ".tools", notes)
     return [tool._replace(namespace=name) for tool in tools]
 
 
@@ -3814,8 +4050,9 @@ TOOL_READERS: Dict[str, Callable[[Json, str, List[str]], List[Tool]]] = {
     "function": read_function, "custom": read_custom, "namespace": read_namespace}
 
 
-def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
-    """Tools of any API, each once; those without a reader leave a note."""
+def list_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
+    """Tools of any API, each once, with their schemas as given; those without a reader leave a
+    note."""
     tools: Dict[Tuple[str, str], Tool] = {}
     for index, entry in enumerate(check(given, "a list", path) if given is not None else []):
         here = "%s[%d]" % (path, index)
@@ -3829,6 +4066,13 @@ def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
                 add_note(notes, "left_out", "second tool named %s" % tool.name)
             tools.setdefault((tool.namespace, tool.name), tool)
     return list(tools.values())
+
+
+def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
+    """Tools of any API with their schemas as they are sent."""
+    steps = [MAX_MERGE_STEPS]
+    return [tool._replace(schema=read_schema(tool.schema, tool.name, steps, notes))
+            for tool in list_tools(given, path, notes)]
 
 
 CHOICE_WORDS = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
@@ -5381,32 +5625,32 @@ def alpha_system(texts: List[Text]) -> Any:
             for text, given in zip(blocks, texts)]
 
 
-def single_type(kinds: List[str]) -> Json:
-    """What ["string", "null"] is in a dialect with one type at a time: a nullable string."""
-    real = [kind for kind in kinds if kind != "null"] or ["string"]
-    fixed: Json = {"type": real[0]} if len(real) == 1 else {
-        "anyOf": [{"type": kind} for kind in real]}
-    return {**fixed, "nullable": True} if "null" in kinds else fixed
-
-
-def single_types(schema: Any) -> Any:
-    """A schema without lists of types, which Gemini refuses (UPSTREAM 4.1)."""
-    if isinstance(schema, list):
-        return [single_types(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    fixed = {name: single_types(item) for name, item in schema.items()}
+def single_type(schema: Json) -> Json:
+    """A schema whose list of types is written as a union."""
     kinds = schema.get("type")
-    if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
-        del fixed["type"]
-        fixed.update(single_type(kinds))
-    return fixed
+    if not isinstance(kinds, list):
+        return schema
+    if len(kinds) == 1 or "anyOf" in schema:        # a union says the same, and more
+        rest = {word: value for word, value in schema.items() if word != "type"}
+        return {"type": kinds[0], **rest} if len(kinds) == 1 else rest
+    return {("anyOf" if word == "type" else word): (
+        [{"type": kind} for kind in kinds] if word == "type" else value)
+        for word, value in schema.items()}
 
 
-def alpha_tool(tool: Tool, model: str) -> Json:
-    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
+def model_schema(tool: Tool, prompt: Prompt) -> Json:
+    """A tool's schema as its model takes it: Gemini refuses lists of types (UPSTREAM 4.1)."""
+    if not prompt.model.startswith("google/"):
+        return tool.schema
+    schema: Json = change_schemas(tool.schema, single_type)
+    if schema != tool.schema:
+        add_note(prompt.notes, "schema", "of tool %s: lists of types written as anyOf" % tool.name)
+    return schema
+
+
+def alpha_tool(tool: Tool, prompt: Prompt) -> Json:
     return with_cache_control({"name": tool.name, "description": tool.description,
-                               "input_schema": schema}, tool.cache)
+                               "input_schema": model_schema(tool, prompt)}, tool.cache)
 
 
 def alpha_choice(choice: Choice) -> Json:
@@ -5454,7 +5698,7 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
     params: Json = {
         "model": prompt.model,
         "messages": alpha_messages(prompt.turns),
-        "tools": [alpha_tool(tool, prompt.model) for tool in prompt.tools],
+        "tools": [alpha_tool(tool, prompt) for tool in prompt.tools],
         "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
     optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
                 "top_p": prompt.top_p,
@@ -5535,11 +5779,6 @@ def sse_object(reading: Reading, line: bytes) -> Optional[Json]:
         add_note(reading.notes, "ignored", "an upstream line that is not JSON")
         return None
     return raw
-
-
-def object_in(holder: Json, name: str) -> Json:
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
 
 
 def objects_in(given: Any) -> List[Json]:
@@ -5678,10 +5917,9 @@ def openai_messages(prompt: Prompt) -> List[Json]:
     return messages
 
 
-def openai_tool(tool: Tool, model: str) -> Json:
-    schema = single_types(tool.schema) if model.startswith("google/") else tool.schema
+def openai_tool(tool: Tool, prompt: Prompt) -> Json:
     return {"type": "function", "function": {"name": tool.name, "description": tool.description,
-                                             "parameters": schema}}
+                                             "parameters": model_schema(tool, prompt)}}
 
 
 def openai_choice(choice: Optional[Choice]) -> Any:
@@ -5708,7 +5946,7 @@ def build_openai(prompt: Prompt, session: str) -> bytes:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
     return body_bytes({
         "model": prompt.model, "messages": messages,
-        "tools": [openai_tool(tool, prompt.model) for tool in prompt.tools],
+        "tools": [openai_tool(tool, prompt) for tool in prompt.tools],
         "tool_choice": openai_choice(prompt.choice), limit: prompt.max_tokens,
         "reasoning_effort": prompt.effort, **fit_sampling(prompt, refused),
         "stream": True, "stream_options": {"include_usage": True}})

@@ -465,7 +465,7 @@ def test_legacy_functions():
         {"name": "f", "parameters": {"type": "object"}}], function_call={"name": "f"}))
     check_params(params)
     assert params["tools"] == [{"name": "f", "description": "", "input_schema":
-                                {"type": "object"}}]
+                                {"type": "object", "properties": {}}}]
     assert params["tool_choice"] == {"type": "tool", "name": "f"}
     values = [part["output"]["value"] for message in params["messages"]
               if message["role"] == "tool" for part in message["content"]]
@@ -562,8 +562,8 @@ TOOLS = [       # (entry, what is sent, words of a note)
     ({"name": "f", "input_schema": {"$schema": "x", **SCHEMA}}, ("f", "", SCHEMA), None),
     ({"name": "f"}, ("f", "", EMPTY), None),
     ({"name": "f", "input_schema": None}, ("f", "", EMPTY), None),
-    ({"name": "f", "input_schema": {}}, ("f", "", {"type": "object"}), None),
-    ({"name": "f", "input_schema": {"properties": {}}}, ("f", "", EMPTY), None),
+    ({"name": "f", "input_schema": {}}, ("f", "", EMPTY), "tool f: properties added"),
+    ({"name": "f", "input_schema": {"properties": {}}}, ("f", "", EMPTY), "tool f: type made"),
     ({"name": "f", "input_schema": {"type": "string"}}, ("f", "", EMPTY), "f"),
     ({"name": "f", "input_schema": [1]}, ("f", "", EMPTY), "f"),
     ({"name": "f", "input_schema": "x"}, ("f", "", EMPTY), "f"),
@@ -631,7 +631,7 @@ def test_lone_surrogates(face):
     for words, sent, noted in (("\ud83d", "\ufffd", True), ("a\ude80b", "a\ufffdb", True),
                                ("\U0001f680", "\U0001f680", False)):
         body, notes = translate(face, request(face, messages=user(text(words)), tools=[
-            {"name": "f", "description": words, "input_schema": {"type": "object", words: 1}}]))
+            {"name": "f", "description": words, "input_schema": {**EMPTY, words: 1}}]))
         assert at(body, "params.messages.0.content.0.text") == sent
         assert at(body, "params.tools.0.description") == sent
         assert has_note(notes, "surrogates") == noted

@@ -138,7 +138,7 @@ def test_what_cursor_posts(body):
     params = params_of("chat", {"model": "m", **body})
     assert params["messages"] == [{"role": "user", "content": [text("hi")]}]
     assert params["tools"] == [{"name": "f", "description": "d", "input_schema":
-                                {"type": "object"}}]
+                                {"type": "object", "properties": {}}}]
 
 
 def test_anthropic_history_in_chat():

@@ -357,18 +357,19 @@ TOOLS = {
     "messages": {"name": "f", "description": "d", "input_schema": {"type": "object"}},
     "responses": {"type": "function", "name": "f", "description": "d",
                   "parameters": {"type": "object"}}}
+EMPTY = {"type": "object", "properties": {}}
 BODIES = {
     "openai": {
         "model": MODELS["openai"], "messages": SETTINGS["chat"]["messages"],
         "tools": [{"type": "function", "function": {"name": "f", "description": "d",
-                                                    "parameters": {"type": "object"}}}],
+                                                    "parameters": EMPTY}}],
         "max_tokens": 900, "temperature": 0.5, "stream": True,
         "stream_options": {"include_usage": True}},
     "anthropic": {
         "model": MODELS["anthropic"], "max_tokens": 900,
         "system": [{"type": "text", "text": "Be brief."}],
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
-        "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}],
+        "tools": [{"name": "f", "description": "d", "input_schema": EMPTY}],
         "temperature": 0.5, "stream": True}}
 
 

@@ -75,30 +75,6 @@ def test_every_conversation_turn_begins_with_the_same_bytes():
         assert after.startswith(before[:before.index(b'],"tools":')])
 
 
-SINGLE_TYPES = [
-    ({"type": ["string", "null"]}, {"type": "string", "nullable": True}),
-    ({"type": ["string"]}, {"type": "string"}),
-    ({"type": ["null"]}, {"type": "string", "nullable": True}),
-    ({"type": ["string", "number", "null"]},
-     {"anyOf": [{"type": "string"}, {"type": "number"}], "nullable": True}),
-    ({"type": "object", "properties": {"type": {"type": ["integer", "null"]}}},
-     {"type": "object", "properties": {"type": {"type": "integer", "nullable": True}}}),
-    ({"enum": ["a", None]}, {"enum": ["a", None]})]
-
-
-@pytest.mark.parametrize("schema,sent", SINGLE_TYPES, ids=range(len(SINGLE_TYPES)))
-def test_lists_of_types_for_gemini_alone(schema, sent):
-    tools = [{"name": "f", "input_schema": {"type": "object", "properties": {"x": schema}}}]
-    for model, shown in (("google/gemini-3.8-flash", sent), ("deepseek/deepseek-v4-flash", schema)):
-        params = params_of("messages", request("messages", model=model, tools=tools))
-        assert params["tools"][0]["input_schema"]["properties"]["x"] == shown
-
-
-def test_a_property_named_type_is_no_type():
-    schema = {"type": "object", "properties": {"type": {"type": "string"}, "items": {}}}
-    assert ccproxy.single_types(schema) == schema
-
-
 # Lines.
 
 LINES = [   # (line, texts of its events)

@@ -118,7 +118,7 @@ def test_history():
     system = [{"type": "text", "text": "s", "cache_control": EPHEMERAL}]
     tools = [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {
         "x": {"type": ["string", "null"]}}}, "cache_control": EPHEMERAL},
-        {"name": "g", "input_schema": {"type": "object"}}]
+        {"name": "g", "input_schema": {"type": "object", "properties": {}}}]
     messages = [
         {"role": "user", "content": [
             {"type": "text", "text": "look", "cache_control": EPHEMERAL},

@@ -163,12 +163,6 @@ def test_name_of_the_limit(model, member):
     assert body[member] == 7 and len({"max_tokens", "max_completion_tokens"} & set(body)) == 1
 
 
-def test_lists_of_types_for_gemini_alone():
-    body, _ = body_of("chat", model="google/gemini-3.8-flash", tools=[TOOL])
-    schema = body["tools"][0]["function"]["parameters"]
-    assert schema["properties"]["x"] == {"type": "string", "nullable": True}
-
-
 def test_an_assistant_that_only_thought_unseen_is_left_out():
     body, _ = body_of("messages", messages=[USER, {"role": "assistant", "content": [
         {"type": "thinking", "thinking": "", "signature": "s"}]}, USER])
