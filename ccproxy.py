@@ -1612,8 +1612,8 @@ def is_too_deep(value: Any) -> bool:
     """Whether containers stand inside one another more than MAX_JSON_DEPTH times."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
-        items = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
-        level = [item for item in items if isinstance(item, (dict, list))]
+        level = [item for one in level for item in (one.values() if one.__class__ is dict else one)
+                 if item.__class__ is dict or item.__class__ is list]
         if not level:
             return False
     return True
