@@ -2901,15 +2901,18 @@ class Turn(NamedTuple):
     parts: List[Part]
 
 
+FUNCTION, CUSTOM = "function", "custom"     # types of tools; a custom one takes free text
+
+
 class Tool(NamedTuple):
-    """A function that the model may call.  A `raw` one takes free text as its only argument."""
+    """A function that the model may call; `type` is what the client's API calls such a tool."""
 
     name: str
     description: str
     schema: Json
     cache: Optional[Json] = None
     namespace: str = ""
-    raw: bool = False
+    type: str = FUNCTION
 
 
 class ToolName(NamedTuple):
@@ -2917,7 +2920,7 @@ class ToolName(NamedTuple):
 
     name: str
     namespace: str = ""
-    raw: bool = False
+    type: str = FUNCTION
 
 
 class Choice(NamedTuple):
@@ -2997,9 +3000,14 @@ class Block:
     half: str = ""              # first half of a surrogate pair, waiting for the second
     signature: str = ""
     namespace: str = ""
-    raw: bool = False           # a call whose one argument is free text
+    type: str = FUNCTION        # of a call's tool, as the client is shown it
     mark: str = ""              # of a call: how the upstream's deltas name it
     pieces: List[Union[str, bytes]] = field(default_factory=list)   # bytes: escaped JSON
+
+    @property
+    def raw(self) -> bool:
+        """Whether this is the call of a custom tool: its one argument is free text."""
+        return self.type == CUSTOM
 
     @property
     def text(self) -> str:
@@ -3123,7 +3131,7 @@ class Face(NamedTuple):
     fields: Mapping[str, Any]   # see FIELD TABLES
     keeps: bool = False         # frames need the whole block at its Close
     numbered: bool = False      # each frame ends with its number (Reply.frames_sent)
-    raw_tools: bool = False     # tools that take free text are known to this API
+    types: FrozenSet[str] = frozenset()     # of tools whose calls it shows in their own way
 
 
 class UpstreamFormat(NamedTuple):
@@ -4036,7 +4044,7 @@ def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     if isinstance(rules.get("definition"), str):
         description += "\n\nThe input follows this %s grammar:\n%s" % (
             rules.get("syntax") or "", rules["definition"])
-    return [Tool(name, description.strip(), RAW_SCHEMA, raw=True)]
+    return [Tool(name, description.strip(), RAW_SCHEMA, type=CUSTOM)]
 
 
 def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
@@ -4422,7 +4430,7 @@ def add_format_instruction(prompt: Prompt) -> None:
 # === TOOL NAMES (pure) ======================================================
 # Names that every provider takes, for tools, calls, results and the choice;
 # `prompt.names` tells the answer's filters what the client calls them, with
-# their namespace, and which take free text.
+# their namespace and their type.
 
 SAFE_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % MAX_TOOL_NAME)
 
@@ -4440,7 +4448,7 @@ def safe_tool_name(own: ToolName, taken: Mapping[str, Any]) -> str:
 
 def used_names(prompt: Prompt) -> Dict[Tuple[str, str], ToolName]:
     """Every tool that is offered or was called, by namespace and name."""
-    used = {(tool.namespace, tool.name): ToolName(tool.name, tool.namespace, tool.raw)
+    used = {(tool.namespace, tool.name): ToolName(tool.name, tool.namespace, tool.type)
             for tool in prompt.tools}
     for turn in prompt.turns:
         for part in turn.parts:
@@ -4452,7 +4460,7 @@ def used_names(prompt: Prompt) -> Dict[Tuple[str, str], ToolName]:
 def map_tool_names(prompt: Prompt) -> None:
     """Give tools, calls and the choice names that providers take; `prompt.names` maps back."""
     used = used_names(prompt)
-    if all(SAFE_TOOL_NAME.fullmatch(own.name) and not own.namespace and not own.raw
+    if all(SAFE_TOOL_NAME.fullmatch(own.name) and not own.namespace and own.type == FUNCTION
            for own in used.values()):
         return
     sent: Dict[Tuple[str, str], str] = {}
@@ -5062,14 +5070,14 @@ def hide_thinking(event: Event) -> List[Event]:
 
 
 def restore_names(names: Mapping[str, ToolName],
-                  raw_tools: bool = False) -> Callable[[Event], List[Event]]:
-    """Tools as the client knows them: name, namespace, and whether their input is free text."""
+                  types: FrozenSet[str] = frozenset()) -> Callable[[Event], List[Event]]:
+    """Tools as the client knows them: name, namespace, and type where its API has that."""
     def run(event: Event) -> List[Event]:
         if isinstance(event, Open) and event.block.kind == TOOL:
             block = event.block
             own = names.get(block.name, ToolName(block.name))
             block.name, block.namespace = own.name, own.namespace
-            block.raw = own.raw and raw_tools
+            block.type = own.type if own.type in types else FUNCTION
         return [event]
     return run
 
@@ -5228,15 +5236,15 @@ def strip_fence() -> Callable[[Event], List[Event]]:
     return run
 
 
-def choose_filters(prompt: Prompt, raw_tools: bool = False) -> List[Filter]:
+def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[Filter]:
     """The filters that this prompt's answer passes through, in order."""
     filters = []
     if not prompt.show_thinking:
         filters.append(Filter(frozenset([THINKING]), hide_thinking))
     if prompt.names:
-        filters.append(Filter(frozenset(), restore_names(prompt.names, raw_tools)))
-    if raw_tools and any(own.raw for own in prompt.names.values()):
-        filters.append(Filter(frozenset([TOOL]), unwrap_raw()))
+        filters.append(Filter(NO_KINDS, restore_names(prompt.names, types)))
+    if CUSTOM in types and any(own.type == CUSTOM for own in prompt.names.values()):
+        filters.append(Filter(NO_KINDS, unwrap_raw()))      # such a block has no fast lane anyway
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
@@ -6525,7 +6533,7 @@ def chat_body(reply: Reply) -> Json:
 
 
 CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-", CHAT_FIELDS,
-            raw_tools=True)
+            types=frozenset([CUSTOM]))
 
 
 # === FACE: MESSAGES (pure) ==================================================
@@ -7013,7 +7021,7 @@ def responses_frames(reply: Reply, event: Event) -> bytes:
 
 
 RESPONSES = Face("responses", parse_responses, responses_frames, responses_body, chat_error,
-                 "resp_", RESPONSES_FIELDS, keeps=True, numbered=True, raw_tools=True)
+                 "resp_", RESPONSES_FIELDS, keeps=True, numbered=True, types=frozenset([CUSTOM]))
 
 
 # === FAST LANE (pure) =======================================================
@@ -7089,7 +7097,7 @@ class Answer:
                  allow_empty: bool) -> None:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
-        self.filters = choose_filters(prompt, face.raw_tools)
+        self.filters = choose_filters(prompt, face.types)
         self.touched = frozenset().union(*(one.touches for one in self.filters)) \
             if self.filters else NO_KINDS
         self.asked = without_body(prompt) if self.filters else None     # to make them anew
@@ -7170,7 +7178,7 @@ class Answer:
                                mute_thinking=self.stream and self.shown)
         self.unclosed = None
         self.lines = LineBuffer(self.upstream.skip)
-        self.filters = choose_filters(self.asked, self.face.raw_tools) if self.asked else []
+        self.filters = choose_filters(self.asked, self.face.types) if self.asked else []
         self.over, self.error, self.lane, self.kept = False, None, None, 0
 
     def failure(self, error: ProxyError) -> bytes:
@@ -7315,7 +7323,7 @@ class Answer:
         """The lane of the open block, the same as before while that block is open."""
         block = self.reading.live
         if block is None or block.index < 0 or block.half or self.over \
-                or block.kind in self.touched:
+                or block.kind in self.touched or block.type != FUNCTION:
             return None
         if block.kind == THINKING and self.reading.mute_thinking:
             return None

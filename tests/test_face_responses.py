@@ -17,7 +17,7 @@ from pure import (NAMES, at, check_params, has_note, make_answer, new_answer, pa
 USAGE = {"inputTokens": 20, "outputTokens": 9, "inputTokenDetails": {"cacheReadTokens": 4},
          "outputTokenDetails": {"reasoningTokens": 3}}
 FINISH = {"type": "finish", "finishReason": "stop", "totalUsage": USAGE}
-RAW = {"apply_patch": ccproxy.ToolName("apply_patch", raw=True)}
+RAW = {"apply_patch": ccproxy.ToolName("apply_patch", type="custom")}
 
 
 def delta(words, kind="text"):
@@ -472,7 +472,7 @@ def test_random_free_text_over_random_cuts(face):
 
 def test_random_answers_with_a_free_text_tool_keep_their_law():
     """`f` of the random answers as a tool of free text: grammar, cuts and lane law hold."""
-    names = {"f": ccproxy.ToolName("f", raw=True)}
+    names = {"f": ccproxy.ToolName("f", type="custom")}
     for seed in range(40):
         data = make_answer(seed).data
         whole = run(new_answer("responses", names=names), data)
@@ -583,6 +583,13 @@ def test_much_free_text_behind_a_bad_escape_costs_no_more():
         for one in [before, *words]:
             reader.feed(one)
         assert len(reader.held) <= 2000
+
+
+@pytest.mark.parametrize("tool,fast", [("f", True), ("apply_patch", False)])
+def test_only_calls_of_a_free_text_tool_lose_the_fast_lane(tool, fast):
+    answer = new_answer("responses", names={**RAW, "f": ccproxy.ToolName("f")})
+    answer.feed(ndjson(start(tool=tool), piece('{"input":"'), piece("x")))
+    assert (answer.lane is not None) == fast
 
 
 # Chat Completions with custom tools.
