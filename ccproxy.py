@@ -51,6 +51,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     FIELD TABLES (pure)
     CONTENT PARTS (pure)
     TOOL SCHEMAS (pure)
+    CLIENT TOOLS (pure)
     TOOLS (pure)
     MESSAGES TO TURNS (pure)
     FIELDS OF ANY API (pure)
@@ -2901,7 +2902,8 @@ class Turn(NamedTuple):
     parts: List[Part]
 
 
-FUNCTION, CUSTOM = "function", "custom"     # types of tools; a custom one takes free text
+# Types of tools: a custom one takes free text, a hosted one only its vendor can run.
+FUNCTION, CUSTOM, HOSTED = "function", "custom", "hosted"
 
 
 class Tool(NamedTuple):
@@ -3630,7 +3632,7 @@ def read_call(part: Json, path: str, notes: List[str]) -> List[Part]:
     name = get(part, "name", "a string", path) or UNNAMED
     return [Call(get(part, "id", "a string", path) or "", name,
                  read_arguments(part.get("input"), path + ".input", notes),
-                 read_cache(part, path))]
+                 read_cache(part, path), get(part, "toolset_name", "a string", path) or "")]
 
 
 def read_result(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -3690,8 +3692,9 @@ PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
     "document": read_document, "file": read_document, "input_file": read_document,
     "thinking": read_thinking, "redacted_thinking": read_unusable,
     "tool_use": read_call, "tool_result": read_result, "tool_reference": read_tool_reference,
-    "search_result": read_search_result, "compaction": read_compaction,
-    "mid_conv_system": read_system_block, **dict.fromkeys(MEDIA_KINDS, read_media)}
+    "search_result": read_search_result, "computer_screenshot": read_image,
+    "compaction": read_compaction, "mid_conv_system": read_system_block,
+    **dict.fromkeys(MEDIA_KINDS, read_media)}
 
 
 def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
@@ -3722,8 +3725,8 @@ DATA_MEMBERS: Json = {"image_url": (str, dict), "source": dict, "file": dict, "d
 # {"type": "file", "path": "a.txt"} is an entry of a listing.
 RESULT_PARTS: Dict[str, Json] = {
     "input_text": {"text": object}, "output_text": {"text": object},
-    **dict.fromkeys(("image_url", "input_image", "image", "document", "file", "input_file"),
-                    DATA_MEMBERS),
+    **dict.fromkeys(("image_url", "input_image", "image", "document", "file", "input_file",
+                     "computer_screenshot"), DATA_MEMBERS),
     **{kind: {kind: dict, **DATA_MEMBERS} for kind in MEDIA_KINDS}, "refusal": {"refusal": object},
     "tool_reference": {"tool_name": object}, "search_result": {"content": (list, str)}}
 
@@ -4004,10 +4007,195 @@ def read_schema(given: Any, name: str, steps: List[int], notes: List[str]) -> Js
     return schema
 
 
+# === CLIENT TOOLS (pure) ====================================================
+# Tools that a vendor documents and the client runs, offered as functions with
+# the documented parameters (Anthropic's tool reference, OpenAI's tool guides).
+# Anthropic's types end with a date, and their calls are ordinary ones; OpenAI's
+# come back as items of their own (RESPONSES ITEMS).  A table has a line for each
+# parameter: its name (with ? where it is optional), type, and description.
+
+PARAMETER_TYPES: Dict[str, Json] = {
+    "strings": {"type": "array", "items": {"type": "string"}},
+    "integers": {"type": "array", "items": {"type": "integer"}},
+    "points": {"type": "array", "items": {"type": "object", "properties": {
+        "x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x", "y"]}},
+    "variables": {"type": "object", "additionalProperties": {"type": "string"}}}
+BASH = """command? string The command; required unless the session is restarted.
+restart? boolean True restarts the session."""
+EDITOR = """command view|create|str_replace|insert What to do.
+path string Absolute path of the file or directory.
+view_range? integers For view: the first and the last line, counted from 1; -1 is the end.
+file_text? string For create: the whole content of the file.
+old_str? string For str_replace: the text to replace, exactly as it stands.
+new_str? string For str_replace: the text to put in its place.
+insert_line? integer For insert: the line after which the text goes; 0 is the beginning.
+insert_text? string For insert: the text to insert."""
+OLD_EDITOR = EDITOR.rpartition("\n")[0].replace("insert What", "insert|undo_edit What").replace(
+    "For str_replace: the text to put in its place.", "For str_replace and insert: the new text.")
+MEMORY = EDITOR.replace("insert W", "insert|delete|rename W").replace("path s", "path? s") + """
+old_path? string For rename: the present path.
+new_path? string For rename: the new path."""
+COMPUTER_PARAMETERS = {
+    "coordinate": "integers x and y in pixels from the top left corner.",
+    "start_coordinate": "integers x and y where the drag begins.",
+    "text": "string The text to type, or the keys to press or to hold (ctrl+s).",
+    "repeat": "integer How often the key is pressed.", "duration": "number Seconds.",
+    "scroll_direction": "up|down|left|right Where to.",
+    "scroll_amount": "integer Clicks of the scroll wheel.",
+    "region": "integers x0, y0, x1 and y1 of the part to show enlarged."}
+CLICK = "coordinate? text?"
+COMPUTER_ACTIONS = {        # the parameters of each, those of 20241022 first
+    "key": "text repeat?", "type": "text", "mouse_move": "coordinate", "left_click": CLICK,
+    "left_click_drag": "start_coordinate coordinate text?", "right_click": CLICK,
+    "middle_click": CLICK, "double_click": CLICK, "screenshot": "", "cursor_position": "",
+    "hold_key": "text duration", "left_mouse_down": "", "left_mouse_up": "", "triple_click": CLICK,
+    "scroll": "scroll_direction scroll_amount coordinate? text?", "wait": "duration",
+    "zoom": "region"}
+FIRST_ACTIONS, FIRST_PARAMETERS = 10, ("coordinate", "text")        # of 20241022
+SHELL = """commands strings The commands, to run in order.
+timeout_ms? integer Time limit in milliseconds.
+max_output_length? integer Most characters of output to return."""
+LOCAL_SHELL = """command strings The program and its arguments.
+env? variables Environment variables.
+working_directory? string Where to run it.
+timeout_ms? integer Time limit in milliseconds.
+user? string The user to run it as."""
+PATCH = """type create_file|update_file|delete_file The operation.
+path string Path of the file, from the root of the workspace.
+diff? string For create_file and update_file: the diff, without file headers.  Lines of a new file \
+begin with +.  In an update each section begins with @@, lines that stay begin with a space, \
+removed ones with - and added ones with +."""
+ITEM_ACTION = """type click|double_click|drag|keypress|move|screenshot|scroll|type|wait The action.
+x? integer Pixels from the left.
+y? integer Pixels from the top.
+button? left|right|wheel|back|forward For click.
+keys? strings Keys to press, or to hold during another action.
+path? points For drag: the points to pass.
+scroll_x? integer Pixels.
+scroll_y? integer Pixels.
+text? string For type: the text."""
+COMPUTER_WORDS = "Control a computer by its screen, mouse and keyboard."
+
+
+def make_parameters(table: str) -> Json:
+    """The schema of a table of parameters."""
+    properties, required = {}, []
+    for name, kind, words in (line.split(None, 2) for line in table.splitlines()):
+        schema = PARAMETER_TYPES.get(kind, {"type": kind})
+        if "|" in kind:
+            schema = {"type": "string", "enum": kind.split("|")}
+        properties[name.rstrip("?")] = {**schema, "description": words}
+        required += [name] if not name.endswith("?") else []
+    return {"type": "object", "properties": properties,
+            **({"required": required} if required else {})}
+
+
+ITEM_TOOLS: Dict[str, Tuple[str, Json]] = {     # OpenAI's: descriptions and parameters
+    "shell": ("Run shell commands and see what they print.", make_parameters(SHELL)),
+    "local_shell": ("Run a command on the user's machine.", make_parameters(LOCAL_SHELL)),
+    "apply_patch": ("Create, update or delete one file.", make_parameters(PATCH)),
+    "computer_use_preview": (COMPUTER_WORDS, make_parameters(ITEM_ACTION)),
+    "computer": (COMPUTER_WORDS, {"type": "object", "properties": {"actions": {
+        "type": "array", "items": make_parameters(ITEM_ACTION)}}, "required": ["actions"]})}
+
+
+def bash_tool(entry: Json, date: int) -> Tuple[str, str, str]:
+    """(name, description, table of parameters) of Anthropic's bash tool."""
+    return "bash", "Run a command in a bash session that persists between calls.", BASH
+
+
+def editor_tool(entry: Json, date: int) -> Tuple[str, str, str]:
+    """Anthropic's text editor; before 20250429 it has undo_edit, and new_str for an insert."""
+    words, limit = "View, create and edit text files.", entry.get("max_characters")
+    if isinstance(limit, int):
+        words += " A view shows at most %d characters." % limit
+    if date < 20250429:
+        return "str_replace_editor", words, OLD_EDITOR
+    return "str_replace_based_edit_tool", words, EDITOR
+
+
+def memory_tool(entry: Json, date: int) -> Tuple[str, str, str]:
+    """Anthropic's memory tool."""
+    return "memory", ("Keep notes in files below /memories, which last from one conversation to "
+                      "the next. View /memories before you begin a task."), MEMORY
+
+
+def computer_tool(entry: Json, date: int) -> Tuple[str, str, str]:
+    """Anthropic's computer tool; zoom is one of its actions where the client enables it."""
+    actions = list(COMPUTER_ACTIONS)[:-1] + ["zoom"] * bool(entry.get("enable_zoom"))
+    unused = {"repeat"} if actions[-1] == "zoom" else {"repeat", "region"}
+    names = [name for name in COMPUTER_PARAMETERS if name not in unused]
+    if date < 20250124:
+        actions, names = actions[:FIRST_ACTIONS], list(FIRST_PARAMETERS)
+    size = [entry.get("display_width_px"), entry.get("display_height_px")]
+    words = " The screen is %s pixels wide and %s pixels high." % (*size,) if all(size) else ""
+    return "computer", COMPUTER_WORDS + words, "\n".join(
+        ["action %s The action." % "|".join(actions),
+         *("%s? %s" % (name, COMPUTER_PARAMETERS[name]) for name in names)])
+
+
+DATED_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, str, str]]] = {
+    "bash_": bash_tool, "text_editor_": editor_tool, "memory_": memory_tool,
+    "computer_": computer_tool}
+
+
+def read_dated_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """Anthropic's client tools, also of dates to come."""
+    family, date = entry["type"][:-8], int(entry["type"][-8:])
+    name, words, table = DATED_TOOLS[family](entry, date)
+    return [Tool(get(entry, "name", "a string", path) or name, words, make_parameters(table),
+                 read_cache(entry, path))]
+
+
+def read_toolset(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """Anthropic's computer toolset: each action is a tool, unless `configs` disables it."""
+    configs = get(entry, "configs", "an object", path) or {}
+    actions = [action for action in COMPUTER_ACTIONS
+               if object_in(configs, action).get("enabled") is not False]
+    return [Tool(action, "%s Action: %s." % (COMPUTER_WORDS, action), make_parameters("\n".join(
+        "%s %s" % (name, COMPUTER_PARAMETERS[name.rstrip("?")])
+        for name in COMPUTER_ACTIONS[action].split())),
+        read_cache(entry, path) if action == actions[-1] else None, "computer")
+        for action in actions]
+
+
+def read_hosted_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """What only the vendor can run: not offered, but a choice may name it."""
+    kind = entry["type"]
+    name = get(entry, "name", "a string", path) or kind
+    add_note(notes, "left_out", "tool %s (%s)" % (name, kind))
+    return [Tool(name, "", {}, type=HOSTED)]
+
+
+def read_item_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """OpenAI's client tools, with their settings in the description; a shell in a container is run
+    by the vendor."""
+    kind, environment = entry["type"], object_in(entry, "environment")
+    if environment.get("type") not in (None, "local"):
+        return read_hosted_tool(entry, path, notes)
+    words, schema = ITEM_TOOLS[kind]
+    settings = {name: one for name, one in entry.items() if one and name in (
+        "environment", "display_width", "display_height") and one != {"type": "local"}}
+    if settings:
+        words += " Settings: " + to_json(settings).decode()
+    return [Tool(kind, words, schema, type=kind)]
+
+
+def read_tool_search(entry: Json, path: str, notes: List[str]) -> List[Tool]:
+    """A search for tools where the client runs it; what it finds comes as tool_search_output."""
+    if entry.get("execution") != "client":
+        return read_hosted_tool(entry, path, notes)
+    return [Tool("tool_search", get(entry, "description", "a string", path)
+                 or "Search for further tools.", entry.get("parameters")
+                 or make_parameters("query string What the tool should do."), type="tool_search")]
+
+
 # === TOOLS (pure) ===========================================================
 # Tools and tool_choice of any shape that any API has, read by every face.
 # What only a vendor's own service can run (web search, a hosted sandbox) is
 # left out with a note: refusing it would refuse the whole request.
+
+DATE = re.compile(r"[0-9]{8}\Z")       # ends the types of Anthropic's tools
 
 
 def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
@@ -4055,31 +4243,34 @@ def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
 
 
 TOOL_READERS: Dict[str, Callable[[Json, str, List[str]], List[Tool]]] = {
-    "function": read_function, "custom": read_custom, "namespace": read_namespace}
+    "function": read_function, "custom": read_custom, "namespace": read_namespace,
+    "tool_search": read_tool_search, "computer_toolset_": read_toolset,
+    **dict.fromkeys(DATED_TOOLS, read_dated_tool), **dict.fromkeys(ITEM_TOOLS, read_item_tool)}
 
 
 def list_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
-    """Tools of any API, each once, with their schemas as given; those without a reader leave a
-    note."""
+    """Tools of any API, each once, with their schemas as given; then the hosted ones."""
     tools: Dict[Tuple[str, str], Tool] = {}
+    hosted: List[Tool] = []
     for index, entry in enumerate(check(given, "a list", path) if given is not None else []):
         here = "%s[%d]" % (path, index)
         kind = get(check(entry, "an object", here), "type", "a string", here) or "function"
-        reader = TOOL_READERS.get(kind)
-        if reader is None:
-            add_note(notes, "left_out", "tool %s (%s)" % (entry.get("name") or kind, kind))
-            continue
+        reader = TOOL_READERS.get(DATE.sub("", kind), read_hosted_tool)
         for tool in reader(entry, here, notes):
+            if tool.type == HOSTED:
+                hosted.append(tool)
+                continue
             if (tool.namespace, tool.name) in tools:
                 add_note(notes, "left_out", "second tool named %s" % tool.name)
             tools.setdefault((tool.namespace, tool.name), tool)
-    return list(tools.values())
+    return [*tools.values(), *hosted]
 
 
 def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
     """Tools of any API with their schemas as they are sent."""
     steps = [MAX_MERGE_STEPS]
-    return [tool._replace(schema=read_schema(tool.schema, tool.name, steps, notes))
+    return [tool if tool.type == HOSTED else
+            tool._replace(schema=read_schema(tool.schema, tool.name, steps, notes))
             for tool in list_tools(given, path, notes)]
 
 
@@ -4628,6 +4819,7 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
 
 def settle_choice(prompt: Prompt) -> None:
     """A choice that the tools offered allow: `none` takes the tools away (UPSTREAM: 400)."""
+    prompt.tools = [tool for tool in prompt.tools if tool.type != HOSTED]
     choice = prompt.choice
     if choice is None:
         return
@@ -6622,7 +6814,8 @@ def messages_shell(reply: Reply) -> Json:
 def messages_block(block: Block, whole: bool) -> Json:
     """A content block: empty as it opens, complete in a plain answer."""
     if block.kind == TOOL:
-        return {"type": "tool_use", "id": block.call_id, "name": block.name,
+        toolset = {"toolset_name": block.namespace} if block.namespace else {}
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, **toolset,
                 "input": read_arguments(block.text, "", []) if whole else {}}
     if block.kind == TEXT:
         return {"type": "text", "text": block.text if whole else ""}
@@ -6755,11 +6948,106 @@ def read_call_item(item: Json, path: str, prompt: Prompt) -> None:
     prompt.turns.append(Turn("assistant", [call]))
 
 
+def text_list(given: Any) -> List[str]:
+    """A list of strings, where a model may give one string alone."""
+    return [str(one) for one in (given if isinstance(given, list) else [given]) if one is not None]
+
+
+def shell_action(given: Json) -> Json:
+    return {"commands": text_list(given.get("commands", given.get("command"))),
+            "timeout_ms": given.get("timeout_ms"),
+            "max_output_length": given.get("max_output_length")}
+
+
+def exec_action(given: Json) -> Json:
+    command = given.get("command")
+    command = ["bash", "-lc", command] if isinstance(command, str) else text_list(command)
+    rest = {name: given.get(name) for name in ("timeout_ms", "user", "working_directory")}
+    return {"type": "exec", "command": command, "env": object_in(given, "env"), **rest}
+
+
+def patch_operation(given: Json) -> Json:
+    operation = {"type": given.get("type") or "update_file", "path": str(given.get("path") or "")}
+    if operation["type"] == "delete_file":
+        return operation
+    return {**operation, "diff": str(given.get("diff") or "")}
+
+
+class CallItem(NamedTuple):
+    """How a client tool's call is written as an item: `make` gives what stands in `member`."""
+
+    kind: str
+    prefix: str                 # of its id
+    member: str
+    make: Callable[[Json], Any]
+    more: Mapping[str, Any] = {}
+
+
+CALL_ITEMS = {      # by the tool's type (OpenAI's API reference, items of a response)
+    "shell": CallItem("shell_call", "sh", "action", shell_action),
+    "local_shell": CallItem("local_shell_call", "lsh", "action", exec_action),
+    "apply_patch": CallItem("apply_patch_call", "apc", "operation", patch_operation),
+    "computer_use_preview": CallItem("computer_call", "cu", "action", dict,
+                                     {"pending_safety_checks": []}),
+    "computer": CallItem("computer_call", "cu", "actions", lambda given: given.get("actions", []),
+                         {"pending_safety_checks": []}),
+    "tool_search": CallItem("tool_search_call", "tsc", "arguments", dict,
+                            {"execution": "client"})}
+
+
+def read_client_call(item: Json, path: str, prompt: Prompt) -> None:
+    """The call of a client tool: what its item holds is what the function's arguments were."""
+    rows = [(name, row) for name, row in CALL_ITEMS.items()
+            if row.kind == item["type"] and item.get(row.member) is not None]
+    if not rows or item.get("execution", "client") != "client":
+        add_note(prompt.notes, "dropped", "%s at %s" % (item["type"], path))
+        return
+    name, row = rows[0]
+    given = item[row.member]
+    given = {row.member: given} if isinstance(given, list) else given
+    arguments = read_arguments(given, "%s.%s" % (path, row.member), prompt.notes)
+    arguments = {key: one for key, one in arguments.items()
+                 if one is not None and (key, one) != ("type", "exec")}
+    call_id = get(item, "call_id", "a string", path) or ""
+    prompt.turns.append(Turn("assistant", [Call(call_id, name, arguments)]))
+
+
+def shell_text(chunk: Json) -> str:
+    """What a command printed and how it ended, in words."""
+    outcome = object_in(chunk, "outcome")
+    ending = "(timed out)" if outcome.get("type") == "timeout" else (
+        "(exit code %s)" % outcome["exit_code"] if "exit_code" in outcome else "")
+    stderr = chunk.get("stderr")
+    return "\n".join(str(one) for one in (chunk.get("stdout"), stderr and "stderr: %s" % stderr,
+                                          ending) if one)
+
+
+def read_client_output(item: Json, path: str, prompt: Prompt) -> None:
+    """The output of a client tool: of a shell for each command, of the others as it is."""
+    output = item.get("output")
+    if item["type"] == "shell_call_output" and isinstance(output, list):
+        output = "\n".join(shell_text(one) for one in output if isinstance(one, dict))
+    elif item["type"] == "apply_patch_call_output":
+        output = output or item.get("status")
+    read_output_item({**item, "output": output}, path, prompt)
+
+
+def read_found_tools(item: Json, path: str, prompt: Prompt) -> None:
+    """Tools that a client's search found, and those added in mid-conversation: they are offered."""
+    offered = {(tool.namespace, tool.name) for tool in prompt.tools}
+    found = read_tools(item.get("tools"), path + ".tools", prompt.notes)
+    prompt.tools += [tool for tool in found if (tool.namespace, tool.name) not in offered]
+    if item["type"] == "tool_search_output":
+        names = ", ".join(tool.name for tool in found) or "nothing"
+        read_output_item({**item, "output": "Found: " + names}, path, prompt)
+
+
 def read_output_item(item: Json, path: str, prompt: Prompt) -> None:
     """The output of a tool: a string, a list of parts (Codex's view_image), or any object."""
     parts = read_result_parts(item.get("output"), path + ".output", prompt.notes)
     prompt.turns.append(Turn("user", [
-        make_result(get(item, "call_id", "a string", path) or "", parts, False, None)]))
+        make_result(get(item, "call_id", "a string", path) or "", parts,
+                    item.get("status") == "failed", None)]))
 
 
 def refuse_reference(item: Json, path: str, prompt: Prompt) -> None:
@@ -6784,6 +7072,10 @@ ITEM_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
     "message": read_message_item, "reasoning": read_reasoning_item,
     "function_call": read_call_item, "custom_tool_call": read_call_item,
     "function_call_output": read_output_item, "custom_tool_call_output": read_output_item,
+    "tool_search_output": read_found_tools, "additional_tools": read_found_tools,
+    **{row.kind: read_client_call for row in CALL_ITEMS.values()},
+    **dict.fromkeys(("shell_call_output", "local_shell_call_output", "apply_patch_call_output",
+                     "computer_call_output"), read_client_output),
     "item_reference": refuse_reference}
 
 
@@ -6794,10 +7086,15 @@ def read_input(body: Json, prompt: Prompt) -> None:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise wrong("input", "must be a string or a list of at least one item")
+    call_ids: Dict[str, Any] = {}       # a local shell's output may name its call's item
     for index, item in enumerate(given):
         path = "input[%d]" % index
         check(item, "an object", path)
         kind = get(item, "type", "a string", path) or "message"
+        if kind == "local_shell_call":
+            call_ids[str(item.get("id"))] = item.get("call_id")
+        elif kind == "local_shell_call_output":
+            item = {"call_id": call_ids.get(str(item.get("id")), item.get("id")), **item}
         reader = ITEM_READERS.get(kind)
         if reader is None:
             add_note(prompt.notes, "dropped", "%s at %s" % (printable(kind, 60), path))
@@ -6881,7 +7178,18 @@ def responses_usage(usage: Usage) -> Json:
 
 def item_id(reply: Reply, block: Block) -> str:
     prefix = {TEXT: "msg", THINKING: "rs", TOOL: "ctc" if block.raw else "fc"}[block.kind]
+    if block.type in CALL_ITEMS:
+        prefix = CALL_ITEMS[block.type].prefix
     return "%s_%s%02d" % (prefix, reply.id.partition("_")[2], block.index)
+
+
+def client_call(block: Block, done: bool) -> Json:
+    """The members of a client tool's own item; a model may repeat the item's nesting."""
+    row = CALL_ITEMS[block.type]
+    given = read_arguments(block.text, "", []) if done else {}
+    inner = given.get(row.member)
+    return {"type": row.kind, row.member: row.make(inner if isinstance(inner, dict) else given),
+            **row.more}
 
 
 def output_item(reply: Reply, block: Block, status: str) -> Json:
@@ -6898,6 +7206,8 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
             item["encrypted_content"] = (
                 carry_thinking(block.text, block.signature) if done else "")
         return item
+    if block.type in CALL_ITEMS:
+        return {**item, **client_call(block, done), "call_id": block.call_id}
     item.update(type="custom_tool_call" if block.raw else "function_call",
                 call_id=block.call_id, name=block.name)
     item["input" if block.raw else "arguments"] = call_text(block) if done else ""
@@ -6942,8 +7252,11 @@ def part_frame(reply: Reply, block: Block, step: str, text: str) -> bytes:
 
 
 def responses_open(reply: Reply, event: Any) -> bytes:
-    """An item begins, and its only part."""
+    """An item begins, and its only part; a client tool's call is told at its end, for its items
+    have no deltas of arguments."""
     block = event.block
+    if block.type in CALL_ITEMS:
+        return b""
     frames = numbered_frame(reply, "response.output_item.added", output_index=block.index,
                             item=output_item(reply, block, "in_progress"))
     return frames + (part_frame(reply, block, "added", "") if block.kind != TOOL else b"")
@@ -6962,18 +7275,24 @@ def delta_kind(block: Block) -> str:
 
 def responses_delta(reply: Reply, event: Any) -> bytes:
     block = event.block
+    if block.type in CALL_ITEMS:
+        return b""
     return numbered_frame(reply, delta_kind(block), **delta_place(reply, block), delta=event.text)
 
 
 def responses_close(reply: Reply, event: Any) -> bytes:
     """An item is complete; of a call that was cut nothing more is told, so that nobody runs it."""
-    block = event.block
+    block, frames = event.block, b""
+    if block.type in CALL_ITEMS:
+        frames = numbered_frame(reply, "response.output_item.added", output_index=block.index,
+                                item=output_item(reply, block, "in_progress"))
     if block.kind == TOOL and not block.whole:
-        return b""
+        return frames
     text = call_text(block)
     member = "text" if block.kind != TOOL else "input" if block.raw else "arguments"
-    frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
-                            **delta_place(reply, block), **{member: text})
+    if block.type not in CALL_ITEMS:
+        frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
+                                **delta_place(reply, block), **{member: text})
     if block.kind != TOOL:
         frames += part_frame(reply, block, "done", text)
     return frames + numbered_frame(reply, "response.output_item.done", output_index=block.index,
@@ -7021,7 +7340,8 @@ def responses_frames(reply: Reply, event: Event) -> bytes:
 
 
 RESPONSES = Face("responses", parse_responses, responses_frames, responses_body, chat_error,
-                 "resp_", RESPONSES_FIELDS, keeps=True, numbered=True, types=frozenset([CUSTOM]))
+                 "resp_", RESPONSES_FIELDS, keeps=True, numbered=True,
+                 types=frozenset([CUSTOM, *CALL_ITEMS]))
 
 
 # === FAST LANE (pure) =======================================================

@@ -229,6 +229,9 @@ RUNNING = {"response.output_text": "message", "response.reasoning_summary_text":
            "response.function_call_arguments": "function_call",
            "response.custom_tool_call_input": "custom_tool_call"}
 INPUTS_OF_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+CLIENT_CALLS = {"shell_call": "action", "local_shell_call": "action", "computer_call": None,
+                "apply_patch_call": "operation", "tool_search_call": "arguments"}
+CALL_KINDS = {*INPUTS_OF_CALLS, *CLIENT_CALLS}
 
 
 class Item:
@@ -239,7 +242,10 @@ class Item:
         self.kind, self.index = self.shown["type"], frame["output_index"]
         self.text, self.done = "", None
         self.expected = ["part.added"] if self.kind in ("message", "reasoning") else ["delta"]
-        if self.kind in INPUTS_OF_CALLS:
+        if self.kind in CLIENT_CALLS:       # such an item has no deltas
+            self.expected = ["item.done"]
+            assert self.shown["status"] == "in_progress" and self.shown["call_id"]
+        elif self.kind in INPUTS_OF_CALLS:
             assert self.shown[INPUTS_OF_CALLS[self.kind]] == ""
             assert self.shown["status"] == "in_progress" and self.shown["call_id"]
         else:
@@ -273,6 +279,10 @@ class Item:
     def finish(self, item: Any) -> None:
         """A client acts on this event: the item must be complete, and what was shown."""
         assert (item["id"], item["type"]) == (self.shown["id"], self.kind)
+        if self.kind in CLIENT_CALLS:
+            assert item["call_id"] == self.shown["call_id"] and item["status"] == "completed"
+            self.done = item
+            return
         told = item[INPUTS_OF_CALLS[self.kind]] if self.kind in INPUTS_OF_CALLS else \
             item["summary" if self.kind == "reasoning" else "content"][0]["text"]
         assert told == self.text and item.get("status", "completed") == "completed"
@@ -299,7 +309,7 @@ def check_responses_frames(frames: List[Any], ended: bool, usage: bool) -> Any:
     assert "response." + response["status"] == terminal[0] and response["id"] == "id"
     if ended:
         assert response["output"] == [item.done for item in items if item.done]
-        assert all(item.done or item.kind in INPUTS_OF_CALLS for item in items)
+        assert all(item.done or item.kind in CALL_KINDS for item in items)
     return {"items": items, "response": response}
 
 
@@ -308,7 +318,7 @@ def fold_items(frames: List[Any]) -> List[Item]:
     items: List[Item] = []
     for frame in frames:
         if frame["type"] == "response.output_item.added":
-            assert not items or items[-1].done or items[-1].kind in INPUTS_OF_CALLS
+            assert not items or items[-1].done or items[-1].kind in CALL_KINDS
             items.append(Item(frame))
             assert items[-1].index == len(items) - 1
             continue

@@ -116,7 +116,7 @@ def test_prompts(members, name, value):
 
 NOTED = [       # (members, words of the note; None: no note, for it changes nothing)
     ({"tools": [{"type": "web_search"}]}, "web_search"),
-    ({"tools": [{"type": "tool_search", "execution": "client", "parameters": {}}]}, "tool_search"),
+    ({"tools": [{"type": "tool_search", "execution": "server"}]}, "tool_search"),
     ({"tools": [{"type": "code_interpreter", "container": {}}]}, "code_interpreter"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "mcp"),
     ({"tools": [F, F]}, "second tool named f"), ({"text": {"verbosity": "low"}}, "verbosity"),

@@ -170,7 +170,8 @@ LEFT_OUT = [
     (reasoning(encrypted_content=5), "reasoning at input[0]"),
     ({"type": "web_search_call", "id": "ws_1", "status": "completed"}, "web_search_call"),
     ({"type": "tool_search_call", "call_id": "c"}, "tool_search_call"),
-    ({"type": "local_shell_call"}, "local_shell_call"), ({"type": "wibble"}, "wibble")]
+    ({"type": "local_shell_call"}, "local_shell_call"), ({"type": "wibble"}, "wibble"),
+    ({"type": "shell_call", "call_id": "c", "action": None}, "shell_call at input[0]")]
 
 
 @pytest.mark.parametrize("item,words", LEFT_OUT, ids=range(len(LEFT_OUT)))
