@@ -2926,11 +2926,12 @@ class ToolName(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which tools may be called: `auto`, `none`, `any`, or `tool` by name."""
+    """Which tools may be called: `auto`, `none`, `any`, or one: `tool` by name, `type` by type."""
 
     kind: str
     name: str = ""
     namespace: str = ""
+    allowed: Optional[Tuple[Any, ...]] = None       # with `auto` and `any`: choices of one each
 
 
 @dataclass(**SLOTS)
@@ -4277,28 +4278,46 @@ def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
 CHOICE_WORDS = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 
 
-def read_choice_of_tool(given: Any, notes: List[str]) -> Optional[Choice]:
+def read_choice_of_tool(given: Any, notes: List[str],
+                        path: str = "tool_choice") -> Optional[Choice]:
     """tool_choice of any API: a word, or an object with a type and perhaps a tool's name."""
     if given is None:
         return None
     kind = given.get("type") if isinstance(given, dict) else given
-    if not isinstance(kind, str):
-        raise wrong("tool_choice", "must be a word or an object with a type")
+    if not isinstance(kind, str) or not kind:
+        raise wrong(path, "must be a word or an object with a type")
     if kind in CHOICE_WORDS:
         return Choice(CHOICE_WORDS[kind])
-    if isinstance(given, dict) and kind in ("function", "tool", "custom"):
-        named = given.get(kind) if isinstance(given.get(kind), dict) else given
-        name = get(named, "name", "a string", "tool_choice")
-        if name:
-            return Choice("tool", name, get(named, "namespace", "a string", "tool_choice") or "")
-        raise wrong("tool_choice.name", "must name a tool")
+    if not isinstance(given, dict):
+        raise wrong(path, "must be auto, none, required (any), or name a tool")
     if kind == "allowed_tools":
-        add_note(notes, "ignored", "tool_choice allowed_tools (all are offered)")
-        return Choice("auto")
-    if isinstance(given, dict):     # a vendor's own tool, which was left out
-        add_note(notes, "ignored", "tool_choice %s" % printable(kind, 60))
-        return None
-    raise wrong("tool_choice", "must be auto, none, required (any), or name a tool")
+        return read_allowed_tools(given, notes, path)
+    if kind not in ("function", "tool", "custom"):
+        return Choice("type", kind)
+    named = given.get(kind) if isinstance(given.get(kind), dict) else given
+    name = get(named, "name", "a string", path)
+    if not name:
+        raise wrong(path + ".name", "must name a tool")
+    return Choice("tool", name, get(named, "namespace", "a string", path) or "")
+
+
+def read_allowed_tools(given: Json, notes: List[str], path: str) -> Choice:
+    """The choice of some of the tools: nested (Chat) or flat (Responses)."""
+    inner = get(given, "allowed_tools", "an object", path)
+    given, path = (given, path) if inner is None else (inner, path + ".allowed_tools")
+    mode = get(given, "mode", "a string", path) or "auto"
+    if mode not in ("auto", "required"):
+        raise wrong(path + ".mode", "must be auto or required")
+    allowed = []
+    for index, one in enumerate(get(given, "tools", "a list", path) or []):
+        here = "%s.tools[%d]" % (path, index)
+        choice = read_choice_of_tool(check(one, "an object", here), notes, here)
+        if choice is None or choice.kind not in ("tool", "type"):
+            raise wrong(here, "must name a tool")
+        allowed.append(choice)
+    if not allowed:
+        add_note(notes, "ignored", "tool_choice allowed_tools without tools (all are offered)")
+    return Choice(CHOICE_WORDS[mode], allowed=tuple(allowed) or None)
 
 
 # === MESSAGES TO TURNS (pure) ===============================================
@@ -4817,24 +4836,51 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
     return repaired + settle_users(users, calls, notes)
 
 
+def find_tool(prompt: Prompt, choice: Choice) -> Tool:
+    """The tool that a choice names.  Raises ProxyError `invalid` where it is none of the request's.
+
+    A choice by type is met by the beginning of a name too: web_search, web_search_preview.
+    """
+    for tool in prompt.tools:
+        if tool.name == choice.name and choice.namespace in ("", tool.namespace):
+            return tool
+    for tool in prompt.tools if choice.kind == "type" else []:
+        if tool.type not in (FUNCTION, CUSTOM) and (
+                tool.name.startswith(choice.name) or choice.name.startswith(tool.name)):
+            return tool
+    names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
+    raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
+                % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
+
+
+def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]:
+    """Those of the tools that a choice allows; a note for each that is not offered anyway."""
+    if choice.allowed is None:
+        return tools
+    allowed = [find_tool(prompt, one) for one in choice.allowed]
+    for tool in allowed:
+        if tool.type == HOSTED:
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
+    identities = set(map(id, allowed))
+    return [tool for tool in tools if id(tool) in identities]
+
+
 def settle_choice(prompt: Prompt) -> None:
-    """A choice that the tools offered allow: `none` takes the tools away (UPSTREAM: 400)."""
-    prompt.tools = [tool for tool in prompt.tools if tool.type != HOSTED]
-    choice = prompt.choice
-    if choice is None:
-        return
-    if choice.kind == "none":
-        prompt.tools, prompt.choice = [], None
-    elif choice.kind == "tool":
-        named = [tool for tool in prompt.tools if tool.name == choice.name
-                 and choice.namespace in ("", tool.namespace)]
-        prompt.choice = choice._replace(namespace=named[0].namespace) if named else None
-        if not named:               # a vendor's own tool that was left out, as a rule
-            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % choice.name)
-    elif not prompt.tools:
-        prompt.choice = None
-        if choice.kind == "any":
-            add_note(prompt.notes, "ignored", "tool_choice without tools")
+    """The tools that are offered, and a choice that these allow: `none` takes them away (UPSTREAM:
+    400).  Raises ProxyError `invalid` for a choice of a tool that the request does not have."""
+    choice = prompt.choice or Choice("auto")
+    offered = [tool for tool in prompt.tools if tool.type != HOSTED]
+    if choice.kind in ("tool", "type"):
+        tool = find_tool(prompt, choice)
+        choice = Choice("tool", tool.name, tool.namespace)
+        if tool.type == HOSTED:
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
+            choice = Choice("auto")
+    offered = [] if choice.kind == "none" else allow_tools(prompt, offered, choice)
+    if choice.kind == "any" and not offered:
+        add_note(prompt.notes, "ignored", "tool_choice without tools")
+    prompt.choice = choice._replace(allowed=None) if offered and prompt.choice else None
+    prompt.tools = offered
 
 
 def refuse_unreadable(prompt: Prompt) -> None:
@@ -6611,7 +6657,7 @@ def chat_choice(body: Json, notes: List[str]) -> Optional[Choice]:
         return read_choice_of_tool(body.get("tool_choice"), notes)
     if isinstance(legacy, dict):
         legacy = {"type": "function", **legacy}
-    return read_choice_of_tool(legacy, notes)
+    return read_choice_of_tool(legacy, notes, "function_call")
 
 
 def parse_chat(body: Json, notes: List[str]) -> Prompt:

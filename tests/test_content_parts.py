@@ -618,6 +618,110 @@ def test_tool_choice_without_tools():
     assert has_note(notes, "tool_choice")
 
 
+# Choices of some tools, or of one: (tools, tool_choice, names sent, choice sent, words of a note).
+
+G = {"type": "function", "name": "g", "parameters": EMPTY}
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+PREVIEW = {"type": "web_search_preview_2025_03_11"}
+SPACE = {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "h"}]}
+FREE = {"type": "custom", "name": "free"}
+AUTO, ANY = {"type": "auto"}, {"type": "any"}
+
+
+def one(name):
+    return {"type": "tool", "name": name}
+
+
+def allowed(mode, *tools):
+    """Both spellings of allowed_tools."""
+    inner = {"mode": mode, "tools": list(tools)}
+    return [{"type": "allowed_tools", **inner}, {"type": "allowed_tools", "allowed_tools": inner}]
+
+
+F_FLAT = {"type": "function", "name": "f"}
+F_NESTED = {"type": "function", "function": {"name": "f"}}
+SETTLED = [
+    *(([F, G], choice, ["f"], AUTO, None) for choice in allowed("auto", F_FLAT)),
+    *(([F, G], choice, ["f"], ANY, None) for choice in allowed("required", F_NESTED)),
+    *(([G, F], choice, ["g", "f"], ANY, None) for choice in allowed("required", F_FLAT, F_NESTED, {
+        "type": "function", "name": "g"})),
+    *(([F, SEARCH], choice, ["f"], ANY, "tool_choice web_search")
+      for choice in allowed("required", F_FLAT, {"type": "web_search"})),
+    *(([F, SEARCH], choice, [], None, "tool_choice web_search")
+      for choice in allowed("auto", {"type": "web_search"})),
+    *(([F, SEARCH], choice, [], None, "tool_choice without tools")
+      for choice in allowed("required", {"type": "web_search"})),
+    *(([F, SPACE], choice, ["ns__h"], AUTO, "renamed")
+      for choice in allowed("auto", {"type": "function", "name": "h", "namespace": "ns"})),
+    *(([F, FREE], choice, ["free"], ANY, None)
+      for choice in allowed("required", {"type": "custom", "name": "free"})),
+    *(([F, {"type": "shell"}], choice, ["shell"], AUTO, None)
+      for choice in allowed("auto", {"type": "shell"})),
+    *(([F, G], choice, ["f", "g"], AUTO, "allowed_tools without tools") for choice in [
+        {"type": "allowed_tools"}, {"type": "allowed_tools", "allowed_tools": {}},
+        *allowed("auto")]),
+    ([F, {"type": "shell"}], {"type": "shell"}, ["f", "shell"], one("shell"), None),
+    ([F, {"type": "local_shell"}], {"type": "local_shell"}, ["f", "local_shell"],
+     one("local_shell"), None),
+    ([{"type": "apply_patch"}], {"type": "apply_patch"}, ["apply_patch"], one("apply_patch"), None),
+    ([{"type": "computer_use_preview"}], {"type": "computer_use"}, ["computer_use_preview"],
+     one("computer_use_preview"), None),
+    ([{"type": "bash_20250124", "name": "bash"}], one("bash"), ["bash"], one("bash"), None),
+    ([FREE], {"type": "custom", "name": "free"}, ["free"], one("free"), None),
+    ([F, FREE], {"type": "custom", "name": "f"}, ["f", "free"], one("f"), None),
+    ([SPACE], {"type": "function", "name": "h"}, ["ns__h"], one("ns__h"), "renamed"),
+    ([F, SEARCH], one("web_search"), ["f"], AUTO, "tool_choice web_search"),
+    ([F, SEARCH], {"type": "web_search"}, ["f"], AUTO, "tool_choice web_search"),
+    ([F, PREVIEW], {"type": "web_search_preview"}, ["f"], AUTO, "tool_choice web_search_preview"),
+    ([F, {"type": "mcp", "server_label": "s"}], {"type": "mcp", "server_label": "s", "name": "x"},
+     ["f"], AUTO, "tool_choice mcp"),
+    ([SEARCH], one("web_search"), [], None, "tool_choice web_search"),
+    ([SEARCH], "required", [], None, "tool_choice without tools"),
+    ([F, SEARCH], "required", ["f"], ANY, "left_out")]
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("tools,choice,names,sent,note", SETTLED, ids=range(len(SETTLED)))
+def test_choices_are_settled_by_what_is_offered(face, tools, choice, names, sent, note):
+    body, notes = translate(face, request(face, tools=tools, tool_choice=choice))
+    assert [tool["name"] for tool in at(body, "params.tools")] == names
+    assert body["params"].get("tool_choice") == sent
+    assert has_note(notes, note) if note else notes == []
+
+
+REFUSED_CHOICES = [     # (tools, tool_choice, the field, words)
+    ([F], one("absent"), "tool_choice", "absent"), ([], one("f"), "tool_choice", "there are none"),
+    ([F], F_FLAT | {"namespace": "other"}, "tool_choice", "names the tool f"),
+    ([F, G], {"type": "web_search"}, "tool_choice", "web_search, which is not one of tools (f, g)"),
+    ([F], {"type": "fun"}, "tool_choice", "fun"), ([F], {"type": ""}, "tool_choice", "a type"),
+    ([F], {"type": "function"}, "tool_choice.name", "name a tool"),
+    ([F], {"type": "function", "name": 5}, "tool_choice.name", "a string"),
+    ([F], "sometimes", "tool_choice", "auto, none"), ([F], 5, "tool_choice", "a word"),
+    ([F], allowed("auto", one("g"))[0], "tool_choice", "the tool g"),
+    ([F], allowed("auto", 5)[0], "tool_choice.tools[0]", "an object"),
+    ([F], allowed("auto", {"type": "auto"})[0], "tool_choice.tools[0]", "name a tool"),
+    ([F], allowed("auto", {"type": "function"})[1],
+     "tool_choice.allowed_tools.tools[0].name", "name a tool"),
+    ([F], allowed("never", F_FLAT)[1], "tool_choice.allowed_tools.mode", "auto or required"),
+    ([F], {"type": "allowed_tools", "tools": 5}, "tool_choice.tools", "a list")]
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("tools,choice,param,words", REFUSED_CHOICES,
+                         ids=range(len(REFUSED_CHOICES)))
+def test_choices_that_are_refused(face, tools, choice, param, words):
+    error = refusal(face, request(face, tools=tools, tool_choice=choice))
+    assert (error.status, error.param) == (400, param) and words in error.message
+
+
+def test_the_older_function_call_is_a_choice_too():
+    body = {"functions": [{"name": "f"}, {"name": "g"}]}
+    assert params_of("chat", request("chat", **body, function_call={"name": "g"}))[
+        "tool_choice"] == one("g")
+    error = refusal("chat", request("chat", **body, function_call={"name": "h"}))
+    assert error.status == 400 and "the tool h" in error.message
+
+
 def test_parallel_tool_use_leaves_a_note():
     _, notes = translate("messages", request("messages", tools=[F], tool_choice={
         "type": "auto", "disable_parallel_tool_use": True}))

@@ -85,17 +85,6 @@ def test_a_grammar_is_told_in_words():
     assert described.startswith("Patches.") and 'lark grammar:\nstart: "x"' in described
 
 
-CHOSEN = [      # a choice that names no tool by its whole name
-    ([SPACE], {"type": "function", "name": "spawn"}),
-    ([F], {"type": "function", "name": "f", "namespace": "other"}),
-    ([F], {"type": "function", "name": "absent"}), ([], {"type": "function", "name": "f"})]
-
-
-@pytest.mark.parametrize("tools,choice", CHOSEN, ids=range(len(CHOSEN)))
-def test_a_choice_names_a_tool_that_is_sent(tools, choice):
-    check_params(params_of("responses", request("responses", tools=tools, tool_choice=choice)))
-
-
 PROMPTS = [     # (members, attribute of the prompt, value)
     ({"stream": True}, "stream", True), ({}, "stream", False), ({}, "json_format", None),
     ({"text": {"format": {"type": "text"}}}, "json_format", None),

@@ -411,18 +411,6 @@ def test_names_are_the_same_on_every_turn():
     assert alone["tools"][0] == among["tools"][1]
 
 
-def test_choice_of_a_tool_that_is_not_offered():
-    """A vendor's own tool was left out: the request goes on without the choice, or is refused."""
-    body = request("messages", tools=[{"type": "web_search_20250305", "name": "web_search"}],
-                   tool_choice={"type": "tool", "name": "web_search"})
-    try:
-        sent, notes = translate("messages", body)
-    except ccproxy.ProxyError as error:
-        assert error.param.startswith("tool_choice")
-        return
-    assert "tool_choice" not in sent["params"] and has_note(notes, "web_search")
-
-
 # JSON answers.
 
 FORMATS = [     # (face, members, words of the instruction, None for no instruction)
