@@ -2944,6 +2944,7 @@ class Prompt:
     system: List[Text] = field(default_factory=list)
     tools: List[Tool] = field(default_factory=list)
     choice: Optional[Choice] = None
+    parallel: bool = True                       # more than one call in an answer is wanted
     max_tokens: Optional[int] = None
     temperature: Optional[float] = None
     top_p: Optional[float] = None
@@ -3113,6 +3114,7 @@ class Reading:
     waiting: List[Block] = field(default_factory=list)      # began while a call was unfinished
     calls: Dict[str, Block] = field(default_factory=dict)   # by their marks
     ignored: FrozenSet[str] = frozenset()       # calls that the upstream runs itself
+    one_call: bool = False                      # calls after the first are left out
     began: bool = False
     over: bool = False
     reason: str = ""                            # the upstream's word, where the end comes later
@@ -3224,7 +3226,11 @@ def start_call(reading: Reading, call_id: str, name: str, mark: str = "") -> Non
         if len(reading.calls) >= MAX_CALLS:
             raise ProxyError("upstream", "The upstream's answer holds more than %d tool calls."
                              % MAX_CALLS)
-        reading.calls[mark] = Block(TOOL, call_id, name, mark=mark)
+        block = Block(TOOL, call_id, name, mark=mark)
+        if reading.one_call and reading.calls:
+            block.begun = block.whole = True        # so that nothing of it is shown
+            add_note(reading.notes, "left_out", "call of %s, for parallel calls are off" % name)
+        reading.calls[mark] = block
 
 
 def begin_call(reading: Reading, block: Block) -> Iterator[Event]:
@@ -4525,6 +4531,15 @@ def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
     if body.get("tools") is None and body.get("functions") is not None:
         return read_tools(body["functions"], "functions", notes)
     return read_tools(body.get("tools"), "tools", notes)
+
+
+def read_any_parallel(body: Json) -> bool:
+    """Whether an answer may hold more than one call: parallel_tool_calls, or the opposite in
+    Messages' tool_choice."""
+    choice = body.get("tool_choice")
+    off = isinstance(choice, dict) and get(choice, "disable_parallel_tool_use", "a boolean",
+                                           "tool_choice")
+    return not off and get(body, "parallel_tool_calls", "a boolean") is not False
 
 
 def read_any_limit(body: Json, notes: List[str]) -> Optional[int]:
@@ -6216,7 +6231,8 @@ def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
     name, piece = said.get("name"), said.get("arguments")
     mark = call_mark(reading, call, bool(name))
     if mark not in reading.calls:
-        start_call(reading, own_call_id(reading, call.get("id")), UNKNOWN_TOOL, mark)
+        start_call(reading, own_call_id(reading, call.get("id")),
+                   name if isinstance(name, str) and name else UNKNOWN_TOOL, mark)
     block = reading.calls[mark]
     if isinstance(name, str) and name and not block.begun:
         block.name = name
@@ -6670,7 +6686,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes), tools=read_any_tools(body, notes),
-        choice=chat_choice(body, notes),
+        choice=chat_choice(body, notes), parallel=read_any_parallel(body),
         max_tokens=read_any_limit(body, notes),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
@@ -6818,14 +6834,12 @@ def parse_messages(body: Json, notes: List[str]) -> Prompt:
     get(body, "output_format", "an object")     # output_config.format under its first name
     shown = (read_thinking_kind(body) in ("enabled", "adaptive")
              and not openrouter_reasoning(body).get("exclude"))
-    given = body.get("tool_choice")
-    if isinstance(given, dict) and given.get("disable_parallel_tool_use"):
-        add_note(notes, "ignored", "tool_choice.disable_parallel_tool_use")
     metadata = get(body, "metadata", "an object") or {}
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes,
         system=read_system(body.get("system"), "system", notes),
-        tools=read_any_tools(body, notes), choice=read_choice_of_tool(given, notes),
+        tools=read_any_tools(body, notes), parallel=read_any_parallel(body),
+        choice=read_choice_of_tool(body.get("tool_choice"), notes),
         max_tokens=read_any_limit(body, notes),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
@@ -7197,7 +7211,7 @@ def parse_responses(body: Json, notes: List[str]) -> Prompt:
     prompt = Prompt(
         asked=read_model_name(body), turns=[], notes=notes, source="input",
         system=read_system(body.get("instructions"), "instructions", notes),
-        tools=read_any_tools(body, notes),
+        tools=read_any_tools(body, notes), parallel=read_any_parallel(body),
         choice=read_choice_of_tool(body.get("tool_choice"), notes),
         max_tokens=read_any_limit(body, notes), stops=read_any_stops(body),
         temperature=read_finite(body, "temperature"), top_p=read_finite(body, "top_p"),
@@ -7468,7 +7482,7 @@ class Answer:
             if self.filters else NO_KINDS
         self.asked = without_body(prompt) if self.filters else None     # to make them anew
         self.lines = LineBuffer(upstream.skip)
-        self.reading = Reading(notes=reply.notes)
+        self.reading = Reading(notes=reply.notes, one_call=not prompt.parallel)
         self.lane: Optional[Lane] = None
         self.counts = {TEXT: 0, THINKING: 0, TOOL: 0}
         self.begun = self.over = self.visible = self.shown = False
@@ -7541,9 +7555,9 @@ class Answer:
         if unclosed is not None:
             unclosed.broken = False
         self.reading = Reading(live=unclosed, began=self.reading.began, notes=self.reading.notes,
+                               one_call=self.reading.one_call,
                                mute_thinking=self.stream and self.shown)
-        self.unclosed = None
-        self.lines = LineBuffer(self.upstream.skip)
+        self.unclosed, self.lines = None, LineBuffer(self.upstream.skip)
         self.filters = choose_filters(self.asked, self.face.types) if self.asked else []
         self.over, self.error, self.lane, self.kept = False, None, None, 0
 

@@ -722,10 +722,24 @@ def test_the_older_function_call_is_a_choice_too():
     assert error.status == 400 and "the tool h" in error.message
 
 
-def test_parallel_tool_use_leaves_a_note():
-    _, notes = translate("messages", request("messages", tools=[F], tool_choice={
-        "type": "auto", "disable_parallel_tool_use": True}))
-    assert has_note(notes, "disable_parallel_tool_use")
+PARALLEL = [    # (members, whether an answer may hold more than one call)
+    ({}, True), ({"parallel_tool_calls": True}, True), ({"parallel_tool_calls": None}, True),
+    ({"parallel_tool_calls": False}, False), ({"tool_choice": {"type": "auto"}}, True),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": False}}, True),
+    ({"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, False),
+    ({"tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}, False)]
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("members,parallel", PARALLEL, ids=range(len(PARALLEL)))
+def test_whether_calls_may_be_parallel(face, members, parallel):
+    prompt = read_prompt(face, request(face, tools=[F], **members))
+    assert prompt.parallel == parallel and prompt.notes == []
+    for build in (ccproxy.build_alpha, ccproxy.build_openai, ccproxy.build_anthropic):
+        assert b"parallel" not in build(prompt, "s")
+    for wrong in ({"parallel_tool_calls": "no"},
+                  {"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1}}):
+        assert refusal(face, request(face, **wrong)).param.endswith(("calls", "tool_use"))
 
 
 # Lone surrogates.

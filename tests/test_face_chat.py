@@ -85,7 +85,7 @@ NOTED = [       # (members, words of the note; None for no note)
     ({"seed": 5}, "seed"), ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"presence_penalty": 1}, "presence_penalty"), ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"logprobs": True}, "logprobs"), ({"top_logprobs": 5}, "top_logprobs"),
-    ({"top_k": 5}, "top_k"),
+    ({"parallel_tool_calls": False}, None), ({"top_k": 5}, "top_k"),
     ({"modalities": ["audio"]}, "modalities"), ({"audio": {"voice": "x"}}, "audio"),
     ({"prediction": {"type": "content"}}, "prediction"), ({"verbosity": "low"}, "verbosity"),
     ({"web_search_options": {"x": 1}}, "web_search_options"), ({"store": True}, "store"),

@@ -109,7 +109,7 @@ NOTED = [       # (members, words of the note; None: no note, for it changes not
     ({"tools": [{"type": "code_interpreter", "container": {}}]}, "code_interpreter"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "mcp"),
     ({"tools": [F, F]}, "second tool named f"), ({"text": {"verbosity": "low"}}, "verbosity"),
-    ({"text": {"verbosity": "medium"}}, None),
+    ({"text": {"verbosity": "medium"}}, None), ({"parallel_tool_calls": False}, None),
     ({"parallel_tool_calls": True}, None), ({"top_logprobs": 3}, "top_logprobs"),
     ({"truncation": "auto"}, "truncation"), ({"truncation": "disabled"}, None),
     ({"max_tool_calls": 3}, "max_tool_calls"),
