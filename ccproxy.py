@@ -3781,6 +3781,7 @@ BRANCHES = ("allOf", "anyOf", "oneOf")
 TOP_WORDS = ("$ref", *BRANCHES, "not", "enum")      # what OpenAI refuses at a schema's top
 BOUNDS_BY_FLAG = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}     # draft 4
 NOT_IN_LEAVES = SCHEMA_WORDS.union(BOUNDS_BY_FLAG)
+INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 INTO_BRANCH = re.compile(rb'"\$ref":"#/(allOf|anyOf|oneOf)/([0-9]+)')
 MAX_SCHEMA_DEPTH = 64           # schemas inside one another that are looked at
 MAX_MERGE_DEPTH = 16            # branches inside branches, and references to references
@@ -3876,17 +3877,18 @@ def regulate(schema: Json, changes: List[str]) -> Json:
     return fixed
 
 
-def find_reference(reference: Any, root: Json) -> Any:
-    """The schema that a local $ref (#/$defs/...) points to, None where there is none."""
-    if not isinstance(reference, str) or reference[:1] != "#" or len(reference) > MAX_REFERENCE:
-        return None
-    found: Any = root
+def resolve_reference(reference: Any, root: Any) -> Any:
+    """The schema that a local $ref (# or #/$defs/...) points to; True when there is none."""
+    if not isinstance(reference, str) or len(reference) > MAX_REFERENCE \
+            or not re.match(r"#(?:/|\Z)", reference):
+        return True
+    found = root
     for step in reference.split("/", MAX_SCHEMA_DEPTH)[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
+        if isinstance(found, list):
+            found = found[int(step)] if INDEX.fullmatch(step) and int(step) < len(found) else True
         else:
-            found = found.get(step) if isinstance(found, dict) else None
+            found = found.get(step, True) if isinstance(found, dict) else True
     return found
 
 
@@ -3916,7 +3918,7 @@ def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) ->
     if steps[0] < 0:
         return []
     found = Members({name: [one] for name, one in own.items()}, [*filter(is_name, names)])
-    parts = [members for part in (find_reference(schema.get("$ref"), root),
+    parts = [members for part in (resolve_reference(schema.get("$ref"), root),
                                   *list_in(schema, "allOf"))
              for members in gather_members(part, root, steps, depth + 1)]
     for word in ("anyOf", "oneOf"):
@@ -3968,7 +3970,7 @@ def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
     """A schema whose reference and branches at the top are merged into one object."""
     schema = keep_branches(schema)
     members = (gather_members(schema, schema, steps) or [Members({}, [])])[0]
-    target = find_reference(schema.get("$ref"), schema)
+    target = resolve_reference(schema.get("$ref"), schema)
     merged = {**(target if takes_objects(target) else {}), **schema}
     merged = {word: value for word, value in merged.items()
               if word not in TOP_WORDS and word != "required"}
@@ -4101,30 +4103,21 @@ ITEM_TOOLS: Dict[str, Tuple[str, Json]] = {     # OpenAI's: descriptions and par
     "shell": ("Run shell commands and see what they print.", make_parameters(SHELL)),
     "local_shell": ("Run a command on the user's machine.", make_parameters(LOCAL_SHELL)),
     "apply_patch": ("Create, update or delete one file.", make_parameters(PATCH)),
+    "tool_search": ("Search for further tools.", make_parameters("query string The search.")),
     "computer_use_preview": (COMPUTER_WORDS, make_parameters(ITEM_ACTION)),
     "computer": (COMPUTER_WORDS, {"type": "object", "properties": {"actions": {
         "type": "array", "items": make_parameters(ITEM_ACTION)}}, "required": ["actions"]})}
 
 
-def bash_tool(entry: Json, date: int) -> Tuple[str, str, str]:
-    """(name, description, table of parameters) of Anthropic's bash tool."""
-    return "bash", "Run a command in a bash session that persists between calls.", BASH
-
-
 def editor_tool(entry: Json, date: int) -> Tuple[str, str, str]:
-    """Anthropic's text editor; before 20250429 it has undo_edit, and new_str for an insert."""
+    """(name, description, table of parameters) of Anthropic's text editor; before 20250429 it has
+    undo_edit, and new_str for an insert."""
     words, limit = "View, create and edit text files.", entry.get("max_characters")
     if isinstance(limit, int):
         words += " A view shows at most %d characters." % limit
     if date < 20250429:
         return "str_replace_editor", words, OLD_EDITOR
     return "str_replace_based_edit_tool", words, EDITOR
-
-
-def memory_tool(entry: Json, date: int) -> Tuple[str, str, str]:
-    """Anthropic's memory tool."""
-    return "memory", ("Keep notes in files below /memories, which last from one conversation to "
-                      "the next. View /memories before you begin a task."), MEMORY
 
 
 def computer_tool(entry: Json, date: int) -> Tuple[str, str, str]:
@@ -4142,8 +4135,11 @@ def computer_tool(entry: Json, date: int) -> Tuple[str, str, str]:
 
 
 DATED_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, str, str]]] = {
-    "bash_": bash_tool, "text_editor_": editor_tool, "memory_": memory_tool,
-    "computer_": computer_tool}
+    "bash_": lambda entry, date: ("bash", "Run a command in a bash session that persists.", BASH),
+    "memory_": lambda entry, date: (
+        "memory", "Keep notes in files below /memories, which last from one conversation to the "
+        "next. View /memories before you begin a task.", MEMORY),
+    "text_editor_": editor_tool, "computer_": computer_tool}
 
 
 def read_dated_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
@@ -4175,26 +4171,19 @@ def read_hosted_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
 
 
 def read_item_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
-    """OpenAI's client tools, with their settings in the description; a shell in a container is run
-    by the vendor."""
+    """OpenAI's client tools, with their settings in the description.  A shell in a container and a
+    search for tools that is not left to the client are run by the vendor."""
     kind, environment = entry["type"], object_in(entry, "environment")
-    if environment.get("type") not in (None, "local"):
+    if environment.get("type") not in (None, "local") or (
+            kind == "tool_search" and entry.get("execution") != "client"):
         return read_hosted_tool(entry, path, notes)
     words, schema = ITEM_TOOLS[kind]
     settings = {name: one for name, one in entry.items() if one and name in (
         "environment", "display_width", "display_height") and one != {"type": "local"}}
     if settings:
         words += " Settings: " + to_json(settings).decode()
-    return [Tool(kind, words, schema, type=kind)]
-
-
-def read_tool_search(entry: Json, path: str, notes: List[str]) -> List[Tool]:
-    """A search for tools where the client runs it; what it finds comes as tool_search_output."""
-    if entry.get("execution") != "client":
-        return read_hosted_tool(entry, path, notes)
-    return [Tool("tool_search", get(entry, "description", "a string", path)
-                 or "Search for further tools.", entry.get("parameters")
-                 or make_parameters("query string What the tool should do."), type="tool_search")]
+    return [Tool(kind, get(entry, "description", "a string", path) or words,
+                 entry.get("parameters") or schema, type=kind)]
 
 
 # === TOOLS (pure) ===========================================================
@@ -4251,7 +4240,7 @@ def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
 
 TOOL_READERS: Dict[str, Callable[[Json, str, List[str]], List[Tool]]] = {
     "function": read_function, "custom": read_custom, "namespace": read_namespace,
-    "tool_search": read_tool_search, "computer_toolset_": read_toolset,
+    "computer_toolset_": read_toolset,
     **dict.fromkeys(DATED_TOOLS, read_dated_tool), **dict.fromkeys(ITEM_TOOLS, read_item_tool)}
 
 
@@ -5082,21 +5071,6 @@ def has_type(value: Any, name: Any) -> bool:
     if isinstance(value, bool):
         return name == "boolean"
     return isinstance(value, kind) and (name != "integer" or value == int(value))
-
-
-def resolve_reference(reference: Any, root: Any) -> Any:
-    """The schema that a local $ref (#/$defs/...) points to; True when there is none."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return True
-    found = root
-    for step in reference[1:].split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list):
-            found = {str(index): item for index, item in enumerate(found)}
-        if not isinstance(found, dict) or step not in found:
-            return True
-        found = found[step]
-    return found
 
 
 def check_type(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
@@ -7089,7 +7063,7 @@ def read_client_output(item: Json, path: str, prompt: Prompt) -> None:
         output = "\n".join(shell_text(one) for one in output if isinstance(one, dict))
     elif item["type"] == "apply_patch_call_output":
         output = output or item.get("status")
-    read_output_item({**item, "output": output}, path, prompt)
+    read_output_item({"call_id": item.get("id"), **item, "output": output}, path, prompt)
 
 
 def read_found_tools(item: Json, path: str, prompt: Prompt) -> None:
@@ -7146,15 +7120,10 @@ def read_input(body: Json, prompt: Prompt) -> None:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise wrong("input", "must be a string or a list of at least one item")
-    call_ids: Dict[str, Any] = {}       # a local shell's output may name its call's item
     for index, item in enumerate(given):
         path = "input[%d]" % index
         check(item, "an object", path)
         kind = get(item, "type", "a string", path) or "message"
-        if kind == "local_shell_call":
-            call_ids[str(item.get("id"))] = item.get("call_id")
-        elif kind == "local_shell_call_output":
-            item = {"call_id": call_ids.get(str(item.get("id")), item.get("id")), **item}
         reader = ITEM_READERS.get(kind)
         if reader is None:
             add_note(prompt.notes, "dropped", "%s at %s" % (printable(kind, 60), path))
