@@ -49,6 +49,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     EVENTS (pure)
     GRAMMAR (pure)
     FIELD TABLES (pure)
+    HOSTED RESULTS (pure)
     CONTENT PARTS (pure)
     TOOL SCHEMAS (pure)
     CLIENT TOOLS (pure)
@@ -3433,6 +3434,43 @@ def note_unknown(holder: Json, table: Mapping[str, Any], notes: List[str], path:
             note_unknown(holder[name], row, notes, path + name + ".")
 
 
+# === HOSTED RESULTS (pure) ==================================================
+# What a vendor's own tools did in earlier turns (web search, code, MCP), in
+# content parts and in items: no other model can take them, so they become text.
+
+HOSTED_PARTS = (
+    "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "mcp_tool_use",
+    "mcp_tool_result", "mcp_tool_listing", "code_execution_tool_result", "tool_search_tool_result",
+    "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
+    "advisor_tool_result")
+HOSTED_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "mcp_call",
+                "mcp_list_tools", "mcp_approval_request", "image_generation_call")
+OPAQUE = frozenset({    # members that say nothing to another model
+    "type", "id", "tool_use_id", "call_id", "file_id", "container_id", "encrypted_content",
+    "encrypted_index", "encrypted_stdout", "signature", "cache_control", "caller", "status",
+    "result", "media_type", "score", "annotations", "input_schema"})
+
+
+def hosted_lines(name: str, value: Any) -> Iterator[str]:
+    """The titles, addresses, texts and numbers in a vendor's result, each behind its name."""
+    if isinstance(value, dict) and value.get("type") != "base64":
+        for member, inner in value.items():
+            if member not in OPAQUE:
+                yield from hosted_lines(member, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from hosted_lines(name, inner)
+    elif isinstance(value, (str, int, float)):
+        yield "%s: %s" % (name, value)
+
+
+def hosted_text(part: Json) -> str:
+    """A vendor's call or result as text, "" where nothing in it can be read."""
+    lines = [line for line in hosted_lines("", part) if ": data:" not in line[:100]
+             and line.partition(": ")[2].strip() not in ("", "False")]
+    return "\n".join(["[%s]" % part["type"], *lines]) if lines else ""
+
+
 # === CONTENT PARTS (pure) ===================================================
 # One table of every content part that any API may bring: clients mix them, so
 # every face uses it.  A wrong type in a field that is used is a 400 that names
@@ -3693,7 +3731,17 @@ def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
     return []
 
 
+def read_hosted(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """What a vendor's own tool was asked or gave, as text."""
+    text = hosted_text(part)
+    if not text:
+        return read_unusable(part, path, notes)
+    add_note(notes, "replaced", "%s at %s by its text" % (part["type"], path))
+    return [Text(text)]
+
+
 PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
+    **dict.fromkeys(HOSTED_PARTS, read_hosted),
     "text": read_text, "input_text": read_text, "output_text": read_text, "refusal": read_text,
     "image_url": read_image, "input_image": read_image, "image": read_image,
     "document": read_document, "file": read_document, "input_file": read_document,
@@ -3972,14 +4020,14 @@ def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
     members = (gather_members(schema, schema, steps) or [Members({}, [])])[0]
     target = resolve_reference(schema.get("$ref"), schema)
     merged = {**(target if takes_objects(target) else {}), **schema}
-    merged = {word: value for word, value in merged.items()
-              if word not in TOP_WORDS and word != "required"}
+    words = [word for word in TOP_WORDS if word in schema]
+    for word in [*TOP_WORDS, "required"]:
+        merged.pop(word, None)
     merged["properties"] = {name: one_schema(schemas)
                             for name, schemas in members.properties.items()}
     if members.required:
         merged["required"] = members.required
-    changes.append("%s at the top merged into one object"
-                   % ", ".join(word for word in TOP_WORDS if word in schema))
+    changes.append("%s at the top merged into one object" % ", ".join(words))
     if steps[0] < 0:
         changes.append("left out what is beyond %d branches and members" % MAX_MERGE_STEPS)
     return merged
@@ -4170,20 +4218,24 @@ def read_hosted_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     return [Tool(name, "", {}, type=HOSTED)]
 
 
+def is_run_by_vendor(entry: Json) -> bool:
+    """Whether a tool is a shell in a container, or a search that is not left to the client."""
+    if entry["type"] == "tool_search":
+        return entry.get("execution") != "client"
+    return object_in(entry, "environment").get("type") not in (None, "local")
+
+
 def read_item_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
-    """OpenAI's client tools, with their settings in the description.  A shell in a container and a
-    search for tools that is not left to the client are run by the vendor."""
-    kind, environment = entry["type"], object_in(entry, "environment")
-    if environment.get("type") not in (None, "local") or (
-            kind == "tool_search" and entry.get("execution") != "client"):
+    """OpenAI's client tools, with their settings in the description."""
+    if is_run_by_vendor(entry):
         return read_hosted_tool(entry, path, notes)
-    words, schema = ITEM_TOOLS[kind]
-    settings = {name: one for name, one in entry.items() if one and name in (
-        "environment", "display_width", "display_height") and one != {"type": "local"}}
+    words, schema = ITEM_TOOLS[entry["type"]]
+    settings = {name: entry[name] for name in ("environment", "display_width", "display_height")
+                if entry.get(name) not in (None, {"type": "local"})}
     if settings:
         words += " Settings: " + to_json(settings).decode()
-    return [Tool(kind, get(entry, "description", "a string", path) or words,
-                 entry.get("parameters") or schema, type=kind)]
+    return [Tool(entry["type"], get(entry, "description", "a string", path) or words,
+                 entry.get("parameters") or schema, type=entry["type"])]
 
 
 # === TOOLS (pure) ===========================================================
@@ -4840,18 +4892,21 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
     return repaired + settle_users(users, calls, notes)
 
 
-def find_tool(prompt: Prompt, choice: Choice) -> Tool:
-    """The tool that a choice names.  Raises ProxyError `invalid` where it is none of the request's.
+def is_named(tool: Tool, choice: Choice) -> bool:
+    """Whether a choice names a tool; one by type is met by the beginning of a name too, as
+    web_search by web_search_preview."""
+    if tool.name == choice.name:
+        return choice.namespace in ("", tool.namespace)
+    return choice.kind == "type" and tool.type not in (FUNCTION, CUSTOM) and (
+        tool.name.startswith(choice.name) or choice.name.startswith(tool.name))
 
-    A choice by type is met by the beginning of a name too: web_search, web_search_preview.
-    """
-    for tool in prompt.tools:
-        if tool.name == choice.name and choice.namespace in ("", tool.namespace):
-            return tool
-    for tool in prompt.tools if choice.kind == "type" else []:
-        if tool.type not in (FUNCTION, CUSTOM) and (
-                tool.name.startswith(choice.name) or choice.name.startswith(tool.name)):
-            return tool
+
+def find_tool(prompt: Prompt, choice: Choice) -> Tool:
+    """The tool that a choice names, at best exactly.  Raises ProxyError `invalid` where there is
+    none."""
+    found = [tool for tool in prompt.tools if is_named(tool, choice)]
+    if found:
+        return min(found, key=lambda tool: tool.name != choice.name)
     names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
     raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
                 % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
@@ -5861,16 +5916,13 @@ def alpha_system(texts: List[Text]) -> Any:
 
 
 def single_type(schema: Json) -> Json:
-    """A schema whose list of types is written as a union."""
+    """A schema whose list of types is written as a union, unless it has a union of its own."""
     kinds = schema.get("type")
-    if not isinstance(kinds, list):
+    if not isinstance(kinds, list) or not kinds:
         return schema
-    if len(kinds) == 1 or "anyOf" in schema:        # a union says the same, and more
-        rest = {word: value for word, value in schema.items() if word != "type"}
-        return {"type": kinds[0], **rest} if len(kinds) == 1 else rest
-    return {("anyOf" if word == "type" else word): (
-        [{"type": kind} for kind in kinds] if word == "type" else value)
-        for word, value in schema.items()}
+    union: Json = {"anyOf": [{"type": kind} for kind in kinds]} if len(kinds) > 1 else {
+        "type": kinds[0]}
+    return {**union, **{word: value for word, value in schema.items() if word != "type"}}
 
 
 def model_schema(tool: Tool, prompt: Prompt) -> Json:
@@ -7029,12 +7081,18 @@ CALL_ITEMS = {      # by the tool's type (OpenAI's API reference, items of a res
                             {"execution": "client"})}
 
 
+def read_hosted_item(item: Json, path: str, prompt: Prompt) -> None:
+    parts = read_hosted(item, path, prompt.notes)
+    if parts:
+        prompt.turns.append(Turn("assistant", parts))
+
+
 def read_client_call(item: Json, path: str, prompt: Prompt) -> None:
     """The call of a client tool: what its item holds is what the function's arguments were."""
     rows = [(name, row) for name, row in CALL_ITEMS.items()
             if row.kind == item["type"] and item.get(row.member) is not None]
     if not rows or item.get("execution", "client") != "client":
-        add_note(prompt.notes, "dropped", "%s at %s" % (item["type"], path))
+        read_hosted_item(item, path, prompt)
         return
     name, row = rows[0]
     given = item[row.member]
@@ -7108,6 +7166,7 @@ ITEM_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
     "function_call_output": read_output_item, "custom_tool_call_output": read_output_item,
     "tool_search_output": read_found_tools, "additional_tools": read_found_tools,
     **{row.kind: read_client_call for row in CALL_ITEMS.values()},
+    **dict.fromkeys(HOSTED_ITEMS, read_hosted_item),
     **dict.fromkeys(("shell_call_output", "local_shell_call_output", "apply_patch_call_output",
                      "computer_call_output"), read_client_output),
     "item_reference": refuse_reference}

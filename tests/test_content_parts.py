@@ -545,6 +545,71 @@ def test_cache_control_of_tools_and_calls():
     assert at(params, "messages.1.content.0.cache_control") == CACHE
 
 
+# What a vendor's own tools gave in earlier turns: (part, lines of its text that must be there,
+# words that must not).
+
+SEARCHED = {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": [
+    {"type": "web_search_result", "url": "https://one.test/a", "title": "One \u00e9",
+     "page_age": "2 days", "encrypted_content": "SECRET=="},
+    {"type": "web_search_result", "url": "https://two.test", "title": "Two",
+     "encrypted_content": "SECRET=="}]}
+HOSTED = [
+    ({"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {
+        "query": "oslo weather"}}, ["name: web_search", "query: oslo weather"], "srv_1"),
+    (SEARCHED, ["title: One \u00e9", "url: https://one.test/a", "title: Two",
+                "url: https://two.test"], "SECRET"),
+    ({"type": "web_search_tool_result", "tool_use_id": "s", "content": {
+        "type": "web_search_tool_result_error", "error_code": "max_uses_exceeded"}},
+     ["error_code: max_uses_exceeded"], "tool_use_id"),
+    ({"type": "web_fetch_tool_result", "tool_use_id": "s", "content": {
+        "type": "web_fetch_result", "url": "https://one.test", "content": {
+            "type": "document", "title": "T", "source": {
+                "type": "text", "media_type": "text/plain", "data": "line 1\nline 2"}}}},
+     ["url: https://one.test", "title: T", "data: line 1", "line 2"], "text/plain"),
+    ({"type": "web_fetch_tool_result", "tool_use_id": "s", "content": {
+        "type": "web_fetch_result", "url": "https://one.test/x.pdf", "content": {
+            "type": "document", "source": {"type": "base64", "data": "JVBERi0="}}}},
+     ["url: https://one.test/x.pdf"], "JVBERi0="),
+    ({"type": "code_execution_tool_result", "tool_use_id": "s", "content": {
+        "type": "code_execution_result", "stdout": "42\n", "stderr": "", "return_code": 0}},
+     ["stdout: 42", "return_code: 0"], "stderr"),
+    ({"type": "bash_code_execution_tool_result", "tool_use_id": "s", "content": {
+        "type": "bash_code_execution_result", "stdout": "", "stderr": "bad", "return_code": 1,
+        "content": [{"type": "bash_code_execution_output", "file_id": "file_1"}]}},
+     ["stderr: bad", "return_code: 1"], "file_1"),
+    ({"type": "text_editor_code_execution_tool_result", "tool_use_id": "s", "content": {
+        "type": "text_editor_code_execution_str_replace_result", "lines": ["-a", "+b"]}},
+     ["lines: -a", "lines: +b"], "tool_use_id"),
+    ({"type": "mcp_tool_use", "id": "m", "name": "find", "server_name": "crm",
+      "input": {"who": "x"}}, ["name: find", "server_name: crm", "who: x"], "id:"),
+    ({"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": [
+        {"type": "text", "text": "found it"}]}, ["text: found it"], "is_error"),
+    ({"type": "tool_search_tool_result", "tool_use_id": "s", "content": {
+        "type": "tool_search_tool_search_result", "tool_references": [
+            {"type": "tool_reference", "tool_name": "get_x"}]}}, ["tool_name: get_x"], "type")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("part,lines,absent", HOSTED, ids=range(len(HOSTED)))
+def test_what_a_vendors_tool_gave_stays_as_text(face, part, lines, absent):
+    messages = [USER, {"role": "assistant", "content": [part, text("so")]}, USER]
+    body, notes = translate(face, request(face, messages=messages))
+    check_params(body["params"])
+    said = at(body, "params.messages.1.content.0.text")
+    assert said.startswith("[%s]\n" % part["type"])
+    assert set(lines) <= set(said.split("\n")) and absent not in said.partition("]")[2]
+    assert notes == ["replaced=%s at messages[1].content[0] by its text" % part["type"]]
+
+
+def test_a_vendors_part_without_a_word_is_dropped_with_a_note():
+    messages = [USER, {"role": "assistant", "content": [
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}, text("so")]}, USER]
+    body, notes = translate("messages", request("messages", messages=messages))
+    assert [part["type"] for part in at(body, "params.messages.1.content")] == ["text"]
+    assert notes == ["dropped=web_search_tool_result at messages[1].content[0]"]
+
+
+
 # Tools.
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "exclusiveMinimum": 0}},

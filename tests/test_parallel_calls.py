@@ -1,5 +1,5 @@
-"""GRAMMAR and ANSWER: where parallel calls are off, the first call of an answer is kept and the rest
-are noted, over every upstream's format, in every API, streamed and plain."""
+"""GRAMMAR and ANSWER: where parallel calls are off, an answer's first call is kept and the rest are
+noted, over every upstream's format, in every API, streamed and plain."""
 from __future__ import annotations
 
 import json

@@ -180,6 +180,38 @@ def test_items_that_are_left_out_with_a_note(item, words):
     assert prompt.turns == [user(Text("hi"))] and has_note(prompt.notes, words)
 
 
+# What OpenAI's own tools did: (item, lines of its text, words that must not be there).
+
+HOSTED = [
+    ({"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {
+        "type": "search", "query": "oslo", "sources": [{"type": "url", "url": "https://a.test"}]}},
+     ["query: oslo", "url: https://a.test"], "ws_1"),
+    ({"type": "file_search_call", "id": "fs_1", "queries": ["q"], "results": [
+        {"file_id": "file_1", "filename": "a.md", "score": 0.5, "text": "found"}]},
+     ["queries: q", "filename: a.md", "text: found"], "file_1"),
+    ({"type": "code_interpreter_call", "id": "ci_1", "code": "print(1)", "outputs": [
+        {"type": "logs", "logs": "1\n"}, {"type": "image", "url": "data:image/png;base64,AA=="}]},
+     ["code: print(1)", "logs: 1"], "base64"),
+    ({"type": "mcp_call", "id": "m", "name": "find", "server_label": "crm", "arguments": "{}",
+      "output": "it", "error": None}, ["name: find", "server_label: crm", "output: it"], "error"),
+    ({"type": "mcp_list_tools", "id": "m", "server_label": "crm", "tools": [
+        {"name": "find", "description": "finds", "input_schema": {"title": "hidden"}}]},
+     ["name: find", "description: finds"], "hidden"),
+    ({"type": "image_generation_call", "id": "i", "revised_prompt": "a cat", "result": "iVBOR"},
+     ["revised_prompt: a cat"], "iVBOR"),
+    ({"type": "tool_search_call", "id": "t", "execution": "server", "arguments": {"query": "x"}},
+     ["query: x"], "tool_search_call\n[")]
+
+
+@pytest.mark.parametrize("item,lines,absent", HOSTED, ids=range(len(HOSTED)))
+def test_what_a_vendors_tool_did_stays_as_text(item, lines, absent):
+    prompt = parse([item, HI])
+    said = prompt.turns[0].parts[0].text
+    assert prompt.turns == [assistant(Text(said)), user(Text("hi"))]
+    assert set(lines) <= set(said.split("\n")) and absent not in said
+    assert prompt.notes == ["replaced=%s at input[0] by its text" % item["type"]]
+
+
 # Refused: (body's members, the field that is named, words).
 
 REFUSED = [

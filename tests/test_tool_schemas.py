@@ -188,7 +188,7 @@ SINGLE_TYPES = [
      {"anyOf": [STRING, {"type": "null"}]}),
     ({"type": "array", "items": {"type": ["string", "null"]}},
      {"type": "array", "items": {"anyOf": [STRING, {"type": "null"}]}}),
-    ({"enum": ["a", None]}, {"enum": ["a", None]}), (STRING, STRING),
+    ({"enum": ["a", None]}, {"enum": ["a", None]}), (STRING, STRING), ({"type": []}, {"type": []}),
     ({"default": {"type": ["a", "b"]}}, {"default": {"type": ["a", "b"]}})]
 
 
