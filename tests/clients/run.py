@@ -44,6 +44,7 @@ class Client(NamedTuple):
 CLIENTS = {
     "openai-py": Client("pip", ("openai==3.52.0",), ("chat", "responses")),
     "anthropic-py": Client("pip", ("anthropic==2.11.0",), ("messages",)),
+    "openai-agents": Client("pip", ("openai-agents==0.24.0", "openai==3.57.0"), ("agents",)),
     "openai-js": Client("npm", ("openai@7.55.0",), ("chat", "responses")),
     "anthropic-js": Client("npm", ("@anthropic-ai/sdk@1.11.0",), ("messages",)),
     "ai-sdk": Client("npm", (

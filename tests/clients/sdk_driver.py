@@ -5,8 +5,11 @@ the client showed of it.  Only the packages of the client at hand are imported.
 """
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import os
+import subprocess
 import sys
 from typing import Any, Callable, Dict, List, Optional
 
@@ -173,8 +176,9 @@ def anthropic_messages(task: Task, shown: Shown) -> None:
     options: Dict[str, Any] = {"model": task["model"], "max_tokens": 2000}
     if task.get("thinking"):
         options["thinking"] = {"type": "enabled", "budget_tokens": 1024}
-    if task.get("tools"):
-        tool = anthropic.beta_tool(weather, name="get_weather")
+    if task.get("tools") or task.get("client_tool"):
+        tool: Any = anthropic_memory(task) if task.get("client_tool") else anthropic.beta_tool(
+            weather, name="get_weather")
         runner = client.beta.messages.tool_runner(messages=messages, tools=[tool],
                                                   stream=task["stream"], **options)
         for turn in runner:
@@ -205,9 +209,115 @@ def anthropic_messages(task: Task, shown: Shown) -> None:
                      {"role": "user", "content": "and?"}]
 
 
+def anthropic_memory(task: Task) -> Any:
+    """The SDK's own memory tool, which keeps its files in the working folder."""
+    try:
+        from anthropic.tools import BetaLocalFilesystemMemoryTool as Memory
+    except ImportError:
+        from anthropic.tools.memory import BetaLocalFilesystemMemoryTool as Memory
+    return Memory("memory")
+
+
 def add_blocks(shown: Shown, blocks: Any) -> None:
     for block in blocks:
         add(shown, getattr(block, "text", None), getattr(block, "thinking", None))
+
+
+# openai-agents: its runner calls the tools and goes on until the final answer.
+
+
+class Editor:
+    """Applies apply_patch's operations to files of the working folder."""
+
+    def create_file(self, operation: Any) -> str:
+        from agents import apply_diff
+        with open(operation.path, "w", encoding="utf-8") as file:
+            file.write(apply_diff("", operation.diff, mode="create"))
+        return "created " + operation.path
+
+    def update_file(self, operation: Any) -> str:
+        from agents import apply_diff
+        with open(operation.path, encoding="utf-8") as file:
+            text = apply_diff(file.read(), operation.diff)
+        with open(operation.path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return "updated " + operation.path
+
+    def delete_file(self, operation: Any) -> str:
+        os.remove(operation.path)
+        return "deleted " + operation.path
+
+
+def run_commands(request: Any) -> Any:
+    from agents import ShellCallOutcome, ShellCommandOutput, ShellResult
+    output = []
+    for command in request.data.action.commands:
+        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, encoding="utf-8")
+        output.append(ShellCommandOutput(stdout=done.stdout, outcome=ShellCallOutcome(
+            type="exit", exit_code=done.returncode)))
+    return ShellResult(output=output)
+
+
+def run_locally(request: Any) -> str:
+    done = subprocess.run(request.data.action.command, stdout=subprocess.PIPE, encoding="utf-8")
+    return json.dumps({"stdout": done.stdout, "exit_code": done.returncode})
+
+
+def make_agent(task: Task, client: Any) -> Any:
+    import agents
+    from pydantic import create_model
+    tools = {"shell": lambda: agents.ShellTool(executor=run_commands),
+             "local_shell": lambda: agents.LocalShellTool(executor=run_locally),
+             "apply_patch": lambda: agents.ApplyPatchTool(editor=Editor()),
+             "weather": lambda: agents.function_tool(weather, name_override="get_weather")}
+    wanted = task.get("client_tool") or ("weather" if task.get("tools") else None)
+    options = responses_options({**task, "tools": False})
+    settings = agents.ModelSettings(
+        reasoning=options.get("reasoning"), store=options.get("store"),
+        response_include=options.get("include"))
+    return agents.Agent(name="driver", tools=[tools[wanted]()] if wanted else [],
+                        model=agents.OpenAIResponsesModel(task["model"], client),
+                        model_settings=settings, output_type=create_model(
+                            "Weather", city=(str, ...)) if task.get("schema") else None)
+
+
+async def run_agent(task: Task, shown: Shown) -> None:
+    import agents
+    import openai
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=task["base"] + "/v1", api_key=task["key"],
+                                max_retries=task["retries"])
+    agent = make_agent(task, client)
+    given: Any = [{"role": "user", "content": responses_content(task)}]
+    while True:
+        shown["text"] = ""
+        if not task["stream"]:
+            answer: Any = await agents.Runner.run(agent, given, max_turns=TURNS)
+        else:
+            answer = agents.Runner.run_streamed(agent, given, max_turns=TURNS)
+            async for event in answer.stream_events():
+                data = getattr(event, "data", None)
+                if getattr(data, "type", "") == "response.output_text.delta":
+                    add(shown, data.delta)
+                    if task.get("leave"):
+                        answer.cancel()
+        if not task.get("leave"):
+            shown["text"] = answer.final_output
+        for item in answer.new_items:
+            if item.type == "reasoning_item":
+                shown["thinking"] += "".join(part.text for part in item.raw_item.summary)
+        if not task.pop("again", False):
+            break
+        given = answer.to_input_list() + [{"role": "user", "content": "and?"}]
+    if task.get("schema"):
+        shown["parsed"], shown["text"] = answer.final_output.model_dump(), ""
+    await client.close()
+
+
+def openai_agents(task: Task, shown: Shown) -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if path != here]      # agents.py is not that package
+    asyncio.run(run_agent(task, shown))
 
 
 # LangChain.
@@ -404,6 +514,7 @@ def llm(task: Task, shown: Shown) -> None:
 ASK: Dict[str, Dict[str, Callable[[Task, Shown], None]]] = {
     "openai-py": {"chat": openai_chat, "responses": openai_responses},
     "anthropic-py": {"messages": anthropic_messages},
+    "openai-agents": {"agents": openai_agents},
     "langchain": {"chat": langchain, "responses": langchain, "messages": langchain},
     "litellm": {"chat": litellm, "responses": litellm, "messages": litellm},
     "llm": {"chat": llm, "responses": llm}}

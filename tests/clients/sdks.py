@@ -10,7 +10,7 @@ import json
 import queue
 import subprocess
 import threading
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 from bed import (FINAL_TEXT, HALF, KEY, MODEL, NO_CREDIT, OTHER_KEY, PNG, TOO_FAST, UNICODE,
                  Bed, NotApplicable, Request, calling, check_cancelled, expect, images, stall,
@@ -106,6 +106,38 @@ def check_tools(bed: Bed, sdk: Sdk) -> None:
         expect([tool["name"] for tool in bed.params()["tools"]] == ["get_weather"])
 
 
+CLIENT_TOOLS: Dict[str, List[Tuple[str, str, Any, str]]] = {
+    # by client: (its tool, the function's name, its arguments, words of the result)
+    "anthropic-py": [
+        ("memory", "memory", {"command": "create", "path": "/memories/a.txt",
+                              "file_text": "one \u00e9"}, "a.txt"),
+        ("memory", "memory", {"command": "view", "path": "/memories/a.txt"}, "one \u00e9")],
+    "openai-agents": [
+        ("shell", "shell", {"commands": ["echo one-$((40+2))", "echo two; exit 3"]}, "one-42"),
+        ("shell", "shell", {"commands": ["exit 3"]}, "exit code 3"),
+        ("local_shell", "local_shell", {"command": ["echo", "three"], "env": {}}, "three"),
+        ("apply_patch", "apply_patch", {"type": "create_file", "path": "new.txt",
+                                        "diff": "+one\n+two"}, "created new.txt"),
+        ("apply_patch", "apply_patch", {"type": "update_file", "path": "new.txt",
+                                        "diff": "@@\n one\n-two\n+2"}, "updated new.txt"),
+        ("apply_patch", "apply_patch", {"type": "delete_file", "path": "new.txt"},
+         "deleted new.txt")]}
+
+
+def check_client_tools(bed: Bed, sdk: Sdk) -> None:
+    """Tools that the client itself has and runs: offered, called, and their results sent back."""
+    if sdk.name not in CLIENT_TOOLS:
+        raise NotApplicable("it has no such tools of its own")
+    for streaming in (False, True):
+        for tool, name, given, words in CLIENT_TOOLS[sdk.name]:
+            bed.reset(stream(calling(("call_00_t", name, given)), cut=50))
+            shown = sdk.good("Go.", client_tool=tool, stream=streaming)
+            expect(shown["text"].strip().endswith(FINAL_TEXT), tool, streaming, shown)
+            expect([one["name"] for one in bed.params(0)["tools"]] == [name], bed.params(0))
+            result = tool_results(bed.params())
+            expect(words in result["call_00_t"], tool, streaming, given, result)
+
+
 def check_thinking(bed: Bed, sdk: Sdk) -> None:
     """Thinking is shown, and a second turn with it in the history is taken."""
     for streaming in (False, True):
@@ -126,7 +158,7 @@ def check_thinking(bed: Bed, sdk: Sdk) -> None:
 
 def check_default_store(bed: Bed, sdk: Sdk) -> None:
     """Who leaves `store` at its default finds his history in the next turn all the same."""
-    if sdk.api not in ("responses", "openai") or NO_SECOND_TURN & {sdk.api, sdk.name}:
+    if sdk.api not in ("responses", "openai", "agents") or NO_SECOND_TURN & {sdk.api, sdk.name}:
         raise NotApplicable("only for what sends the items of a Responses answer back")
     for streaming in (False, True):
         bed.reset(stream(thinking_answer("Let me see.", "Four.")))
@@ -208,7 +240,8 @@ def check_cancel(bed: Bed, sdk: Sdk) -> None:
 
 CHECKS: Dict[str, Callable[[Bed, Sdk], None]] = {
     "text": check_text, "unicode": check_unicode, "streaming": check_streaming,
-    "tool loop, parallel calls": check_tools, "thinking": check_thinking,
+    "tool loop, parallel calls": check_tools, "client-run tools": check_client_tools,
+    "thinking": check_thinking,
     "second turn, default store": check_default_store, "image": check_image,
     "structured output": check_structured, "refused key (401)": check_refused_key,
     "out of credit (402)": check_credit, "rate limit (429)": check_rate,
