@@ -7121,7 +7121,7 @@ def read_client_output(item: Json, path: str, prompt: Prompt) -> None:
         output = "\n".join(shell_text(one) for one in output if isinstance(one, dict))
     elif item["type"] == "apply_patch_call_output":
         output = output or item.get("status")
-    read_output_item({"call_id": item.get("id"), **item, "output": output}, path, prompt)
+    read_output_item({**item, "output": output}, path, prompt)
 
 
 def read_found_tools(item: Json, path: str, prompt: Prompt) -> None:
@@ -7179,10 +7179,15 @@ def read_input(body: Json, prompt: Prompt) -> None:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise wrong("input", "must be a string or a list of at least one item")
+    call_ids: Dict[str, Any] = {}       # a local shell's output may name its call's item
     for index, item in enumerate(given):
         path = "input[%d]" % index
         check(item, "an object", path)
         kind = get(item, "type", "a string", path) or "message"
+        if kind == "local_shell_call":
+            call_ids[str(item.get("id"))] = item.get("call_id")
+        elif kind == "local_shell_call_output":
+            item = {"call_id": call_ids.get(str(item.get("id"))) or item.get("id"), **item}
         reader = ITEM_READERS.get(kind)
         if reader is None:
             add_note(prompt.notes, "dropped", "%s at %s" % (printable(kind, 60), path))

@@ -305,6 +305,8 @@ HISTORY = [
     ([shell_item(), {**shell_output(), "output": "plain"}], {"commands": ["ls"]}, ["plain"], False),
     ([EXEC, {"type": "local_shell_call_output", "id": "c", "output": '{"stdout":"one"}'}],
      {"command": ["ls"], "env": {}}, ['{"stdout":"one"}'], False),
+    ([EXEC, {"type": "local_shell_call_output", "id": "lsh_1", "output": "one"}],
+     {"command": ["ls"], "env": {}}, ["one"], False),
     ([EXEC, {"type": "local_shell_call_output", "call_id": "c", "id": "o", "output": "one"}],
      {"command": ["ls"], "env": {}}, ["one"], False),
     ([PATCHED, {"type": "apply_patch_call_output", "call_id": "c", "status": "completed",
