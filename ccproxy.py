@@ -3875,14 +3875,14 @@ def inner_schemas(schema: Json) -> List[Any]:
 def is_regular(schema: Json) -> bool:
     """Whether nothing inside a schema needs a change: nearly always so, and quickly seen."""
     schemas: List[Any] = [schema]
-    for one in schemas:             # grows by those inside
-        if one.__class__ is not dict:
+    for inner in schemas:           # grows by those inside
+        if inner.__class__ is not dict:
             continue
-        if not NOT_IN_LEAVES.isdisjoint(one):
-            if is_irregular(one):
+        if not NOT_IN_LEAVES.isdisjoint(inner):
+            if is_irregular(inner):
                 return False
-            schemas += inner_schemas(one)
-        elif is_array(one.get("type")):
+            schemas += inner_schemas(inner)
+        elif is_array(inner.get("type")):
             return False
     return True
 
@@ -3895,10 +3895,10 @@ def change_schemas(schema: Any, change: Callable[[Json], Json], depth: int = 0) 
     for word in SCHEMA_WORDS.intersection(schema):
         inner = schema[word]
         if isinstance(inner, list):
-            changed[word] = [change_schemas(one, change, depth + 1) for one in inner]
+            changed[word] = [change_schemas(item, change, depth + 1) for item in inner]
         elif word in SCHEMA_MAPS and isinstance(inner, dict):
-            changed[word] = {name: change_schemas(one, change, depth + 1)
-                             for name, one in inner.items()}
+            changed[word] = {name: change_schemas(item, change, depth + 1)
+                             for name, item in inner.items()}
         else:
             changed[word] = change_schemas(inner, change, depth + 1)
     return change(changed)
@@ -3965,7 +3965,7 @@ def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) ->
     steps[0] -= 1 + len(own) + len(names)
     if steps[0] < 0:
         return []
-    found = Members({name: [one] for name, one in own.items()}, [*filter(is_name, names)])
+    found = Members({name: [value] for name, value in own.items()}, [*filter(is_name, names)])
     parts = [members for part in (resolve_reference(schema.get("$ref"), root),
                                   *list_in(schema, "allOf"))
              for members in gather_members(part, root, steps, depth + 1)]
@@ -3995,11 +3995,11 @@ def unite_members(branches: List[Members]) -> List[Members]:
     return [united]
 
 
-def one_schema(schemas: List[Any]) -> Any:
-    """One schema for several of which one applies."""
-    different = list({id(one): one for one in schemas}.values())
+def unite_schemas(schemas: List[Any]) -> Any:
+    """One schema for several alternatives."""
+    different = list({id(schema): schema for schema in schemas}.values())
     if len(different) > 1:
-        different = list({to_json(one): one for one in different}.values())
+        different = list({to_json(schema): schema for schema in different}.values())
     return different[0] if len(different) == 1 else {"anyOf": different}
 
 
@@ -4023,7 +4023,7 @@ def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
     words = [word for word in TOP_WORDS if word in schema]
     for word in [*TOP_WORDS, "required"]:
         merged.pop(word, None)
-    merged["properties"] = {name: one_schema(schemas)
+    merged["properties"] = {name: unite_schemas(schemas)
                             for name, schemas in members.properties.items()}
     if members.required:
         merged["required"] = members.required
@@ -4058,7 +4058,7 @@ def read_schema(given: Any, name: str, steps: List[int], notes: List[str]) -> Js
     changes: List[str] = []
     schema = make_object(given, steps, changes)
     if not is_regular(schema):
-        schema = change_schemas(schema, lambda one: regulate(one, changes))
+        schema = change_schemas(schema, lambda inner: regulate(inner, changes))
     for change in dict.fromkeys(changes):
         add_note(notes, "schema", "of tool %s: %s" % (name, change))
     return schema
@@ -4356,9 +4356,9 @@ def read_allowed_tools(given: Json, notes: List[str], path: str) -> Choice:
     if mode not in ("auto", "required"):
         raise wrong(path + ".mode", "must be auto or required")
     allowed = []
-    for index, one in enumerate(get(given, "tools", "a list", path) or []):
+    for index, entry in enumerate(get(given, "tools", "a list", path) or []):
         here = "%s.tools[%d]" % (path, index)
-        choice = read_choice_of_tool(check(one, "an object", here), notes, here)
+        choice = read_choice_of_tool(check(entry, "an object", here), notes, here)
         if choice is None or choice.kind not in ("tool", "type"):
             raise wrong(here, "must name a tool")
         allowed.append(choice)
@@ -4916,7 +4916,7 @@ def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]
     """Those of the tools that a choice allows; a note for each that is not offered anyway."""
     if choice.allowed is None:
         return tools
-    allowed = [find_tool(prompt, one) for one in choice.allowed]
+    allowed = [find_tool(prompt, named) for named in choice.allowed]
     for tool in allowed:
         if tool.type == HOSTED:
             add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
@@ -4925,8 +4925,8 @@ def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]
 
 
 def settle_choice(prompt: Prompt) -> None:
-    """The tools that are offered, and a choice that these allow: `none` takes them away (UPSTREAM:
-    400).  Raises ProxyError `invalid` for a choice of a tool that the request does not have."""
+    """The tools that are offered, and a choice that these allow: `none` takes them away, for the
+    upstream refuses that word.  Raises ProxyError `invalid` for a tool that is not there."""
     choice = prompt.choice or Choice("auto")
     offered = [tool for tool in prompt.tools if tool.type != HOSTED]
     if choice.kind in ("tool", "type"):
@@ -5526,7 +5526,7 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     if prompt.names:
         filters.append(Filter(NO_KINDS, restore_names(prompt.names, types)))
     if CUSTOM in types and any(own.type == CUSTOM for own in prompt.names.values()):
-        filters.append(Filter(NO_KINDS, unwrap_raw()))      # such a block has no fast lane anyway
+        filters.append(Filter(NO_KINDS, unwrap_raw()))      # custom calls have no fast path anyway
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
@@ -5926,7 +5926,7 @@ def single_type(schema: Json) -> Json:
 
 
 def model_schema(tool: Tool, prompt: Prompt) -> Json:
-    """A tool's schema as its model takes it: Gemini refuses lists of types (UPSTREAM 4.1)."""
+    """A tool's schema as its model takes it: Gemini refuses lists of types."""
     if not prompt.model.startswith("google/"):
         return tool.schema
     schema: Json = change_schemas(tool.schema, single_type)
@@ -7036,7 +7036,8 @@ def read_call_item(item: Json, path: str, prompt: Prompt) -> None:
 
 def text_list(given: Any) -> List[str]:
     """A list of strings, where a model may give one string alone."""
-    return [str(one) for one in (given if isinstance(given, list) else [given]) if one is not None]
+    given = given if isinstance(given, list) else [given]
+    return [str(text) for text in given if text is not None]
 
 
 def shell_action(given: Json) -> Json:
@@ -7098,8 +7099,8 @@ def read_client_call(item: Json, path: str, prompt: Prompt) -> None:
     given = item[row.member]
     given = {row.member: given} if isinstance(given, list) else given
     arguments = read_arguments(given, "%s.%s" % (path, row.member), prompt.notes)
-    arguments = {key: one for key, one in arguments.items()
-                 if one is not None and (key, one) != ("type", "exec")}
+    arguments = {key: value for key, value in arguments.items()
+                 if value is not None and (key, value) != ("type", "exec")}
     call_id = get(item, "call_id", "a string", path) or ""
     prompt.turns.append(Turn("assistant", [Call(call_id, name, arguments)]))
 
@@ -7110,15 +7111,15 @@ def shell_text(chunk: Json) -> str:
     ending = "(timed out)" if outcome.get("type") == "timeout" else (
         "(exit code %s)" % outcome["exit_code"] if "exit_code" in outcome else "")
     stderr = chunk.get("stderr")
-    return "\n".join(str(one) for one in (chunk.get("stdout"), stderr and "stderr: %s" % stderr,
-                                          ending) if one)
+    texts = (chunk.get("stdout"), stderr and "stderr: %s" % stderr, ending)
+    return "\n".join(str(text) for text in texts if text)
 
 
 def read_client_output(item: Json, path: str, prompt: Prompt) -> None:
     """The output of a client tool: of a shell for each command, of the others as it is."""
     output = item.get("output")
     if item["type"] == "shell_call_output" and isinstance(output, list):
-        output = "\n".join(shell_text(one) for one in output if isinstance(one, dict))
+        output = "\n".join(shell_text(chunk) for chunk in output if isinstance(chunk, dict))
     elif item["type"] == "apply_patch_call_output":
         output = output or item.get("status")
     read_output_item({**item, "output": output}, path, prompt)
