@@ -133,7 +133,14 @@ REQUESTS: Dict[str, List[Any]] = {
          "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
          "tools": [{"name": "f", "description": "d", "input_schema": SCHEMA},
                    {"type": "web_search_20250305", "name": "web_search"},
-                   {"type": "custom", "name": "a.b c", "input_schema": {"type": "object"}}],
+                   {"type": "memory_20250818", "name": "memory"},
+                   {"type": "computer_20251124", "name": "computer", "display_width_px": 9,
+                    "display_height_px": 9, "enable_zoom": True},
+                   {"type": "computer_toolset_20260801", "configs": {"zoom": {"enabled": False}}},
+                   {"type": "custom", "name": "a.b c", "input_schema": {"anyOf": [
+                       {"properties": {"a": {"type": "array"}}, "required": ["a"]},
+                       {"$ref": "#/$defs/n"}], "$defs": {"n": {"minimum": 5, "allOf": [
+                           {"properties": {"b": {"maximum": 1, "exclusiveMaximum": True}}}]}}}}],
          "messages": [
              {"role": "user", "content": [
                  {"type": "text", "text": "hi"}, {"type": "image", "source": {
@@ -145,6 +152,9 @@ REQUESTS: Dict[str, List[Any]] = {
              {"role": "assistant", "content": [
                  {"type": "thinking", "thinking": "hm", "signature": "s"},
                  {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"},
+                 {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"q": "x"}},
+                 {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
+                     {"type": "web_search_result", "url": "u", "title": "t"}]},
                  {"type": "tool_use", "id": "c1", "name": "f", "input": {"city": "x"}}]},
              {"role": "user", "content": [
                  {"type": "tool_result", "tool_use_id": "c1", "is_error": True, "content": [
@@ -163,7 +173,9 @@ REQUESTS: Dict[str, List[Any]] = {
                        "type": "grammar", "syntax": "lark", "definition": "start: x"}},
                    {"type": "namespace", "name": "ns", "tools": [
                        {"type": "function", "name": "g", "parameters": {"type": "object"}}]},
-                   {"type": "web_search"}, {"type": "local_shell"}],
+                   {"type": "web_search"}, {"type": "local_shell"},
+                   {"type": "shell", "environment": {"type": "local"}}, {"type": "computer"},
+                   {"type": "tool_search", "execution": "client", "parameters": SCHEMA}],
          "input": [
              {"role": "developer", "content": "d"},
              {"type": "message", "role": "user", "content": [
@@ -176,6 +188,17 @@ REQUESTS: Dict[str, List[Any]] = {
              {"type": "function_call_output", "call_id": "c1", "output": "1"},
              {"type": "custom_tool_call_output", "call_id": "c2", "output": [
                  {"type": "input_text", "text": "ok"}]},
+             {"type": "shell_call", "call_id": "c3", "action": {"commands": ["ls"]}},
+             {"type": "shell_call_output", "call_id": "c3", "output": [
+                 {"stdout": "x", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]},
+             {"type": "local_shell_call", "id": "l", "call_id": "c4", "action": {
+                 "type": "exec", "command": ["ls"], "env": {}}},
+             {"type": "local_shell_call_output", "id": "l", "output": "{}"},
+             {"type": "tool_search_call", "call_id": "c5", "execution": "client",
+              "arguments": {"query": "x"}},
+             {"type": "tool_search_output", "call_id": "c5", "tools": [
+                 {"type": "function", "name": "h"}]},
+             {"type": "web_search_call", "id": "ws", "action": {"query": "x"}},
              {"type": "message", "id": "msg_2", "role": "assistant", "status": "completed",
               "content": [{"type": "output_text", "text": "a", "annotations": []},
                           {"type": "refusal", "refusal": "no"}]},

@@ -326,6 +326,15 @@ def codex_namespaced(agent: Agent) -> None:
     expect("unsupported" not in given and "agent" in given, given)
 
 
+def codex_searches(agent: Agent) -> None:
+    """Its own search for deferred tools is called, and what that finds is offered."""
+    agent.bed.reset(stream(calling(("call_00_s", "tool_search", {"query": "spawn agent"})), cut=40))
+    final(codex(agent, "Search.", model=GPT))
+    expect("spawn_agent" in tool_results(agent.bed.params())["call_00_s"], told(agent.bed))
+    names = [tool["name"] for tool in agent.bed.params()["tools"]]
+    expect("multi_agent_v1__spawn_agent" in names, names)
+
+
 def codex_continues(agent: Agent) -> None:
     """`codex exec resume --last` sends the thinking back that no store kept."""
     agent.bed.reset(stream(thinking_answer("Let me see.", "Four.")))
@@ -394,6 +403,7 @@ CODEX = {
         "context window"),
     "thinking": codex_thinks, "thinking before a call": codex_thinks_and_calls,
     "applies a patch (custom tool)": codex_patches, "namespaced tool": codex_namespaced,
+    "searches for tools (tool_search)": codex_searches,
     "continues with thinking": codex_continues, "image": codex_sees,
     "structured output": codex_structured}
 
