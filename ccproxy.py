@@ -58,6 +58,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     FIELDS OF ANY API (pure)
     STRUCTURED OUTPUT (pure)
     TOOL NAMES (pure)
+    TOOL CHOICE (pure)
     PROMPT REPAIR (pure)
     TOKEN COUNT (pure)
     JSON SCHEMA (pure)
@@ -3451,22 +3452,24 @@ OPAQUE = frozenset({    # members that say nothing to another model
     "result", "media_type", "score", "annotations", "input_schema"})
 
 
-def hosted_lines(name: str, value: Any) -> Iterator[str]:
-    """The titles, addresses, texts and numbers in a vendor's result, each behind its name."""
+def add_hosted_lines(lines: List[str], name: str, value: Any) -> None:
+    """Add the titles, addresses, texts and numbers in a vendor's result, each behind its name."""
     if isinstance(value, dict) and value.get("type") != "base64":
         for member, inner in value.items():
             if member not in OPAQUE:
-                yield from hosted_lines(member, inner)
+                add_hosted_lines(lines, member[:MAX_TOOL_NAME], inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from hosted_lines(name, inner)
+            add_hosted_lines(lines, name, inner)
     elif isinstance(value, (str, int, float)):
-        yield "%s: %s" % (name, value)
+        lines.append("%s: %s" % (name, value))
 
 
 def hosted_text(part: Json) -> str:
     """A vendor's call or result as text, "" where nothing in it can be read."""
-    lines = [line for line in hosted_lines("", part) if ": data:" not in line[:100]
+    lines: List[str] = []
+    add_hosted_lines(lines, "", part)
+    lines = [line for line in lines if ": data:" not in line[:100]
              and line.partition(": ")[2].strip() not in ("", "False")]
     return "\n".join(["[%s]" % part["type"], *lines]) if lines else ""
 
@@ -4134,8 +4137,9 @@ text? string For type: the text."""
 COMPUTER_WORDS = "Control a computer by its screen, mouse and keyboard."
 
 
+@lru_cache(maxsize=64)          # there are no more tables than that
 def make_parameters(table: str) -> Json:
-    """The schema of a table of parameters."""
+    """The schema of a table of parameters; it is shared, so nobody may change it."""
     properties, required = {}, []
     for name, kind, words in (line.split(None, 2) for line in table.splitlines()):
         schema = PARAMETER_TYPES.get(kind, {"type": kind})
@@ -4286,7 +4290,7 @@ def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
 def read_namespace(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     """A namespace's tools, each of which remembers it."""
     name = get(entry, "name", "a string", path) or ""
-    tools = list_tools(entry.get("tools"), path + ".tools", notes)
+    tools = read_tools(entry.get("tools"), path + ".tools", notes)
     return [tool._replace(namespace=name) for tool in tools]
 
 
@@ -4296,8 +4300,8 @@ TOOL_READERS: Dict[str, Callable[[Json, str, List[str]], List[Tool]]] = {
     **dict.fromkeys(DATED_TOOLS, read_dated_tool), **dict.fromkeys(ITEM_TOOLS, read_item_tool)}
 
 
-def list_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
-    """Tools of any API, each once, with their schemas as given; then the hosted ones."""
+def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
+    """Tools of any API, each once, then the hosted ones; schemas are still as given."""
     tools: Dict[Tuple[str, str], Tool] = {}
     hosted: List[Tool] = []
     for index, entry in enumerate(check(given, "a list", path) if given is not None else []):
@@ -4312,14 +4316,6 @@ def list_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
                 add_note(notes, "left_out", "second tool named %s" % tool.name)
             tools.setdefault((tool.namespace, tool.name), tool)
     return [*tools.values(), *hosted]
-
-
-def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
-    """Tools of any API with their schemas as they are sent."""
-    steps = [MAX_MERGE_STEPS]
-    return [tool if tool.type == HOSTED else
-            tool._replace(schema=read_schema(tool.schema, tool.name, steps, notes))
-            for tool in list_tools(given, path, notes)]
 
 
 CHOICE_WORDS = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
@@ -4744,6 +4740,77 @@ def map_tool_names(prompt: Prompt) -> None:
         prompt.choice = Choice("tool", sent[choice.namespace, choice.name])
 
 
+# === TOOL CHOICE (pure) =====================================================
+# Which of a request's tools are offered, and which of them must be called: a
+# choice names tools of the request, by name or by type.  One that only its
+# vendor can run cannot be chosen, for it is not offered.
+
+
+def offered_tools(prompt: Prompt) -> List[Tool]:
+    """The tools that can be offered, each once: a search may find what is known."""
+    offered: Dict[Tuple[str, str], Tool] = {}
+    for tool in prompt.tools:
+        if tool.type != HOSTED:
+            offered.setdefault((tool.namespace, tool.name), tool)
+    return list(offered.values())
+
+
+def tool_family(name: str) -> str:
+    """A vendor's name of a kind of tools, whichever its version: web_search, computer."""
+    return re.sub(r"(_use)?(_preview)?(_20[0-9_]+)?\Z", "", name, count=1)
+
+
+def find_tools(prompt: Prompt, choices: Iterable[Choice]) -> List[Tool]:
+    """The tools that choices name.  Raises ProxyError `invalid` where the request has none such."""
+    known: Dict[Tuple[str, str, str], Tool] = {}
+    for tool in sorted(prompt.tools, key=lambda tool: tool.type == HOSTED):
+        known.setdefault(("tool", tool.namespace, tool.name), tool)
+        known.setdefault(("tool", "", tool.name), tool)
+        if tool.type not in (FUNCTION, CUSTOM):
+            known.setdefault(("type", "", tool_family(tool.name)), tool)
+    found = []
+    for choice in choices:
+        named = known.get(("tool", choice.namespace, choice.name))
+        if named is None and choice.kind == "type":
+            named = known.get(("type", "", tool_family(choice.name)))
+        if named is None:
+            names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
+            raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
+                        % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
+        found.append(named)
+    return found
+
+
+def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]:
+    """Those of the tools that a choice allows; a note for each that is not offered anyway."""
+    if choice.allowed is None:
+        return tools
+    allowed = find_tools(prompt, choice.allowed)
+    for tool in allowed:
+        if tool.type == HOSTED:
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
+    identities = set(map(id, allowed))
+    return [tool for tool in tools if id(tool) in identities]
+
+
+def settle_choice(prompt: Prompt) -> None:
+    """The tools that are offered, and a choice that these allow: `none` takes them away, for the
+    upstream refuses that word.  Raises ProxyError `invalid` for a tool that is not there."""
+    choice = prompt.choice or Choice("auto")
+    offered = offered_tools(prompt)
+    if choice.kind in ("tool", "type"):
+        tool, = find_tools(prompt, [choice])
+        choice = Choice("tool", tool.name, tool.namespace)
+        if tool.type == HOSTED:
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
+            choice = Choice("auto")
+    offered = [] if choice.kind == "none" else allow_tools(prompt, offered, choice)
+    if choice.kind == "any" and not offered:
+        add_note(prompt.notes, "ignored", "tool_choice without tools")
+    prompt.choice = choice._replace(allowed=None) if offered and prompt.choice else None
+    prompt.tools = offered
+
+
 # === PROMPT REPAIR (pure) ===================================================
 # A history made fit for any upstream, always in the same way, so that a prompt
 # has the same beginning on every turn and the upstream's cache keeps hitting:
@@ -4892,56 +4959,6 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
     return repaired + settle_users(users, calls, notes)
 
 
-def is_named(tool: Tool, choice: Choice) -> bool:
-    """Whether a choice names a tool; one by type is met by the beginning of a name too, as
-    web_search by web_search_preview."""
-    if tool.name == choice.name:
-        return choice.namespace in ("", tool.namespace)
-    return choice.kind == "type" and tool.type not in (FUNCTION, CUSTOM) and (
-        tool.name.startswith(choice.name) or choice.name.startswith(tool.name))
-
-
-def find_tool(prompt: Prompt, choice: Choice) -> Tool:
-    """The tool that a choice names, at best exactly.  Raises ProxyError `invalid` where there is
-    none."""
-    found = [tool for tool in prompt.tools if is_named(tool, choice)]
-    if found:
-        return min(found, key=lambda tool: tool.name != choice.name)
-    names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
-    raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
-                % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
-
-
-def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]:
-    """Those of the tools that a choice allows; a note for each that is not offered anyway."""
-    if choice.allowed is None:
-        return tools
-    allowed = [find_tool(prompt, named) for named in choice.allowed]
-    for tool in allowed:
-        if tool.type == HOSTED:
-            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
-    identities = set(map(id, allowed))
-    return [tool for tool in tools if id(tool) in identities]
-
-
-def settle_choice(prompt: Prompt) -> None:
-    """The tools that are offered, and a choice that these allow: `none` takes them away, for the
-    upstream refuses that word.  Raises ProxyError `invalid` for a tool that is not there."""
-    choice = prompt.choice or Choice("auto")
-    offered = [tool for tool in prompt.tools if tool.type != HOSTED]
-    if choice.kind in ("tool", "type"):
-        tool = find_tool(prompt, choice)
-        choice = Choice("tool", tool.name, tool.namespace)
-        if tool.type == HOSTED:
-            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
-            choice = Choice("auto")
-    offered = [] if choice.kind == "none" else allow_tools(prompt, offered, choice)
-    if choice.kind == "any" and not offered:
-        add_note(prompt.notes, "ignored", "tool_choice without tools")
-    prompt.choice = choice._replace(allowed=None) if offered and prompt.choice else None
-    prompt.tools = offered
-
-
 def refuse_unreadable(prompt: Prompt) -> None:
     """A newest user turn that holds nothing but parts which cannot be shown is a 400; earlier ones
     are not, nor is one with a result of a tool, for the client could not go on."""
@@ -4957,6 +4974,9 @@ def repair_prompt(prompt: Prompt) -> None:
     """Everything above, in order.  Raises ProxyError `invalid` when nothing is left to answer."""
     refuse_unreadable(prompt)
     settle_choice(prompt)
+    steps = [MAX_MERGE_STEPS]
+    prompt.tools = [tool._replace(schema=read_schema(tool.schema, tool.name, steps, prompt.notes))
+                    for tool in prompt.tools]
     prompt.turns = repair_turns(prompt.turns, prompt.notes)
     if not prompt.turns:
         raise wrong(prompt.source, "must hold at least one message that is not empty")
@@ -7127,9 +7147,8 @@ def read_client_output(item: Json, path: str, prompt: Prompt) -> None:
 
 def read_found_tools(item: Json, path: str, prompt: Prompt) -> None:
     """Tools that a client's search found, and those added in mid-conversation: they are offered."""
-    offered = {(tool.namespace, tool.name) for tool in prompt.tools}
     found = read_tools(item.get("tools"), path + ".tools", prompt.notes)
-    prompt.tools += [tool for tool in found if (tool.namespace, tool.name) not in offered]
+    prompt.tools += found
     if item["type"] == "tool_search_output":
         names = ", ".join(tool.name for tool in found) or "nothing"
         read_output_item({**item, "output": "Found: " + names}, path, prompt)

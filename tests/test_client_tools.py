@@ -357,6 +357,28 @@ def test_tools_that_a_search_found_are_offered():
     assert params["tool_choice"] == {"type": "tool", "name": "crm__find"}
 
 
+def test_a_found_function_counts_before_a_hosted_tool_of_its_name():
+    body = request("responses", tools=[{"type": "web_search"}], input=[
+        {"role": "user", "content": "x"}, {"type": "additional_tools", "tools": [
+            {"type": "function", "name": "web_search"}]}],
+        tool_choice={"type": "function", "name": "web_search"})
+    params = params_of("responses", body)
+    assert [tool["name"] for tool in params["tools"]] == ["web_search"]
+    assert params["tool_choice"] == {"type": "tool", "name": "web_search"}
+
+
+def test_many_tools_and_choices_cost_linear_time():
+    """A choice is looked up, not searched for: this would take minutes."""
+    names = ["f%d" % number for number in range(20_000)]
+    body = request("responses", tools=[{"type": "function", "name": name} for name in names],
+                   tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [
+                       {"type": "function", "name": name} for name in reversed(names)]},
+                   input=[{"role": "user", "content": "x"}, *(
+                       {"type": "additional_tools", "tools": [{"type": "function", "name": name}]}
+                       for name in names)])
+    assert len(params_of("responses", body)["tools"]) == 20_000
+
+
 # Wrong types name their path.
 
 WRONG = [

@@ -601,6 +601,14 @@ def test_what_a_vendors_tool_gave_stays_as_text(face, part, lines, absent):
     assert notes == ["replaced=%s at messages[1].content[0] by its text" % part["type"]]
 
 
+def test_a_vendors_long_name_is_not_repeated_with_each_value():
+    part = {"type": "mcp_tool_result", "content": [{"x" * 100_000: ["a"] * 10_000}]}
+    messages = [USER, {"role": "assistant", "content": [part]}, USER]
+    said = at(params_of("messages", request("messages", messages=messages)),
+              "messages.1.content.0.text")
+    assert len(said) < 1_000_000 and said.count("x: a") == 10_000
+
+
 def test_a_vendors_part_without_a_word_is_dropped_with_a_note():
     messages = [USER, {"role": "assistant", "content": [
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}, text("so")]}, USER]
