@@ -4202,16 +4202,17 @@ def read_dated_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
                  read_cache(entry, path))]
 
 
+TOOLSET = {action: Tool(action, "%s Action: %s." % (COMPUTER_WORDS, action), make_parameters(
+    "\n".join("%s %s" % (name, COMPUTER_PARAMETERS[name.rstrip("?")]) for name in names.split())),
+    namespace="computer") for action, names in COMPUTER_ACTIONS.items()}
+
+
 def read_toolset(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     """Anthropic's computer toolset: each action is a tool, unless `configs` disables it."""
     configs = get(entry, "configs", "an object", path) or {}
-    actions = [action for action in COMPUTER_ACTIONS
-               if object_in(configs, action).get("enabled") is not False]
-    return [Tool(action, "%s Action: %s." % (COMPUTER_WORDS, action), make_parameters("\n".join(
-        "%s %s" % (name, COMPUTER_PARAMETERS[name.rstrip("?")])
-        for name in COMPUTER_ACTIONS[action].split())),
-        read_cache(entry, path) if action == actions[-1] else None, "computer")
-        for action in actions]
+    tools = [tool for action, tool in TOOLSET.items()
+             if object_in(configs, action).get("enabled") is not False]
+    return tools[:-1] + [tool._replace(cache=read_cache(entry, path)) for tool in tools[-1:]]
 
 
 def read_hosted_tool(entry: Json, path: str, notes: List[str]) -> List[Tool]:
@@ -4311,10 +4312,8 @@ def read_tools(given: Any, path: str, notes: List[str]) -> List[Tool]:
         for tool in reader(entry, here, notes):
             if tool.type == HOSTED:
                 hosted.append(tool)
-                continue
-            if (tool.namespace, tool.name) in tools:
+            elif tools.setdefault((tool.namespace, tool.name), tool) is not tool:
                 add_note(notes, "left_out", "second tool named %s" % tool.name)
-            tools.setdefault((tool.namespace, tool.name), tool)
     return [*tools.values(), *hosted]
 
 
