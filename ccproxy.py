@@ -3832,6 +3832,7 @@ BRANCHES = ("allOf", "anyOf", "oneOf")
 TOP_WORDS = ("$ref", *BRANCHES, "not", "enum")      # what OpenAI refuses at a schema's top
 BOUNDS_BY_FLAG = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}     # draft 4
 NOT_IN_LEAVES = SCHEMA_WORDS.union(BOUNDS_BY_FLAG)
+IRREGULAR = frozenset({("items", list), *((flag, bool) for flag in BOUNDS_BY_FLAG)})
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 INTO_BRANCH = re.compile(rb'"\$ref":"#/(allOf|anyOf|oneOf)/([0-9]+)')
 MAX_SCHEMA_DEPTH = 64           # schemas inside one another that are looked at
@@ -3857,36 +3858,32 @@ def is_array(kind: Any) -> bool:
 
 def is_irregular(schema: Json) -> bool:
     """Whether a schema itself has an array without items, or a bound that is a flag."""
-    items = schema.get("items")
-    if is_array(schema.get("type")):
-        return not isinstance(items, (dict, bool))
-    return isinstance(items, list) or isinstance(schema.get("exclusiveMinimum"), bool) \
-        or isinstance(schema.get("exclusiveMaximum"), bool)
-
-
-def inner_schemas(schema: Json) -> List[Any]:
-    """The schemas that stand directly inside one."""
-    found: List[Any] = []
-    for word in SCHEMA_WORDS.intersection(schema):
-        inner = schema[word]
-        if word in SCHEMA_MAPS and isinstance(inner, dict):
-            inner = list(inner.values())
-        found += inner if isinstance(inner, list) else [inner]
-    return found
+    if is_array(schema.get("type")) and not isinstance(schema.get("items"), (dict, bool)):
+        return True
+    return any((word, schema.get(word).__class__) in IRREGULAR for word, _ in IRREGULAR)
 
 
 def is_regular(schema: Json) -> bool:
-    """Whether nothing inside a schema needs a change: nearly always so, and quickly seen."""
+    """Whether nothing inside a schema needs a change: nearly always so, and quickly seen.  A loop
+    without calls, for it looks at all tools of every request."""
     schemas: List[Any] = [schema]
     for inner in schemas:           # grows by those inside
         if inner.__class__ is not dict:
             continue
-        if not NOT_IN_LEAVES.isdisjoint(inner):
-            if is_irregular(inner):
-                return False
-            schemas += inner_schemas(inner)
-        elif is_array(inner.get("type")):
+        kind = inner.get("type")
+        if (kind == "array" or kind.__class__ is list) \
+                and inner.get("items").__class__ is not dict and is_irregular(inner):
             return False
+        if NOT_IN_LEAVES.isdisjoint(inner):
+            continue
+        for word in NOT_IN_LEAVES.intersection(inner):
+            found = inner[word]
+            if found.__class__ is dict:
+                schemas += found.values() if word in SCHEMA_MAPS else (found,)
+            elif (word, found.__class__) in IRREGULAR:
+                return False
+            elif found.__class__ is list:
+                schemas += found
     return True
 
 
