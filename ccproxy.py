@@ -433,7 +433,7 @@ def classify_failure(status: Optional[int], code: str, message: str) -> str:
     for row in FAILURES:
         if status in row.upstream:
             return row.kind
-    return "invalid" if status is not None and 400 <= status < 500 else "upstream"
+    return "invalid" if 400 <= (status or 0) < 500 else "upstream"
 
 
 def error_fields(error: ProxyError) -> List[Tuple[str, str]]:
@@ -4020,14 +4020,14 @@ def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
     members = (gather_members(schema, schema, steps) or [Members({}, [])])[0]
     target = resolve_reference(schema.get("$ref"), schema)
     merged = {**(target if takes_objects(target) else {}), **schema}
-    words = [word for word in TOP_WORDS if word in schema]
+    words = ", ".join(filter(schema.__contains__, TOP_WORDS))
     for word in [*TOP_WORDS, "required"]:
         merged.pop(word, None)
     merged["properties"] = {name: unite_schemas(schemas)
                             for name, schemas in members.properties.items()}
     if members.required:
         merged["required"] = members.required
-    changes.append("%s at the top merged into one object" % ", ".join(words))
+    changes.append("%s at the top merged into one object" % words)
     if steps[0] < 0:
         changes.append("left out what is beyond %d branches and members" % MAX_MERGE_STEPS)
     return merged
@@ -4792,8 +4792,10 @@ def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]
 def settle_choice(prompt: Prompt) -> None:
     """The tools that are offered, and a choice that these allow: `none` takes them away, for the
     upstream refuses that word.  Raises ProxyError `invalid` for a tool that is not there."""
-    choice = prompt.choice or Choice("auto")
-    offered = offered_tools(prompt)
+    if prompt.choice is None:
+        prompt.tools = offered_tools(prompt)
+        return
+    choice, offered = prompt.choice, offered_tools(prompt)
     if choice.kind in ("tool", "type"):
         tool, = find_tools(prompt, [choice])
         choice = Choice("tool", tool.name, tool.namespace)
@@ -4803,7 +4805,7 @@ def settle_choice(prompt: Prompt) -> None:
     offered = [] if choice.kind == "none" else allow_tools(prompt, offered, choice)
     if choice.kind == "any" and not offered:
         add_note(prompt.notes, "ignored", "tool_choice without tools")
-    prompt.choice = choice._replace(allowed=None) if offered and prompt.choice else None
+    prompt.choice = choice._replace(allowed=None) if offered else None
     prompt.tools = offered
 
 
@@ -6915,13 +6917,14 @@ def messages_shell(reply: Reply) -> Json:
 
 def messages_block(block: Block, whole: bool) -> Json:
     """A content block: empty as it opens, complete in a plain answer."""
+    text = block.text if whole else ""
     if block.kind == TOOL:
         toolset = {"toolset_name": block.namespace} if block.namespace else {}
         return {"type": "tool_use", "id": block.call_id, "name": block.name, **toolset,
-                "input": read_arguments(block.text, "", []) if whole else {}}
+                "input": read_arguments(text, "", [])}
     if block.kind == TEXT:
-        return {"type": "text", "text": block.text if whole else ""}
-    return {"type": "thinking", "thinking": block.text if whole else "",
+        return {"type": "text", "text": text}
+    return {"type": "thinking", "thinking": text,
             "signature": (block.signature or DEFAULT_SIGNATURE) if whole else ""}
 
 
@@ -9485,6 +9488,10 @@ def shell_of(variables: Mapping[str, str], windows: bool) -> str:
     return known.get(name, "powershell" if windows and not name else "sh")
 
 
+def shell_word(word: str, shell: Shell) -> str:
+    return word if re.fullmatch("[A-Za-z0-9@%_+=:,./-]+", word) else shell.quoted(word)
+
+
 def environment_lines(name: str, target: Target, shell: Shell,
                       variables: Mapping[str, str]) -> List[str]:
     """A client's environment in the words of a shell; the key only as a reference to
@@ -9500,9 +9507,7 @@ def environment_lines(name: str, target: Target, shell: Shell,
     words = client.arguments(target)
     if words:
         lines.append("# the rest does not fit into an environment; start it as:")
-        lines.append("# %s %s" % (name, " ".join(
-            word if re.fullmatch("[A-Za-z0-9@%_+=:,./-]+", word) else shell.quoted(word)
-            for word in words)))
+        lines.append("# %s %s" % (name, " ".join(shell_word(word, shell) for word in words)))
     return lines + ["# " + line for line in client.advice(target)]
 
 
@@ -10356,9 +10361,9 @@ def plain_schema(schema: Json, root: Any) -> Json:
     if "$ref" in schema:
         found = resolve_reference(schema["$ref"], root)
         return found if isinstance(found, dict) else {}
-    for keyword in ("allOf", "anyOf", "oneOf"):
-        options = schema.get(keyword)
-        if isinstance(options, list) and options:
+    for keyword in BRANCHES:
+        options = list_in(schema, keyword)
+        if options:
             rest = {name: value for name, value in schema.items() if name != keyword}
             return {**rest, **options[0]} if isinstance(options[0], dict) else rest
     return schema
@@ -19320,7 +19325,7 @@ def add_options(parser: Any, shown: Iterable[str]) -> None:
             str(option.default).lower() if option.kind == "bool" else option.default
         words = "%s (default: %s) [%s]" % (option.help, default,
                                            ", ".join(environment_names(option)))
-        flags = [flag_name(option)] + ["-p"] * (option.name == "port" and bool(shown))
+        flags = [flag_name(option)] + ["-p"] * (option.name == "port")
         parser.add_argument(*flags, dest="option " + option.name,
                             help=words.replace("%", "%%") if option.name in shown
                             else argparse.SUPPRESS,

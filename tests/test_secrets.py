@@ -315,11 +315,12 @@ def test_a_callers_own_names_come_back_to_it(place):
     body = {"messages": [{"role": "user", "content": "hi"}],
             "tools": [OWN_TOOL, {"type": "web", "name": OWN + "_2"}]}
     answer = proxy.request("POST", CHAT, body, BEARER, None)
-    assert OWN + " " in answer.fields["x-ccproxy-notes"]
+    assert "of tool %s:" % OWN in answer.fields["x-ccproxy-notes"]
     assert OWN + "_2 " in answer.fields["x-ccproxy-notes"]
     schema = {"type": "object", "properties": {OWN: {"type": "string"}, "user_location": {},
                                                KEY: {"enum": [KEY]}}}
     body = {"input": "hi", "tool_choice": {"type": "function", "name": OWN}, "metadata": {OWN: OWN},
+            "tools": [{"type": "function", "name": OWN, "parameters": schema}],
             "text": {"format": {"type": "json_schema", "name": OWN, "schema": schema}}}
     echo = proxy.request("POST", RESPONSES, body, BEARER, None).json
     name = "key:" + hashlib.sha256(KEY.encode()).hexdigest()[:6]
