@@ -12485,7 +12485,7 @@ class App:
     leaving: bool = False                       # told to stop; answers say `connection: close`
     draining: bool = False                      # no new requests are served
     restarting: bool = False                    # the program starts again when it has drained
-    drain_within: float = float("inf")          # seconds for that, where fewer than drainSeconds
+    drain_within: float = float("inf")          # seconds for a restart's drain, if asked for fewer
     stop: Any = None                            # asyncio.Event: the proxy is to stop
     hurry: Any = None                           # asyncio.Event: and not to wait for anything
     server: Any = None                          # what listens
@@ -15526,10 +15526,9 @@ def restart_drain(app: App, head: RequestHead) -> float:
     return float(given[-1])
 
 
-def begin_restart(app: App, drain_within: float = float("inf")) -> None:
-    """Drain, for at most so many seconds, and start again."""
+def begin_restart(app: App) -> None:
+    """Drain and start again."""
     if not app.stop.is_set():
-        app.drain_within = min(drain_within, app.config.drain_seconds)
         app.restarting = True
         app.stop.set()
 
@@ -15649,7 +15648,8 @@ async def serve_restart(app: App, exchange: Exchange) -> None:
     exchange.keep = False
     app.log.info("asked over HTTP: starting again")
     await respond_json(app, exchange, 202, {"status": "restarting"})
-    begin_restart(app, seconds)
+    app.drain_within = seconds
+    begin_restart(app)
 
 
 async def show_admin_models(app: App, exchange: Exchange) -> None:
@@ -17033,6 +17033,7 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
     await app.stop.wait()
     await stop_taking(app)
     running = counted(len(app.exchanges) - len(app.followers), "request")
+    app.drain_within = min(app.drain_within, app.config.drain_seconds)
     app.log.info("stopping: %s in progress%s", running, "; new requests wait for %s at most"
                  % counted(app.drain_within, "second") if app.restarting else "")
     await drain(app, app.hurry)

@@ -204,6 +204,7 @@ def test_a_log_file_that_was_moved_is_opened_anew(start_program, tmp_path, signa
     log, moved = tmp_path / "proxy.log", tmp_path / "proxy.log.1"
     program = start_program("--log-file", str(log))
     assert program.post(CHAT).status == 200
+    wait_until(lambda: " 200 " in log.read_text())      # its line follows the answer
     os.rename(str(log), str(moved))
     if signalled:
         program.process.send_signal(signal.SIGHUP)
