@@ -242,6 +242,8 @@ DISCARD_BYTES = 64 * KIB            # of an unwanted body that is read rather th
 MAX_OUTPUT_TOKENS = 200_000         # the upstream answers 400 above this, for every model
 DEFAULT_OUTPUT_TOKENS = 64_000      # what the vendor's own client sends
 MAX_TOOL_NAME = 64                  # OpenAI's limit; Anthropic takes 128, others less
+MAX_STOPS = 64                      # stop sequences of one request (OpenAI takes 4): each piece of
+MAX_STOP_CHARS = 1024               # text is searched for all of them
 
 DEFAULT_CLI_VERSION = "1.64.0"      # x-command-code-version: the newest that was studied
 DEFAULT_MODEL = "deepseek/deepseek-v4-flash"    # the vendor's own default, on every plan
@@ -4531,13 +4533,18 @@ def read_finite(body: Json, name: str) -> Optional[float]:
 
 
 def read_stops(given: Any, name: str) -> List[str]:
-    """Stop sequences, a string or a list; empty ones are left out."""
-    given = [given] if isinstance(given, str) else given
+    """Stop sequences, a string or a list; empty ones are left out.  Raises ProxyError `invalid`."""
     if given is None:
         return []
-    stops = check(given, "a list", name)
-    return [stop for index, stop in enumerate(stops)
-            if check(stop, "a string", "%s[%d]" % (name, index))]
+    single = isinstance(given, str)
+    stops = [given] if single else check(given, "a list", name)
+    if len(stops) > MAX_STOPS:
+        raise wrong(name, "must hold at most %d stop sequences" % MAX_STOPS)
+    for index, stop in enumerate(stops):
+        path = name if single else "%s[%d]" % (name, index)
+        if len(check(stop, "a string", path)) > MAX_STOP_CHARS:
+            raise wrong(path, "must be at most %d characters long" % MAX_STOP_CHARS)
+    return [stop for stop in stops if stop]
 
 
 def read_json_format(given: Any, path: str) -> Optional[Json]:
@@ -5454,20 +5461,34 @@ def unwrap_raw() -> Callable[[Event], List[Event]]:
     return run
 
 
-def possible_start(text: str, sequences: Iterable[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a sequence."""
-    longest = 0
-    for sequence in sequences:
-        for size in range(min(len(sequence) - 1, len(text)), longest, -1):
-            if text.endswith(sequence[:size]):
-                longest = size
-                break
-    return longest
+def first_stop(text: str, fresh: int, stops: List[str]) -> Optional[Tuple[int, str]]:
+    """(place, sequence) of the stop sequence that is complete first, the longest of those that end
+    there; none is complete before the character `fresh`, so none is looked for there."""
+    found = [(at, stop) for stop in stops
+             for at in (text.find(stop, max(0, fresh + 1 - len(stop)) if fresh else 0),) if at >= 0]
+    return min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0])) if found else None
+
+
+def possible_start(text: str, stops: List[str], longest: int, firsts: FrozenSet[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of the stop sequences,
+    given sorted: a beginning's own place in their order is right before those that it begins."""
+    for at in range(max(0, len(text) + 1 - longest), len(text)):
+        if text[at] in firsts:
+            rest = text[at:]
+            place = bisect.bisect_left(stops, rest)
+            if place < len(stops) and stops[place].startswith(rest):
+                return len(rest)
+    return 0
 
 
 def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
-    """End the answer in front of the first stop sequence in its text, also across deltas."""
-    held = ""
+    """End the answer in front of the first stop sequence in its text, also across deltas.
+
+    What is held back begins a sequence, so one place in it is tried again for each that is given
+    up: the cost of a piece does not grow with what is held.
+    """
+    held, stops, longest = "", sorted(stops), max(map(len, stops))
+    firsts = frozenset(stop[0] for stop in stops)
 
     def run(event: Event) -> List[Event]:
         nonlocal held
@@ -5478,13 +5499,12 @@ def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
             rest, held = ("", held) if block.broken else (held, "")
             return ([Delta(block, rest)] if rest else []) + [event]
         text = held + event.text        # type: ignore[union-attr]
-        found = [(text.find(stop), stop) for stop in stops if stop in text]
+        found = first_stop(text, len(held), stops)
         if found:
-            at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
-            held = ""
+            (at, stop), held = found, ""
             cut: List[Event] = [Delta(block, text[:at])] if at else []
             return cut + [Close(block), End(STOP, stop)]
-        size = possible_start(text, stops)
+        size = possible_start(text, stops, longest, firsts)
         held = text[len(text) - size:]
         return [Delta(block, text[:len(text) - size])] if size < len(text) else []
     return run

@@ -1010,6 +1010,25 @@ def test_a_wrong_type_in_max_tokens_alone(face):
         assert refusal(face, request(face, max_tokens=value)).param == "max_tokens"
 
 
+# Stop sequences: (value, path that a refusal names, None where the value is good).
+
+STOPS = [(["x"] * 64, None), ("x" * 1024, None), (["x" * 1024] * 64, None), ([""] * 64, None),
+         (["x"] * 65, ""), (["y" * 9] * 70_000, ""), ("x" * 1025, ""), (["a", "x" * 1025], "[1]"),
+         (["\u00e9" * 1024], None), (["\u00e9" * 1025, "a"], "[0]"),
+         ([""] * 3 + ["x" * 300_000], "[3]")]
+
+
+@pytest.mark.parametrize("face", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("name", ["stop", "stop_sequences"])
+@pytest.mark.parametrize("value,path", STOPS, ids=range(len(STOPS)))
+def test_how_many_and_how_long_stop_sequences_may_be(face, name, value, path):
+    error = refusal(face, request(face, **{name: value}))
+    assert (error is None) == (path is None)
+    if error is not None:
+        assert (error.status, error.param) == (400, name + path) and name + path in error.message
+        assert ("64" if isinstance(value, list) and len(value) > 64 else "1024") in error.message
+
+
 NULLABLE = ["model", "stream", "stream_options", "max_tokens", "max_completion_tokens",
             "temperature", "top_p", "n", "stop", "stop_sequences", "reasoning_effort", "reasoning",
             "response_format", "tools", "tool_choice", "thinking", "output_config", "metadata",
