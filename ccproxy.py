@@ -5511,7 +5511,8 @@ def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
 
 
 FENCE_START = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\r?\n")
-FENCE_MAYBE = re.compile(r"\s*(`{0,2}|```[A-Za-z0-9_-]*[ \t]*\r?)")
+FENCE_MAYBE = re.compile(r"\s*(?:(`{0,2})|(```)[A-Za-z0-9_-]*([ \t]?)[ \t]*(\r?))")
+MAX_FENCE_CHARS = MIB       # a longer beginning, as of endless white space, is that of no fence
 FENCE_END = re.compile(r"\s*(```\s*)?")          # what may turn out to be the closing fence
 FENCE_TAIL = re.compile(r"[\s`]*\Z")
 
@@ -5525,25 +5526,40 @@ def closing_size(text: str) -> int:
 
 def strip_fence() -> Callable[[Event], List[Event]]:
     """Take a code fence off a JSON answer: models add one whatever they are told."""
-    state, held = "start", ""
+    state, held, size = "start", "", 0
+    begun: List[str] = []       # the text as long as it may begin with a fence; `size` characters
+
+    def open_text(text: str) -> str:
+        """What can be let go of at the start.  Of what begun holds, `held` is the little that the
+        decision needs, so that a piece costs no more than its own length."""
+        nonlocal state, held, size
+        begun.append(text)
+        size += len(text)
+        text = held + text
+        opening, maybe = FENCE_START.match(text), FENCE_MAYBE.fullmatch(text)
+        if maybe and size <= MAX_FENCE_CHARS:
+            held = "".join(maybe.groups(""))
+            return ""
+        state, held, size = "fenced" if opening else "plain", "", 0
+        text = text[opening.end():] if opening else "".join(begun)
+        begun.clear()
+        return text
 
     def grow_text(text: str) -> str:
         """What can be let go of, with some more text."""
-        nonlocal state, held
-        held += text
-        if state == "start":
-            opening = FENCE_START.match(held)
-            if not opening and FENCE_MAYBE.fullmatch(held):
-                return ""
-            state, held = ("fenced", held[opening.end():]) if opening else ("plain", held)
-        size = len(held) - (closing_size(held) if state == "fenced" else 0)
-        ready, held = held[:size], held[size:]
-        return ready
+        nonlocal held
+        text = open_text(text) if state == "start" else held + text
+        ready = len(text) - (closing_size(text) if state == "fenced" else 0)
+        if state != "start":
+            held = text[ready:]
+        return text[:ready]
 
     def close_text() -> str:
-        nonlocal state, held
-        rest = "" if state == "fenced" and FENCE_END.fullmatch(held) else held
-        state, held = "start", ""
+        nonlocal state, held, size
+        rest = "".join(begun) if state == "start" else held
+        rest = "" if state == "fenced" and FENCE_END.fullmatch(held) else rest
+        state, held, size = "start", "", 0
+        begun.clear()
         return rest
 
     def run(event: Event) -> List[Event]:

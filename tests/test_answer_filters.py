@@ -1,8 +1,11 @@
 """ANSWER FILTERS: stop sequences, code fences, tool names and hidden thinking, over every cut."""
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
+import re
+import types
 
 import pytest
 from harness import ccproxy
@@ -105,6 +108,41 @@ def test_only_a_possible_beginning_is_held_back():
         assert steps[-1] == whole
 
 
+ALIKE = ["a" * (1023 - size) + "b" for size in range(64)]
+LONG = [        # (sequences of the greatest number and length, pieces of text)
+    (ALIKE, ["a"] * 3000), (ALIKE, (["a"] * 900 + ["c"]) * 3), (ALIKE, ["a" * 5000] * 3),
+    (["a" * 511 + "b" + "a" * (448 + size) for size in range(64)],
+     (["a"] * 511 + ["b"] + ["a"] * 300 + ["c"]) * 3),
+    (["%02d" % size + "ab" * 511 for size in range(64)], list("01ab" * 500) + ["01ab" * 2000])]
+
+
+@pytest.mark.parametrize("stops,pieces", LONG, ids=range(len(LONG)))
+def test_the_cost_of_a_piece_does_not_grow_with_what_is_held(stops, pieces, monkeypatch):
+    """Counted, not timed: a place in the text is tried once, but for one more at each piece."""
+    tried = []
+
+    def bisect_left(*arguments):
+        tried.append(arguments)
+        return bisect.bisect_left(*arguments)
+
+    monkeypatch.setattr(ccproxy, "bisect", types.SimpleNamespace(bisect_left=bisect_left))
+    text = "".join(pieces)
+    assert run_filter(ccproxy.cut_at_stops(stops), pieces)[:2] == (text, None)
+    assert len(pieces) / 2 < len(tried) <= len(text) + len(pieces)
+
+
+def test_stops_of_any_length_over_random_texts():
+    rng = random.Random(5)
+    for _ in range(500):
+        words = "".join(rng.choice("aab") for _ in range(rng.randrange(200)))
+        stops = [words[at:at + rng.randrange(1, 60)] + rng.choice(["", "b", "c"]) or "x"
+                 for at in [rng.randrange(len(words) + 1) for _ in range(rng.randrange(1, 9))]]
+        cuts = sorted(rng.randrange(len(words) + 1) for _ in range(rng.randrange(30)))
+        pieces = [words[start:end] for start, end in zip([0] + cuts, cuts + [len(words)])]
+        found = run_filter(ccproxy.cut_at_stops(stops), [piece for piece in pieces if piece])
+        assert found[:2] == cut_plainly(words, stops), (words, stops, pieces)
+
+
 def test_stops_leave_other_blocks_alone():
     for kind in (THINKING, TOOL):
         assert run_filter(ccproxy.cut_at_stops(["b"]), ["abc"], kind)[:2] == ("abc", None)
@@ -146,6 +184,63 @@ FENCES = [
 def test_fences_over_every_cut(words, shown):
     for pieces in every_cut(words):
         assert run_filter(ccproxy.strip_fence(), pieces)[:2] == (shown, None), pieces
+
+
+BLANK = " \n\t\r\x85\u2003" * 500
+ENDLESS = [     # (pieces, shown)
+    (list(BLANK), BLANK), (list(BLANK + "x"), BLANK + "x"), (list(BLANK + "``"), BLANK + "``"),
+    (list(BLANK + '```json\n{"a":1}\n```'), '{"a":1}'), ([BLANK] * 20, BLANK * 20),
+    (list("```" + "a" * 3000), "```" + "a" * 3000), (list("```" + "a" * 3000 + "\n1\n```"), "1"),
+    (list("```" + " " * 3000 + "\n1"), "1"), (list("``" + BLANK), "``" + BLANK),
+    (list("```" + " " * 3000 + "a\n1"), "```" + " " * 3000 + "a\n1"),
+    (list("```\n" + BLANK + "x"), BLANK + "x"),
+    (list("```\n1" + BLANK + "2\n```"), "1" + BLANK + "2")]
+
+
+class Measured:
+    """A pattern that counts how many characters it was given."""
+
+    def __init__(self, pattern):
+        self.pattern, self.length = pattern, 0
+
+    def match(self, text):
+        self.length += len(text)
+        return self.pattern.match(text)
+
+    def fullmatch(self, text):
+        self.length += len(text)
+        return self.pattern.fullmatch(text)
+
+
+@pytest.mark.parametrize("pieces,shown", ENDLESS, ids=range(len(ENDLESS)))
+def test_fences_behind_endless_white_space(pieces, shown, monkeypatch):
+    """Counted, not timed: what is held is not looked at again with each piece."""
+    patterns = [Measured(pattern) for pattern in (ccproxy.FENCE_START, ccproxy.FENCE_MAYBE)]
+    monkeypatch.setattr(ccproxy, "FENCE_START", patterns[0])
+    monkeypatch.setattr(ccproxy, "FENCE_MAYBE", patterns[1])
+    assert run_filter(ccproxy.strip_fence(), pieces)[:2] == (shown, None)
+    assert all(pattern.length <= 8 * len("".join(pieces)) for pattern in patterns)
+
+
+def test_an_endless_beginning_is_shown_at_last(monkeypatch):
+    monkeypatch.setattr(ccproxy, "MAX_FENCE_CHARS", 100)
+    steps = run_filter(ccproxy.strip_fence(), [" "] * 102 + ["```\n1"])[2]
+    assert steps[99] == "" and steps[100] == " " * 101 and steps[-1] == " " * 102 + "```\n1"
+
+
+def test_fences_as_they_were_understood_whole():
+    """Over random texts and cuts, by the definition of a fence."""
+    rng = random.Random(6)
+    for _ in range(3000):
+        words = "".join(rng.choice(["`", "``", "```", " ", "\n", "\r", "\t", "json", "x", "{"])
+                        for _ in range(rng.randrange(10)))
+        opening = re.match(r"\s*```[A-Za-z0-9_-]*[ \t]*\r?\n", words)
+        whole = re.sub(r"\s*(```\s*)?\Z", "", words[opening.end():], count=1) if opening else words
+        cuts = sorted(rng.randrange(len(words) + 1) for _ in range(rng.randrange(6)))
+        pieces = [words[start:end] for start, end in zip([0] + cuts, cuts + [len(words)])]
+        found = run_filter(ccproxy.strip_fence(), [piece for piece in pieces if piece])[0]
+        if not opening or "`" not in whole:
+            assert found == whole, (words, pieces)
 
 
 def test_fences_of_two_blocks():
