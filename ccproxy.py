@@ -3933,7 +3933,7 @@ def resolve_reference(reference: Any, root: Any) -> Any:
             or not re.match(r"#(?:/|\Z)", reference):
         return True
     found = root
-    for step in reference.split("/", MAX_SCHEMA_DEPTH)[1:]:
+    for step in unquote(reference).split("/", MAX_SCHEMA_DEPTH)[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
         if isinstance(found, list):
             found = found[int(step)] if INDEX.fullmatch(step) and int(step) < len(found) else True
@@ -5127,7 +5127,9 @@ def estimate_output(characters: int) -> int:
 # === JSON SCHEMA (pure) =====================================================
 # Whether a value is valid under a schema, for structured output: the subset of
 # JSON Schema that structured outputs use, and its first violation in words that
-# a model can act on.  `pattern` is left out: a hostile one could run for ever.
+# a model can act on.  What cannot be judged (a keyword or a reference that is not
+# followed here, no steps left) counts as valid and is a doubt: `not` and oneOf
+# make no violation of it.  `pattern` is left out: a hostile one could run for ever.
 
 SCHEMA_TYPES: Dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool,
                                 "number": (int, float), "integer": (int, float)}
@@ -5135,10 +5137,12 @@ MAX_SCHEMA_STEPS = 20_000       # a schema that refers to itself must end somewh
 
 
 class Schema(NamedTuple):
-    """A schema at work: `root` resolves references, `steps` counts down what may be checked."""
+    """A schema at work: `root` resolves references, `steps` counts down what may be checked,
+    `doubts` counts what could not be judged."""
 
     root: Any
     steps: List[int]
+    doubts: List[int]
 
 
 def has_type(value: Any, name: Any) -> bool:
@@ -5156,18 +5160,26 @@ def has_type(value: Any, name: Any) -> bool:
 def check_type(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not isinstance(kinds, list) or any(has_type(value, kind) for kind in kinds):
+    if not isinstance(kinds, list) or value is None and schema.get("nullable") is True:
         return None
-    return "%s must be of type %s" % (path, " or ".join(map(str, kinds)))
+    known = [kind for kind in kinds if kind == "null" or kind in SCHEMA_TYPES]
+    if any(has_type(value, kind) for kind in known):
+        return None
+    if not kinds or known != kinds:
+        work.doubts[0] += 1
+        return None
+    return "%s must be of type %s" % (path, " or ".join(kinds))
 
 
 def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
-    allowed = schema.get("enum")
-    work.steps[0] -= len(allowed) if isinstance(allowed, list) else 0
-    if isinstance(allowed, list) and not any(same_value(value, one) for one in allowed):
-        return "%s must be one of %s" % (path, json.dumps(allowed)[:300])
-    if "const" in schema and not same_value(value, schema["const"]):
-        return "%s must be %s" % (path, json.dumps(schema["const"])[:300])
+    for keyword, words in (("enum", "one of "), ("const", "")):
+        wanted = schema.get(keyword)
+        allowed = wanted if keyword == "enum" else [wanted]
+        if keyword in schema and isinstance(allowed, list) and not any(
+                same_value(value, one) for one in allowed):
+            text = json.dumps(wanted)
+            work.steps[0] -= len(text) // 100       # work too: `not` and anyOf do it often
+            return "%s must be %s%s" % (path, words, text[:300])
     return None
 
 
@@ -5213,12 +5225,13 @@ def check_object(value: Any, schema: Json, path: str, work: Schema) -> Optional[
     """Required, known and additional members."""
     if not isinstance(value, dict):
         return None
-    for name in schema.get("required") or []:
-        if name not in value:
+    required, known = schema.get("required"), schema.get("properties", {})
+    for name in required if isinstance(required, list) else ():
+        if isinstance(name, str) and name not in value:
             return "%s lacks the member %s" % (path, json.dumps(name))
-    known = schema.get("properties")
-    known = known if isinstance(known, dict) else {}
-    rest = schema.get("additionalProperties", True) if "patternProperties" not in schema else True
+    rest = schema.get("additionalProperties", True)
+    if "patternProperties" in schema or not isinstance(known, dict):
+        known, rest = known if isinstance(known, dict) else {}, True
     for name, item in value.items():
         here = "%s.%s" % (path, name)
         if name not in known and rest is False:
@@ -5245,36 +5258,53 @@ def check_array(value: Any, schema: Json, path: str, work: Schema) -> Optional[s
 
 def check_combined(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
     """allOf, anyOf, oneOf, not and $ref."""
+    under = list(schema.get("allOf", ()))
     if "$ref" in schema:
-        problem = check_value(value, resolve_reference(schema["$ref"], work.root), path, work)
-        if problem:
-            return problem
-    for under in schema.get("allOf") or []:
-        problem = check_value(value, under, path, work)
+        found = resolve_reference(schema["$ref"], work.root)
+        under.insert(0, None if found is True else found)
+    for one in under:
+        problem = check_value(value, one, path, work)
         if problem:
             return problem
     for keyword in ("anyOf", "oneOf"):
-        problems = [check_value(value, under, path, work) for under in schema.get(keyword) or []]
-        good = problems.count(None)
-        if problems and not good:
-            return "%s fits none of %s: %s" % (path, keyword, problems[0])
-        if keyword == "oneOf" and good > 1:
+        judged = [judge_value(value, one, path, work) for one in schema.get(keyword) or []]
+        if judged and all(problem for problem, _ in judged):
+            return "%s fits none of %s: %s" % (path, keyword, judged[0][0])
+        if keyword == "oneOf" and judged.count((None, True)) > 1:
             return "%s fits more than one of oneOf" % path
-    if "not" in schema and check_value(value, schema["not"], path, work) is None:
+    if "not" in schema and judge_value(value, schema["not"], path, work) == (None, True):
         return "%s must not be what `not` describes" % path
     return None
 
 
+def judge_value(value: Any, schema: Any, path: str, work: Schema) -> Tuple[Optional[str], bool]:
+    """The first violation of a schema, and whether there was no doubt."""
+    before = work.doubts[0]
+    return check_value(value, schema, path, work), work.doubts[0] == before
+
+
 CHECKS = (check_type, check_choices, check_bounds, check_object, check_array, check_combined)
+KEYWORDS = {name: kinds.split() for kinds, names in (       # and the types of their values
+    ("string array", "type"), ("array", "enum required prefixItems allOf anyOf oneOf"),
+    ("object", "properties"), ("object boolean", "additionalProperties items not"),
+    ("string", "$ref"), ("number", " ".join(row[0] for row in BOUNDS)),
+    ("any", "const $schema $id $anchor $comment $defs definitions title description default "
+            "deprecated examples readOnly writeOnly")) for name in names.split()}
 
 
 def check_value(value: Any, schema: Any, path: str, work: Schema) -> Optional[str]:
     """The first violation of a schema, None when there is none."""
     work.steps[0] -= 1
-    if work.steps[0] < 0 or schema is True or not isinstance(schema, (dict, bool)):
+    if work.steps[0] < 0 or not isinstance(schema, (dict, bool)):
+        work.doubts[0] += 1
         return None
-    if schema is False:
-        return "%s must not be there" % path
+    if isinstance(schema, bool):
+        return None if schema else "%s must not be there" % path
+    work.steps[0] -= sum(len(part) for part in schema.values() if isinstance(part, list))
+    work.doubts[0] += not all(any(has_type(given, kind) for kind in KEYWORDS.get(keyword, ()))
+                              for keyword, given in schema.items())
+    if isinstance(schema.get("$id"), str) and not schema["$id"].startswith("#"):
+        work = work._replace(root=schema)       # references within are relative to it
     return next(filter(None, (one(value, schema, path, work) for one in CHECKS)), None)
 
 
@@ -5292,7 +5322,7 @@ def find_violation(text: str, schema: Any) -> Optional[str]:
     if schema is None:
         return None
     try:
-        return check_value(value, schema, "$", Schema(schema, [MAX_SCHEMA_STEPS]))
+        return check_value(value, schema, "$", Schema(schema, [MAX_SCHEMA_STEPS], [0]))
     except (RecursionError, TypeError, ValueError, OverflowError):
         return None         # a schema that cannot be checked is not the answer's fault
 

@@ -3,6 +3,7 @@ schema may cost."""
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 from harness import ccproxy
@@ -110,6 +111,84 @@ def test_violations(schema, value, words):
     assert found is not None and words in found
 
 
+# What cannot be judged is never a violation: (schema, values).
+
+ANCHORED = {"$defs": {"a": {"$anchor": "name", "type": "integer"}}, "type": "string"}
+EMBEDDED = {"$id": "https://x.test/root", "$defs": {
+    "b": {"type": "integer"}, "a": {"$id": "a", "$defs": {"b": {"type": "string"}},
+                                    "properties": {"x": {"$ref": "#/$defs/b"}}}},
+    "properties": {"y": {"$ref": "#/$defs/a"}, "z": {"$ref": "#/$defs/b"}}}
+UNKNOWN = [     # a schema under which nothing is known of 1, nor of "x"
+    {"pattern": "^a"}, {"format": "date"}, {"patternProperties": {"a": {}}}, {"uniqueItems": True},
+    {"contains": {"type": "null"}}, {"multipleOf": 2}, {"propertyNames": {"maxLength": 1}},
+    {"dependentRequired": {"a": ["b"]}}, {"unevaluatedProperties": False}, {"additionalItems": {}},
+    {"if": {"type": "string"}, "then": False, "else": False}, {"$dynamicRef": "#node"},
+    {"$recursiveRef": "#"}, {"wibble": 5}, {"$ref": "#name"}, {"$ref": "#/nowhere"},
+    {"$ref": "other.json"}, {"$ref": "https://x.test/schema"}, {"$ref": 5}, {"type": "wibble"},
+    {"type": []}, {"type": 5}, {"type": ["wibble", "object"]}, {"minimum": "5"},
+    {"minimum": True}, {"required": True}, {"required": "name"}, {"properties": ["a"]},
+    {"items": [{"type": "string"}]}, {"enum": 5}, {"allOf": {"a": 1}}, {"anyOf": [5]},
+    {"not": 5}, {"not": {"pattern": "^a"}}, {"not": {"not": {"format": "date"}}},
+    {"oneOf": [{"pattern": "^a"}, {"pattern": "^b"}]}, {"allOf": [{}, {"format": "date"}]}, 5,
+    None, "x", []]
+
+
+@pytest.mark.parametrize("under", UNKNOWN, ids=range(len(UNKNOWN)))
+def test_what_cannot_be_judged_is_no_violation(under):
+    for value in (1, "x"):
+        for schema in (under, {"not": under}, {"oneOf": [under, {}]}, {"oneOf": [under] * 3},
+                       {"anyOf": [{"type": "null"}, under]}, {"not": {"not": under}},
+                       {"not": {"anyOf": [under, {"type": "null"}]}}, {"not": {"allOf": [under]}}):
+            assert violation(schema, value) is None, schema
+    for schema in ({"properties": {"a": under}}, {"not": {"properties": {"a": under}}},
+                   {"items": {"not": under}}, {"not": {"additionalProperties": under}}):
+        assert violation(schema, {"a": 1}) is None, schema
+    assert violation({"not": {"items": under}}, [1]) is None
+
+
+STILL_JUDGED = [    # (schema, value, words): what is certain beside what is not
+    ({"pattern": "^a", "maxLength": 1}, "abc", "at most 1"), ({"not": {"type": "string"},
+                                                             "format": "date"}, "x", "`not`"),
+    ({"oneOf": [{"pattern": "^a"}, {}, {"type": "string"}]}, "x", "more than one"),
+    ({"anyOf": [{"type": "null", "format": "x"}, {"enum": [5]}]}, "x", "none of anyOf"),
+    ({"$ref": "#name", "type": "integer"}, "x", "type integer"),
+    ({"allOf": [{"pattern": "^a"}, {"type": "integer"}]}, "x", "type integer"),
+    ({"patternProperties": {"^x": {}}, "required": ["a"]}, {}, 'lacks the member "a"'),
+    ({"items": {"anyOf": [{"$ref": "#name"}, {}]}, "maxItems": 1}, [1, 2], "at most 1"),
+    ({"properties": {"a": {"if": {}, "then": False}, "b": {"type": "null"}}}, {"a": 1, "b": 1},
+     "$.b must be of type null"), ({"type": "string"}, None, "type string"),
+    (EMBEDDED, {"y": {"x": 1}}, "$.y.x must be of type string"),
+    (EMBEDDED, {"z": "a"}, "$.z must be of type integer"),
+    ({"$defs": {"a b": {"type": "null"}}, "$ref": "#/$defs/a%20b"}, 1, "type null")]
+
+
+@pytest.mark.parametrize("schema,value,words", STILL_JUDGED, ids=range(len(STILL_JUDGED)))
+def test_what_is_certain_is_still_a_violation(schema, value, words):
+    assert words in violation(schema, value)
+
+
+@pytest.mark.parametrize("schema,value", [
+    (ANCHORED, "x"), ({**ANCHORED, "$ref": "#name"}, "x"),
+    ({"not": {"$ref": "#name"}, "$defs": ANCHORED["$defs"]}, "x"), (EMBEDDED, {"y": {"x": "s"}}),
+    (EMBEDDED, {"z": 1}), ({"type": "string", "nullable": True}, None)])
+def test_names_and_relative_references(schema, value):
+    assert violation(schema, value) is None
+
+
+RUN_OUT = [     # (schema, value): valid, and too long to be judged
+    ({"not": {"items": {"type": "integer"}}}, [1] * 50_000 + ["x"]),
+    ({"oneOf": [{"items": {"type": "string"}}, {"items": {"type": "integer"}}]},
+     ["x"] * 50_000 + [1]),
+    ({"oneOf": [{"items": {"type": "integer"}}, {"contains": {}}]}, [1] * 50_000),
+    ({"not": {"$ref": "#/$defs/a"}, "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}, 1),
+    ({"items": {"not": {"const": "y"}}}, ["x"] * 50_000)]
+
+
+@pytest.mark.parametrize("schema,value", RUN_OUT, ids=range(len(RUN_OUT)))
+def test_steps_that_run_out_are_no_violation(schema, value):
+    assert violation(schema, value) is None
+
+
 NOT_JSON = ["", "x", "{", '{"a":1}}', "{'a':1}", "[1,]", "NaN", "[Infinity]", "```json\n{}\n```",
             "[" * 100_000]
 
@@ -214,6 +293,47 @@ def test_comparisons_are_bounded(schema, value, monkeypatch):
     monkeypatch.setattr(ccproxy, "same_value", count)
     ccproxy.find_violation(json.dumps(value), schema)
     assert 0 < len(compared) <= 10 * ccproxy.MAX_SCHEMA_STEPS
+
+
+@pytest.mark.parametrize("schema", [
+    {"items": {"not": {"const": ["x" * 100] * 1000}}},
+    {"items": {"anyOf": [{"enum": [["x" * 1000] * 100]}, {}]}}])
+def test_violations_that_nobody_is_told_are_seldom_written(schema, monkeypatch):
+    written, dumps = [], json.dumps
+
+    def count(value):
+        written.append(dumps(value))
+        return written[-1]
+
+    text = json.dumps([1] * 10_000)
+    monkeypatch.setattr(ccproxy, "json", types.SimpleNamespace(dumps=count))
+    assert ccproxy.find_violation(text, schema) is None
+    assert 0 < sum(map(len, written)) < 200 * ccproxy.MAX_SCHEMA_STEPS
+
+
+class Watched(list):
+    """A list that counts how many of its items were looked at."""
+
+    looked = 0
+
+    def __iter__(self):
+        for item in super().__iter__():
+            Watched.looked += 1
+            yield item
+
+
+LISTS = [       # what a list or a reference of the schema may cost at each of its uses
+    {"items": {"$ref": "#/anyOf/3"}, "anyOf": Watched([{}] * 50_000)},
+    {"items": {"type": Watched(["string", "object"] * 50_000)}},
+    {"items": {"required": Watched(["a"] * 100_000)}}, {"items": {"$ref": "#" + "/a" * 500_000}}]
+
+
+@pytest.mark.parametrize("schema", LISTS, ids=range(len(LISTS)))
+def test_long_lists_and_references_are_looked_at_seldom(schema, monkeypatch):
+    Watched.looked, used = 0, []
+    monkeypatch.setattr(ccproxy, "unquote", lambda text: used.append(len(text)) or text)
+    ccproxy.find_violation(json.dumps([{"a": 1}] * 10_000), schema)
+    assert Watched.looked + sum(used) < 30 * ccproxy.MAX_SCHEMA_STEPS
 
 
 def test_a_long_violation_is_told_short():
