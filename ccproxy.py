@@ -2975,11 +2975,12 @@ class Prompt:
 #
 #     Begin (Open Delta* Close)* (End | Fail)
 #
-# A block (Open ... Close) is one run of text, of thinking, or one tool call.
+# A block (Open ... Close) is one run of text, of thinking or of a refusal, or one
+# tool call.
 # `Face` and `UpstreamFormat` are the two neighbours of the waist, each a tuple
 # of functions.
 
-TEXT, THINKING, TOOL = "text", "thinking", "tool"
+TEXT, THINKING, REFUSAL, TOOL = "text", "thinking", "refusal", "tool"
 STOP, LENGTH, TOOL_CALLS, FILTERED, PAUSED = "stop", "length", "tool_calls", "filtered", "paused"
 
 
@@ -2995,7 +2996,7 @@ class Usage(NamedTuple):
 
 @dataclass(eq=False, **SLOTS)
 class Block:
-    """One run of text, of thinking, or one tool call, as it grows."""
+    """One run of text, of thinking or of a refusal, or one tool call, as it grows."""
 
     kind: str
     call_id: str = ""
@@ -5342,6 +5343,8 @@ def forced_json(prompt: Prompt) -> Optional[Tool]:
 
 def format_violation(prompt: Prompt, reply: Reply) -> Optional[str]:
     """What is wrong with a finished answer under the schema that was asked for."""
+    if reply.of_kind(REFUSAL):
+        return None             # takes the place of an answer; asking again changes nothing
     tool = forced_json(prompt)
     if tool is not None:
         calls = [block.text for block in reply.of_kind(TOOL) if block.whole]
@@ -5391,7 +5394,7 @@ def add_usage(one: Optional[Usage], other: Optional[Usage]) -> Optional[Usage]:
 # unless the answer failed in that block: what was not shown can be repeated.
 
 
-NO_KINDS: FrozenSet[str] = frozenset()
+NEVER_COPIED: FrozenSet[str] = frozenset([REFUSAL])     # too rare for a fast lane of their own
 
 
 class Filter(NamedTuple):
@@ -6373,7 +6376,7 @@ def read_answer_choice(reading: Reading, choice: Json) -> Iterator[Event]:
     thinking = delta.get("reasoning_content") or delta.get("reasoning")
     yield from read_words(reading, THINKING, thinking)
     yield from read_words(reading, TEXT, delta.get("content"))
-    yield from read_words(reading, TEXT, delta.get("refusal"))
+    yield from read_words(reading, REFUSAL, delta.get("refusal"))
     for call in objects_in(delta.get("tool_calls")):
         yield from read_call_delta(reading, call)
     reason = choice.get("finish_reason")
@@ -6676,11 +6679,13 @@ def read_block_stop(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
-    reason = object_in(raw, "delta").get("stop_reason")
+    """How the answer ends; a refusal may say why (Anthropic's guide to streaming refusals)."""
+    delta = object_in(raw, "delta")
+    yield from read_words(reading, REFUSAL, object_in(delta, "stop_details").get("explanation"))
+    reason = delta.get("stop_reason")
     if isinstance(reason, str):
         reading.reason = reason
     reading.usage = anthropic_usage(raw.get("usage"), reading.usage)
-    return iter(())
 
 
 def read_message_stop(reading: Reading, raw: Json) -> Iterator[Event]:
@@ -6771,6 +6776,7 @@ def parse_upstream(given: str, default: str) -> str:
 
 CHAT_REASONS = {STOP: "stop", LENGTH: "length", TOOL_CALLS: "tool_calls",
                 FILTERED: "content_filter", PAUSED: "stop"}
+CHAT_MEMBERS = {TEXT: "content", THINKING: "reasoning_content", REFUSAL: "refusal"}
 
 
 CHAT_FIELDS = {**OPENAI_FIELDS, **honoured("messages system function_call n"), "store": (False,)}
@@ -6841,8 +6847,7 @@ def chat_delta(reply: Reply, event: Any) -> bytes:
         said = {"custom": {"input": event.text}} if block.raw else \
             {"function": {"arguments": event.text}}
         return chat_chunk(reply, {"tool_calls": [{"index": block.number, **said}]})
-    return chat_chunk(reply, {"content" if block.kind == TEXT else "reasoning_content":
-                              event.text})
+    return chat_chunk(reply, {CHAT_MEMBERS[block.kind]: event.text})
 
 
 def chat_usage(usage: Usage) -> Json:
@@ -6880,11 +6885,12 @@ def chat_frames(reply: Reply, event: Event) -> bytes:
 def chat_body(reply: Reply) -> Json:
     """The whole answer as one chat completion; a call that was cut off is left out."""
     calls = [block for block in reply.of_kind(TOOL) if block.whole]
-    text = "".join(block.text for block in reply.of_kind(TEXT))
-    message: Json = {"role": "assistant", "content": text or (None if calls else "")}
-    thinking = "".join(block.text for block in reply.of_kind(THINKING))
-    if thinking:
-        message["reasoning_content"] = thinking
+    said = {member: "".join(block.text for block in reply.of_kind(kind))
+            for kind, member in CHAT_MEMBERS.items()}
+    message: Json = {"role": "assistant", **{name: text for name, text in said.items()
+                                             if text or name == "content"}}
+    if not said["content"] and (calls or said["refusal"]):
+        message["content"] = None
     if calls:
         message["tool_calls"] = [chat_call(block, call_text(block)) for block in calls]
     body: Json = {"id": reply.id, "object": "chat.completion", "created": reply.created,
@@ -6908,7 +6914,7 @@ CHAT = Face("chat", parse_chat, chat_frames, chat_body, chat_error, "chatcmpl-",
 STOP_REASONS = {STOP: "end_turn", LENGTH: "max_tokens", TOOL_CALLS: "tool_use",
                 FILTERED: "refusal", PAUSED: "pause_turn"}
 DELTA_SHAPES = {TEXT: ("text_delta", "text"), THINKING: ("thinking_delta", "thinking"),
-                TOOL: ("input_json_delta", "partial_json")}
+                REFUSAL: ("text_delta", "text"), TOOL: ("input_json_delta", "partial_json")}
 
 
 MESSAGES_FIELDS = {
@@ -6988,7 +6994,7 @@ def messages_block(block: Block, whole: bool) -> Json:
         toolset = {"toolset_name": block.namespace} if block.namespace else {}
         return {"type": "tool_use", "id": block.call_id, "name": block.name, **toolset,
                 "input": read_arguments(text, "", [])}
-    if block.kind == TEXT:
+    if block.kind in (TEXT, REFUSAL):
         return {"type": "text", "text": text}
     return {"type": "thinking", "thinking": text,
             "signature": (block.signature or DEFAULT_SIGNATURE) if whole else ""}
@@ -7023,7 +7029,9 @@ def messages_close(reply: Reply, event: Any) -> bytes:
 
 
 def messages_reason(reply: Reply) -> Json:
-    reason = "stop_sequence" if reply.sequence is not None else STOP_REASONS[reply.reason]
+    refused = reply.reason == STOP and reply.of_kind(REFUSAL)
+    reason = "stop_sequence" if reply.sequence is not None else \
+        STOP_REASONS[FILTERED if refused else reply.reason]
     return {"stop_reason": reason, "stop_sequence": reply.sequence}
 
 
@@ -7297,7 +7305,8 @@ RESPONSES_FIELDS = {
     "image": ({"context_compression": "auto"}, {"context_compression": "disabled"})}
 TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
 DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
-                THINKING: "response.reasoning_summary_text.delta"}
+                THINKING: "response.reasoning_summary_text.delta",
+                REFUSAL: "response.refusal.delta"}
 
 
 def refuse_state(body: Json) -> None:
@@ -7355,7 +7364,7 @@ def responses_usage(usage: Usage) -> Json:
 
 
 def item_id(reply: Reply, block: Block) -> str:
-    prefix = {TEXT: "msg", THINKING: "rs", TOOL: "ctc" if block.raw else "fc"}[block.kind]
+    prefix = {THINKING: "rs", TOOL: "ctc" if block.raw else "fc"}.get(block.kind, "msg")
     if block.type in CALL_ITEMS:
         prefix = CALL_ITEMS[block.type].prefix
     return "%s_%s%02d" % (prefix, reply.id.partition("_")[2], block.index)
@@ -7374,8 +7383,8 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
     """A block as an output item: empty while in_progress, whole when completed."""
     done = status == "completed"
     item: Json = {"id": item_id(reply, block), "type": "message", "status": status}
-    if block.kind == TEXT:
-        content = [output_text(block.text)] if done else []
+    if block.kind in (TEXT, REFUSAL):
+        content = [message_part(block, block.text)] if done else []
         return {**item, "role": "assistant", "content": content}
     if block.kind == THINKING:
         summary = [{"type": "summary_text", "text": block.text}] if done else []
@@ -7394,7 +7403,10 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
     return item
 
 
-def output_text(text: str) -> Json:
+def message_part(block: Block, text: str) -> Json:
+    """The one content part of a message."""
+    if block.kind == REFUSAL:
+        return {"type": "refusal", "refusal": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
@@ -7422,9 +7434,9 @@ def responses_begin(reply: Reply, event: Any) -> bytes:
 def part_frame(reply: Reply, block: Block, step: str, text: str) -> bytes:
     """content_part.* or reasoning_summary_part.* of an item; a call has no parts."""
     where = {"item_id": item_id(reply, block), "output_index": block.index}
-    if block.kind == TEXT:
+    if block.kind in (TEXT, REFUSAL):
         return numbered_frame(reply, "response.content_part." + step, **where, content_index=0,
-                              part=output_text(text))
+                              part=message_part(block, text))
     return numbered_frame(reply, "response.reasoning_summary_part." + step, **where,
                           summary_index=0, part={"type": "summary_text", "text": text})
 
@@ -7442,7 +7454,7 @@ def responses_open(reply: Reply, event: Any) -> bytes:
 
 def delta_place(reply: Reply, block: Block) -> Json:
     place: Json = {"item_id": item_id(reply, block), "output_index": block.index}
-    if block.kind == TEXT:
+    if block.kind in (TEXT, REFUSAL):
         return {**place, "content_index": 0}
     return {**place, "summary_index": 0} if block.kind == THINKING else place
 
@@ -7467,7 +7479,8 @@ def responses_close(reply: Reply, event: Any) -> bytes:
     if block.kind == TOOL and not block.whole:
         return frames
     text = call_text(block)
-    member = "text" if block.kind != TOOL else "input" if block.raw else "arguments"
+    member = "input" if block.raw else "arguments" if block.kind == TOOL else \
+        "refusal" if block.kind == REFUSAL else "text"
     if block.type not in CALL_ITEMS:
         frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
                                 **delta_place(reply, block), **{member: text})
@@ -7596,13 +7609,13 @@ class Answer:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
         self.filters = choose_filters(prompt, face.types)
-        self.touched = frozenset().union(*(one.touches for one in self.filters)) \
-            if self.filters else NO_KINDS
+        self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters)) \
+            if self.filters else NEVER_COPIED
         self.asked = without_body(prompt) if self.filters else None     # to make them anew
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes, one_call=not prompt.parallel)
         self.lane: Optional[Lane] = None
-        self.counts = {TEXT: 0, THINKING: 0, TOOL: 0}
+        self.counts = dict.fromkeys((TEXT, THINKING, REFUSAL, TOOL), 0)
         self.begun = self.over = self.visible = self.shown = False
         self.error: Optional[ProxyError] = None
         self.unclosed: Optional[Block] = None       # the block in which the answer failed

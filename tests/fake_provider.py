@@ -1,6 +1,7 @@
 """The documented APIs' streams, made of neutral steps (for tests/fake_upstream.py).
 
-A step is a tuple: ("text", words), ("thinking", words), ("signature", word), ("start", id, name),
+A step is a tuple: ("text", words), ("thinking", words), ("refusal", words; OpenAI alone),
+("signature", word), ("start", id, name),
 ("more", id, piece of JSON text), ("stop", id), ("usage", {input, output, read, write, reasoning}),
 ("end", stop | length | tool_calls | filtered), ("error", type, message), ("raw", bytes).
 A list without ("end", ...) or ("error", ...) is a stream that was cut.
@@ -52,6 +53,8 @@ def openai_sse(steps: Iterable[Step], write: Write = compact) -> bytes:
             frames.append(openai_chunk({"content": rest[0]}))
         elif kind == "thinking":
             frames.append(openai_chunk({"reasoning_content": rest[0]}))
+        elif kind == "refusal":
+            frames.append(openai_chunk({"refusal": rest[0]}))
         elif kind == "start":
             index = indexes.setdefault(rest[0], len(indexes))
             frames.append(openai_chunk({"tool_calls": [

@@ -267,9 +267,9 @@ def fold_chat(frames: List[Any]) -> Tuple[Dict[str, Any], Optional[str], Optiona
             assert reason is None, "a choice after the finish reason"
             reason = choice["finish_reason"]
             message["content"] += delta.get("content") or ""
-            if delta.get("reasoning_content"):
-                message["reasoning_content"] = (message.get("reasoning_content", "")
-                                                + delta["reasoning_content"])
+            for name in ("reasoning_content", "refusal"):
+                if delta.get(name):
+                    message[name] = message.get(name, "") + delta[name]
             for call in delta.get("tool_calls", ()):
                 if call["index"] == len(calls):
                     calls.append({"id": call["id"], "type": call["type"], "function": {

@@ -31,10 +31,12 @@ def truth_law(api: str, odd: bool) -> None:
         assert (answer.error is None) == bool(made.reason), seed
         message = folded["message"]
         said, thought = message["content"], message.get("reasoning_content", "")
+        refused = message.get("refusal", "")
         if not made.reason:
             assert made.text.startswith(said) and made.thinking.startswith(thought), seed
+            assert made.refusal.startswith(refused), seed
             continue
-        assert (said, thought) == (made.text, made.thinking), seed
+        assert (said, thought, refused) == (made.text, made.thinking, made.refusal), seed
         shown = {one["id"]: one["function"]["arguments"] for one in message.get("tool_calls", ())}
         assert sorted(shown) == sorted(made.shown), seed
         cut = [name for name, given in made.calls.items() if given is None]

@@ -226,6 +226,7 @@ def check_messages_frames(frames: List[Any], ended: bool, usage: bool) -> Any:
 
 
 RUNNING = {"response.output_text": "message", "response.reasoning_summary_text": "reasoning",
+           "response.refusal": "message",
            "response.function_call_arguments": "function_call",
            "response.custom_tool_call_input": "custom_tool_call"}
 INPUTS_OF_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
@@ -234,13 +235,18 @@ CLIENT_CALLS = {"shell_call": "action", "local_shell_call": "action", "computer_
 CALL_KINDS = {*INPUTS_OF_CALLS, *CLIENT_CALLS}
 
 
+def part_text(part: Any) -> str:
+    """What a content part of Responses says: its text, or its refusal."""
+    return part["refusal" if part["type"] == "refusal" else "text"]
+
+
 class Item:
     """An output item of a Responses stream as a client folds it."""
 
     def __init__(self, frame: Any) -> None:
         self.shown = frame["item"]
         self.kind, self.index = self.shown["type"], frame["output_index"]
-        self.text, self.done = "", None
+        self.text, self.done, self.part = "", None, ""
         self.expected = ["part.added"] if self.kind in ("message", "reasoning") else ["delta"]
         if self.kind in CLIENT_CALLS:       # such an item has no deltas
             self.expected = ["item.done"]
@@ -263,7 +269,8 @@ class Item:
             assert frame["summary_index" if self.kind == "reasoning" else "content_index"] == 0
         if name.endswith("_part"):
             assert "part." + step in self.expected, frame
-            assert frame["part"]["text"] == ("" if step == "added" else self.text)
+            assert part_text(frame["part"]) == ("" if step == "added" else self.text)
+            self.part = frame["part"]["type"]
             self.expected = ["delta", "done"] if step == "added" else ["item.done"]
             return
         assert RUNNING[name] == self.kind and step in self.expected + ["done"]
@@ -272,7 +279,9 @@ class Item:
             self.text += frame["delta"]
             self.expected = ["delta", "done"]
             return
-        told = frame[INPUTS_OF_CALLS.get(self.kind, "text")]
+        assert (name == "response.refusal") == (self.part == "refusal")
+        told = frame[INPUTS_OF_CALLS.get(self.kind, "refusal" if self.part == "refusal"
+                                         else "text")]
         assert told == self.text
         self.expected = ["item.done" if self.kind in INPUTS_OF_CALLS else "part.done"]
 
@@ -284,7 +293,7 @@ class Item:
             self.done = item
             return
         told = item[INPUTS_OF_CALLS[self.kind]] if self.kind in INPUTS_OF_CALLS else \
-            item["summary" if self.kind == "reasoning" else "content"][0]["text"]
+            part_text(item["summary" if self.kind == "reasoning" else "content"][0])
         assert told == self.text and item.get("status", "completed") == "completed"
         self.done = item
 

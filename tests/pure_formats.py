@@ -66,6 +66,7 @@ class Made(NamedTuple):
     calls: Dict[str, Any]       # by id: the arguments, None where the call was cut
     shown: List[str]            # ids of calls that have arguments, or are whole without any
     reason: str                 # "" when the answer was cut or failed
+    refusal: str = ""
 
 
 NOISE = {
@@ -110,13 +111,14 @@ class StepMaker:
     def __init__(self, rng: random.Random, api: str, mixed: bool) -> None:
         self.rng, self.api, self.mixed = rng, api, mixed
         self.steps: List[Any] = []
-        self.text = self.thinking = ""
+        self.text = self.thinking = self.refusal = ""
         self.calls: Dict[str, Any] = {}
         self.running: Dict[str, List[str]] = {}
         self.cut: List[str] = []
 
     def add_words(self) -> None:
-        kind = self.rng.choice(["text", "thinking"])
+        kind = self.rng.choice(["text", "thinking", "text", "thinking"] + ["refusal"] * (
+            self.api == "openai"))
         for _ in range(self.rng.randrange(1, 5)):
             words = "".join(self.rng.choice(WORDS) for _ in range(self.rng.randrange(1, 4)))
             pieces = [words]
@@ -192,16 +194,17 @@ def make_answer(api: str, seed: int, odd: bool = False) -> Made:
         maker.step()                # nothing of this may be seen
     elif end < 0.9:
         maker.steps.append(("error", "overloaded_error", "Overloaded"))
-    text, thinking = maker.text, maker.thinking
+    said = {"text": maker.text, "thinking": maker.thinking, "refusal": maker.refusal}
     if end < 0.75:
         before = maker.steps.index(("end", reason))
-        text = whole(step[1] for step in maker.steps[:before] if step[0] == "text")
-        thinking = whole(step[1] for step in maker.steps[:before] if step[0] == "thinking")
+        said = {kind: whole(step[1] for step in maker.steps[:before] if step[0] == kind)
+                for kind in said}
     data = SSE_OF[api](maker.steps, (lambda value: odd_json(rng, value)) if odd else compact)
     if odd and rng.random() < 0.5:
         data = data.replace(b"\n", b"\r\n")
     shown = [name for name in calls if name not in empty or reason != "length"]
-    return Made(data, text, thinking, calls, shown, reason if end < 0.75 else "")
+    return Made(data, said["text"], said["thinking"], calls, shown,
+                reason if end < 0.75 else "", said["refusal"])
 
 
 def whole(pieces: Any) -> str:

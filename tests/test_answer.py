@@ -65,7 +65,8 @@ def check_chat_parity(folded, body, whole, include_usage):
     told = choice["message"].get("tool_calls", [])
     assert shown == told
     assert message["content"] == (choice["message"]["content"] or "")
-    assert message.get("reasoning_content") == choice["message"].get("reasoning_content")
+    for name in ("reasoning_content", "refusal"):
+        assert message.get(name) == choice["message"].get(name)
     assert folded["finish_reason"] == choice["finish_reason"]
     if include_usage:
         assert folded["usage"] == body.get("usage")

@@ -90,6 +90,15 @@ def test_violations_of_answers(members, events, words):
     assert found is None if words is None else words in found
 
 
+@pytest.mark.parametrize("members", [ASKED, TOOL])
+def test_a_refusal_is_not_asked_for_again(members):
+    prompt = read_prompt("messages", request("messages", **members))
+    reply = answered(prompt, ndjson(*says("not JSON")))
+    assert ccproxy.format_violation(prompt, reply)
+    reply.blocks.append(ccproxy.Block("refusal", pieces=["No."]))
+    assert ccproxy.format_violation(prompt, reply) is None
+
+
 @pytest.mark.parametrize("text,valid", [("{}", True), ("[1]", False), ("x", False), ("", False)])
 def test_any_json_must_be_an_object(text, valid):
     prompt = read_prompt("chat", request("chat", response_format={"type": "json_object"}))

@@ -8,7 +8,7 @@ import laws
 import pytest
 from fake_provider import anthropic_sse, compact
 from harness import ccproxy
-from pure import ALL_FACES, PNG, USER, has_note, read_prompt, request, run
+from pure import ALL_FACES, PNG, USER, check_frames, has_note, read_prompt, request, run
 from pure_formats import new_answer, read_events, run_plain, run_stream
 
 ANTHROPIC = ccproxy.ANTHROPIC
@@ -431,6 +431,37 @@ def test_reasons(reason, ours):
     _, events = read_events(ANTHROPIC, sse(START, begin(0, "text", text=""), text(0, "a"), stop(0),
                                            end(reason)))
     assert events[-1] == ccproxy.End(ours)
+
+
+DETAILS = [     # (stop_details, the refusal that is shown)
+    ({"type": "refusal", "category": "cyber", "explanation": "It could do harm."},
+     "It could do harm."), ({"type": "refusal", "category": None, "explanation": None}, ""),
+    ({"explanation": ""}, ""), ({"explanation": 5}, ""), (None, ""), ([], ""), ("x", "")]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("details,shown", DETAILS, ids=range(len(DETAILS)))
+def test_why_an_answer_was_refused(details, shown, stream):
+    """What Anthropic says of it is the refusal that each API shows."""
+    data = sse(START, begin(0, "text", text=""), text(0, "Hello.."), stop(0), {
+        "type": "message_delta", "delta": {"stop_reason": "refusal", "stop_details": details},
+        "usage": {"output_tokens": 2}}, STOP)
+    told = {}
+    for face in FACE_NAMES:
+        answer = new_answer(ANTHROPIC, face, stream=stream)
+        frames = run(answer, data)
+        assert answer.error is None
+        told[face] = check_frames(face, answer, frames) if stream else answer.body()
+    chat = told["chat"] if stream else told["chat"]["choices"][0]
+    assert (chat["message"]["content"], chat["message"].get("refusal", "")) == ("Hello..", shown)
+    assert chat["finish_reason"] == "content_filter"
+    assert told["messages"]["stop_reason"] == "refusal"
+    assert [block["text"] for block in told["messages"]["content"]] == ["Hello.."] + [shown] * bool(
+        shown)
+    response = told["responses"]["response"] if stream else told["responses"]
+    assert response["incomplete_details"] == {"reason": "content_filter"}
+    assert [item["content"][0].get("refusal") for item in response["output"]] == [None] + [
+        shown] * bool(shown)
 
 
 CUT = [b"", sse(START), sse(START, text(0, "a")), sse(START, text(0, "a"), stop(0)),

@@ -8,7 +8,8 @@ import laws
 import pytest
 from fake_provider import compact, openai_chunk, openai_sse
 from harness import ccproxy
-from pure import ALL_FACES, PNG, USER, has_note, read_prompt, request, run
+from pure import (ALL_FACES, PNG, USER, check_frames, has_note, read_frames, read_prompt, request,
+                  run)
 from pure_formats import new_answer, read_events, run_stream
 
 OPENAI = ccproxy.OPENAI
@@ -184,21 +185,76 @@ def words(events, kind="text"):
                    if isinstance(event, ccproxy.Delta) and event.block.kind == kind)
 
 
-DELTAS = [      # (delta, text, thinking)
+DELTAS = [      # (delta, text, thinking; a refusal, where there is one)
     ({"content": "a"}, "a", ""), ({"role": "assistant", "content": "a"}, "a", ""),
     ({"content": "", "reasoning_content": "t"}, "", "t"), ({"reasoning": "t"}, "", "t"),
     ({"reasoning": "t", "reasoning_content": "t"}, "", "t"),
     ({"content": "a", "reasoning": "t"}, "a", "t"), ({"content": None}, "", ""),
-    ({"content": ["a"]}, "", ""), ({"refusal": "no"}, "no", ""), ({}, "", ""),
+    ({"content": ["a"]}, "", ""), ({"refusal": "no"}, "", "", "no"), ({}, "", ""),
+    ({"content": None, "refusal": "no"}, "", "", "no"), ({"refusal": ""}, "", ""),
+    ({"content": "a", "refusal": None}, "a", ""), ({"refusal": 5}, "", ""),
+    ({"content": "a", "refusal": "no"}, "a", "", "no"),
     ({"content": "a", "reasoning_content": None, "tool_calls": None}, "a", "")]
 
 
-@pytest.mark.parametrize("members,text,thinking", DELTAS, ids=range(len(DELTAS)))
-def test_deltas(members, text, thinking):
+@pytest.mark.parametrize("row", DELTAS, ids=range(len(DELTAS)))
+def test_deltas(row):
+    members, text, thinking, refusal = (row + ("",))[:4]
     for data in (ended(delta(**members)), ended(delta(content="x"), delta(**members))):
         _, events = read_events(OPENAI, data)
         assert words(events).replace("x", "") == text and words(events, "thinking") == thinking
+        assert words(events, "refusal") == refusal
         assert events[-1] == ccproxy.End("stop")
+
+
+REFUSED = sse(delta(role="assistant", content="", refusal=None), delta(refusal="I can"),
+              delta(refusal="not."), delta("stop"), DONE)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_refusal_is_shown_as_one(stream):
+    """In each API's own form; asked for by a schema or not, by stop sequences that are in it."""
+    for members in ({}, {"json_format": {}}, {"stops": ["can"]}):
+        told = {}
+        for face in FACE_NAMES:
+            answer = new_answer(OPENAI, face, stream=stream, **members)
+            frames = run(answer, REFUSED)
+            told[face] = check_frames(face, answer, frames) if stream else answer.body()
+            assert answer.error is None and b"output_text" not in frames
+        chat = told["chat"] if stream else told["chat"]["choices"][0]
+        assert chat["message"]["refusal"] == "I cannot." and not chat["message"]["content"]
+        assert chat["finish_reason"] == "stop"
+        assert told["messages"]["content"] == [{"type": "text", "text": "I cannot."}]
+        assert told["messages"]["stop_reason"] == "refusal"
+        response = told["responses"]["response"] if stream else told["responses"]
+        (item,) = response["output"]
+        assert (response["status"], item["type"]) == ("completed", "message")
+        assert item["content"] == [{"type": "refusal", "refusal": "I cannot."}]
+
+
+def test_the_events_of_a_refusal():
+    frames = read_frames(run(new_answer(OPENAI, "responses"), REFUSED))
+    assert [frame["type"] for frame in frames[2:]] == [
+        "response.output_item.added", "response.content_part.added", "response.refusal.delta",
+        "response.refusal.delta", "response.refusal.done", "response.content_part.done",
+        "response.output_item.done", "response.completed"]
+    assert frames[3]["part"] == {"type": "refusal", "refusal": ""}
+    assert frames[4]["delta"] == "I can" and frames[4]["content_index"] == 0
+    assert frames[6]["refusal"] == "I cannot."
+    assert frames[7]["part"] == {"type": "refusal", "refusal": "I cannot."}
+    deltas = [frame["choices"][0]["delta"] for frame in read_frames(
+        run(new_answer(OPENAI, "chat"), REFUSED))[:-1]]
+    assert deltas == [{"role": "assistant", "content": ""}, {"refusal": "I can"},
+                      {"refusal": "not."}, {}]
+
+
+@pytest.mark.parametrize("reason,told", [("stop", "refusal"), ("content_filter", "refusal"),
+                                         ("length", "max_tokens"), ("tool_calls", "refusal")])
+def test_how_a_refused_message_ends(reason, told):
+    answer = new_answer(OPENAI, "messages", stream=False)
+    run(answer, ended(delta(content="Well. "), delta(refusal="No."), reason=reason))
+    assert answer.body()["stop_reason"] == told
+    assert [block["text"] for block in answer.body()["content"]] == ["Well. ", "No."]
 
 
 ENDS = [("stop", "stop"), ("length", "length"), ("content_filter", "filtered"),
