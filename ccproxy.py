@@ -7322,7 +7322,8 @@ def echo_request(body: Json) -> Json:
     reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
     text = body.get("text") if isinstance(body.get("text"), dict) else {}
     return {"max_output_tokens": body.get("max_output_tokens"),
-            "metadata": body.get("metadata") or {}, "parallel_tool_calls": True,
+            "metadata": body.get("metadata") or {},
+            "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "temperature": body.get("temperature"), "top_p": body.get("top_p"),
             "text": {"format": text.get("format") or {"type": "text"}},

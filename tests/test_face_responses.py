@@ -268,6 +268,9 @@ def test_bodies(events, path, value):
 ECHO = [        # (members of a request, path in the response, value)
     ({}, "tool_choice", "auto"), ({}, "metadata", {}), ({}, "text", {"format": {"type": "text"}}),
     ({}, "parallel_tool_calls", True), ({}, "max_output_tokens", None),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls", False),
+    ({"parallel_tool_calls": True}, "parallel_tool_calls", True),
+    ({"parallel_tool_calls": None}, "parallel_tool_calls", True),
     ({"metadata": {"a": "b"}}, "metadata", {"a": "b"}),
     ({"max_output_tokens": 10}, "max_output_tokens", 10), ({"temperature": 0}, "temperature", 0),
     ({"top_p": 0.5}, "top_p", 0.5), ({"tools": [F], "tool_choice": "required"}, "tool_choice",
