@@ -1553,12 +1553,26 @@ def to_json(value: Any) -> bytes:
     return ENCODER.encode(value).encode("utf-8", "backslashreplace")
 
 
+# Python's str.splitlines ends lines at these too, and with it httpx's iter_lines, by which
+# clients read server-sent events.  JSON has them in strings alone, raw or escaped.
+LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
+
+
+def frame_json(value: Json) -> bytes:
+    """The JSON of a frame: that of `to_json` with LINE_BREAKS escaped."""
+    text = ENCODER.encode(value)
+    if not text.isascii():
+        for char, escape in LINE_BREAKS.items():
+            text = text.replace(char, escape)
+    return text.encode("utf-8", "backslashreplace")
+
+
 def data_frame(value: Json) -> bytes:
-    return b"data: %b\n\n" % to_json(value)
+    return b"data: %b\n\n" % frame_json(value)
 
 
 def event_frame(name: str, value: Json) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(value))
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), frame_json(value))
 
 
 def comment_frame(text: str) -> bytes:
@@ -7562,17 +7576,18 @@ JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
 def escaped_length(strings: List[bytes]) -> int:
     """How many characters escaped JSON strings hold."""
     escaped = strings[0] if len(strings) == 1 else b"".join(strings)
-    if b"\\" not in escaped and escaped.isascii():      # nearly always
-        return len(escaped)
+    if b"\\" not in escaped:                # nearly always
+        return len(escaped) if escaped.isascii() else len(escaped.decode())
     return len(JSON_ESCAPE.sub("x", escaped.decode()))
 
 
-def is_utf8(data: bytes) -> bool:
+def is_copyable(data: bytes) -> bool:
+    """Whether strings in these bytes may stand in a frame as they are: UTF-8, no LINE_BREAKS."""
     try:
-        data.decode()
+        text = data.decode()
     except UnicodeDecodeError:
         return False
-    return True
+    return "\u2028" not in text and "\u2029" not in text and "\x85" not in text
 
 
 def cut_frame(face: Face, reply: Reply, block: Block) -> Tuple[bytes, bytes, bytes]:
@@ -7633,7 +7648,7 @@ class Answer:
         self.lines_read += 1
         if not self.stream or self.face.keeps:
             self.count_kept(len(lines))
-        clean = lines.isascii() or is_utf8(lines)
+        clean = lines.isascii() or is_copyable(lines)
         frames: List[bytes] = []
         at, end = 0, len(lines)
         while at < end:

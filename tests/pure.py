@@ -160,6 +160,7 @@ def read_frames(data: bytes) -> List[Any]:
     """The JSON of every SSE frame; comments are left out, [DONE] stays a string."""
     frames = []
     assert data == b"" or data.endswith(b"\n\n")
+    assert data.decode().splitlines() == data.decode().split("\n")[:-1], "cut by splitlines"
     for frame in data.decode().split("\n\n")[:-1]:
         if frame.startswith(": "):
             assert "\n" not in frame
@@ -397,7 +398,8 @@ class Made(NamedTuple):
     ended: bool                     # by a `finish` that is no error
 
 
-WORDS = ["a", "Hello", " there", "\u00e9\u2028", "\U0001f680", "\\", "\"quoted\"", "\n", "```",
+WORDS = ["a", "Hello", " there", "\u00e9\u2028", "\u2029(", "\x85", "\U0001f680", "\\",
+         "\"quoted\"", "\n", "```",
          "<b>", "/", "\u65e5\u672c", "\x7f", "\t", "{\"x\":1}", "=lane-mark=", "data: "]
 NOISE = [{"type": "text-start", "id": "t"}, {"type": "text-end", "id": "t"}, {"type": "wibble"},
          {"type": "reasoning-start", "id": "r"}, {"type": "source", "url": "x"}, {"type": 5},

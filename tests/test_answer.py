@@ -238,6 +238,51 @@ def test_the_lane_is_used(face):
     assert len(read) < 20
 
 
+# Line breaks of Python's, at which clients cut that read by `str.splitlines`.
+
+BREAKS = ["\u2028", "\u2029", "\x85", "a\u2028b\u2029c\x85d", "\u65e5\u2028\u672c", "\\u2028\x85"]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("kind", ["text", "reasoning"])
+@pytest.mark.parametrize("words", BREAKS, ids=range(len(BREAKS)))
+def test_line_breaks_of_python_leave_the_lane(face, kind, words):
+    data = ndjson(delta("one", kind), delta("two", kind), delta(words, kind), delta("three", kind),
+                  FINISH)
+    whole = run(new_answer(face), data)
+    assert whole == run(new_answer(face, lanes=False), data)
+    assert whole == run(new_answer(face), data, "bytewise")
+    assert whole.decode().splitlines() == whole.decode().split("\n")[:-1]
+    assert json.dumps(read_frames(whole)).count(json.dumps(words)[1:-1]) >= 1
+
+
+def test_a_read_with_line_breaks_does_not_close_the_lane(monkeypatch):
+    seen = []
+    copy_deltas = ccproxy.Answer.copy_deltas
+    monkeypatch.setattr(ccproxy.Answer, "copy_deltas", lambda self, lane, lines, at, frames: (
+        seen.append(lines), copy_deltas(self, lane, lines, at, frames))[1])
+    answer = new_answer("chat")
+    for words in ("a", "b\u00e9", "c\u2028", "d", "\x85", "\u0085\u00e9", "e"):
+        answer.feed(ndjson(delta(words)))
+    assert [json.loads(lines)["text"] for lines in seen] == ["b\u00e9", "d", "e"]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+def test_what_httpx_reads_line_by_line(face):
+    httpx = pytest.importorskip("httpx")
+
+    class Pieces(httpx.SyncByteStream):
+        def __iter__(self):
+            return cut_bytes(data, cuts)
+
+    for words in BREAKS:
+        data = run(new_answer(face), ndjson(*[delta(words)] * 3, FINISH))
+        for cuts in (None, "bytewise"):
+            told = [json.loads(line[6:]) for line in httpx.Response(
+                200, stream=Pieces()).iter_lines() if line.startswith("data: {")]
+            assert told == [frame for frame in read_frames(data) if frame != "[DONE]"]
+
+
 # Numbers where the upstream told none.
 
 NO_USAGE = [

@@ -216,7 +216,7 @@ def test_streams(events, members, frames):
 def test_frames_to_the_byte():
     data = run(new_answer("chat"), text_answer("a\u2028\u00e9\"\n"))
     assert ('data: {"id":"id","object":"chat.completion.chunk","created":0,"model":"m","choices":'
-            '[{"index":0,"delta":{"content":"a\u2028\u00e9\\"\\n"},"finish_reason":null}]}\n\n'
+            '[{"index":0,"delta":{"content":"a\\u2028\u00e9\\"\\n"},"finish_reason":null}]}\n\n'
             ).encode() in data
     assert data.endswith(b"data: [DONE]\n\n")
 

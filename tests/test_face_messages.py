@@ -240,7 +240,7 @@ def test_streams(events, members, frames):
 def test_frames_to_the_byte():
     data = run(new_answer("messages"), text_answer("a\u2028\""))
     assert ('event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
-            '{"type":"text_delta","text":"a\u2028\\""}}\n\n').encode() in data
+            '{"type":"text_delta","text":"a\\u2028\\""}}\n\n').encode() in data
     assert data.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
     assert b"event: ping" not in data
 

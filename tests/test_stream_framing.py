@@ -210,11 +210,22 @@ def test_frames(frame, expected):
     assert frame == expected
 
 
-@pytest.mark.parametrize("text", ["\n", "a\n\nevent: x\ndata: {}\n\n", "\r\n\r\n", "\u2028\x85"])
+def test_line_breaks_of_python_are_escaped_in_frames_alone():
+    value = {"a\u2028": ["\u2029\x85\u2027\x84\u0a28", "\\u2028 \u00e9"]}
+    escaped = ('{"a\\u2028":["\\u2029\\u0085\u2027\x84\u0a28","\\\\u2028 \u00e9"]}').encode()
+    assert ccproxy.data_frame(value) == b"data: %b\n\n" % escaped
+    assert ccproxy.event_frame("x", value) == b"event: x\ndata: %b\n\n" % escaped
+    assert json.loads(escaped) == value == json.loads(ccproxy.to_json(value))
+    assert "\u2028".encode() in ccproxy.to_json(value)
+
+
+@pytest.mark.parametrize("text", ["\n", "a\n\nevent: x\ndata: {}\n\n", "\r\n\r\n", "\u2028\x85",
+                                  "\u2029", "\v\f\x1c\x1d\x1e\x1f\x85"])
 def test_no_text_can_make_a_frame_of_its_own(text):
     for frame in (ccproxy.data_frame({"t": text}), ccproxy.event_frame("x", {"t": text})):
         assert frame.endswith(b"\n\n")
         assert frame.count(b"\n\n") == 1
+        assert frame.decode().splitlines() == frame.decode().split("\n")[:-1]
         assert b"\r" not in frame
         assert json.loads(frame.partition(b"data: ")[2]) == {"t": text}
     assert ccproxy.comment_frame(text).count(b"\n") == 2
