@@ -1575,9 +1575,15 @@ def event_frame(name: str, value: Json) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), frame_json(value))
 
 
-def comment_frame(text: str) -> bytes:
+def comment_end(agent: str) -> bytes:
+    """What ends a comment for a client with this User-Agent.  Before openai/openai-go#621, a blank
+    line without data ends the stream there; naive readers of others split it at blank lines."""
+    return b"\n" if "OpenAI/Go" in agent.split() else b"\n\n"
+
+
+def comment_frame(text: str, end: bytes = b"\n\n") -> bytes:
     """An SSE comment: keeps a connection alive without waking the client's own watchdog."""
-    return b": %b\n\n" % own_words(text, 500).encode()
+    return b": %b%b" % (own_words(text, 500).encode(), end)
 
 
 # === JSON TEXT (pure) =======================================================
@@ -7618,7 +7624,8 @@ class Answer:
 
     __slots__ = ("face", "upstream", "reply", "stream", "allow_empty", "filters", "touched",
                  "asked", "lines", "reading", "lane", "counts", "begun", "over", "visible",
-                 "shown", "error", "unclosed", "noted", "lines_read", "kept", "secrets")
+                 "shown", "error", "unclosed", "noted", "lines_read", "kept", "secrets",
+                 "comment_end")
 
     def __init__(self, face: Face, upstream: UpstreamFormat, reply: Reply, prompt: Prompt,
                  allow_empty: bool) -> None:
@@ -7639,6 +7646,7 @@ class Answer:
         self.lines_read = 0         # feeds that held a whole line: signs of life
         self.kept = 0               # bytes of lines whose text is kept
         self.secrets: List[str] = []    # which no note may show
+        self.comment_end = comment_end("")
 
     def feed(self, data: bytes) -> bytes:
         """Frames for some more bytes of the upstream's body."""
@@ -7844,7 +7852,8 @@ class Answer:
         """Notes that came up after the response head, as SSE comments."""
         late = list(dict.fromkeys(self.reply.notes[self.noted:]))
         self.noted = len(self.reply.notes)
-        return b"".join(comment_frame("note " + hide(note, self.secrets)) for note in late[:20])
+        return b"".join(comment_frame("note " + hide(note, self.secrets), self.comment_end)
+                        for note in late[:20])
 
     def find_lane(self) -> Optional[Lane]:
         """The lane of the open block, the same as before while that block is open."""
@@ -14457,7 +14466,7 @@ class Relay:
         limits = self.app.limits
         if self.answer.stream and now - self.sent >= limits.silence - limits.sweep:
             quiet = max(now - self.heard, 0.0)
-            self.send(comment_frame("waiting %ds" % round(quiet)))
+            self.send(comment_frame("waiting %ds" % round(quiet), self.answer.comment_end))
         idle = self.app.config.upstream_idle_seconds
         if self.call is not None and now - self.heard > idle:
             self.give_up(ProxyError("late", "The upstream was silent for %s "
@@ -15056,6 +15065,7 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         spec = build(keys[0])
         await breathe(data)
         answer = new_answer(app, exchange, face, prompt, upstream)
+        answer.comment_end = comment_end(fields.get("user-agent", ""))
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     exchange.record.update(asked=hide(prompt.asked, answer.secrets),

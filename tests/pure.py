@@ -175,6 +175,22 @@ def read_frames(data: bytes) -> List[Any]:
     return frames
 
 
+def read_as_old_go(data: bytes) -> List[Any]:
+    """The JSON of every event as openai-go before its pull request 621 reads it: each blank line
+    ends an event, and one without data is JSON that ends unexpectedly."""
+    events, said = [], b""
+    for line in data.split(b"\n")[:-1]:
+        if line == b"":
+            if said.startswith(b"[DONE]"):
+                break
+            assert said, "unexpected end of JSON input"
+            events.append(json.loads(said))
+            said = b""
+        elif line.startswith(b"data:"):
+            said += line[5:].lstrip(b" ") + b"\n"
+    return events
+
+
 def read_comments(data: bytes) -> List[str]:
     return [frame[2:] for frame in data.decode().split("\n\n") if frame.startswith(": ")]
 

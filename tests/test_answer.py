@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from fake_upstream import ndjson, recorded, text_answer
 from harness import ccproxy
 from pure import (ALL_FACES, INPUTS_OF_CALLS, NAMES, cut_bytes, check_frames, has_note, make_answer,
-                  new_answer, random_cuts, read_comments, read_frames, run, run_plain, run_stream)
+                  new_answer, random_cuts, read_as_old_go, read_comments, read_frames, run,
+                  run_plain, run_stream)
 
 FACE_NAMES = sorted(ALL_FACES)
 SEEDS = range(80)
@@ -627,6 +629,21 @@ LATE = [    # (events, words of the comment)
     ([delta("a"), start("c1", "g"), piece("{"), {"type": "abort"}], "cut=tool call g"),
     ([delta("a"), {"type": "finish"}], "usage=not told"),
     ([start(), piece('{"a":2}'), call({"a": 1}), FINISH], "tool_input=")]
+
+
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("events,words", LATE, ids=range(len(LATE)))
+def test_late_notes_for_old_go_clients(face, events, words):
+    told = []
+    for agent in ("OpenAI/Go 1.12.0", "OpenAI/Python 2.20.0"):
+        answer = new_answer(face)
+        answer.comment_end = ccproxy.comment_end(agent)
+        frames = run(answer, ndjson(*events))
+        told.append(frames + answer.failure(answer.error) if answer.error else frames)
+    assert re.search(": note [^\n]*" + words, told[0].decode()) and told[0] != told[1]
+    assert read_as_old_go(told[0]) == [frame for frame in read_frames(told[1]) if frame != "[DONE]"]
+    with pytest.raises(AssertionError):
+        read_as_old_go(told[1])
 
 
 @pytest.mark.parametrize("face", FACE_NAMES)

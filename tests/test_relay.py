@@ -12,6 +12,7 @@ from fake_upstream import (CHUNKED_HEAD, chunked, ndjson, raw, recorded, reset, 
                            stream, text_answer)
 from harness import (CHAT, FAST, KEY, MESSAGES, fold_chat, fold_messages, parse_answers,
                      post_bytes, read_all, read_until, wait_until)
+from pure import read_as_old_go
 
 TRACE = "0123456789abcdef0123456789abcdef"
 PATIENT = FAST._replace(backoff=(30.0, 30.0))
@@ -351,6 +352,18 @@ def test_a_silent_stream_gets_comments(make_proxy, upstream, sent):
     assert [frame["type"] for frame in answer.frames] == ["error"]
     assert answer.frames[0]["error"]["type"] == "timeout_error"
     assert b"ping" not in answer.body
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+@pytest.mark.parametrize("shown", [False, True], ids=["before any output", "within it"])
+def test_comments_to_old_go_clients_end_in_one_newline(make_proxy, upstream, path, shown):
+    line = ndjson({"type": "text-delta", "id": "0", "text": "a"})
+    upstream.default = stall(CHUNKED_HEAD + b"%x\r\n%b\r\n" % (len(line), line) if shown else b"")
+    proxy = impatient(make_proxy, idle=0.15, silence=0.04)
+    answer = proxy.post(path, stream=True, fields={"user-agent": "OpenAI/Go 1.12.0"})
+    assert len(re.findall(rb"(?m)^: waiting [0-9]+s\n(?!\n)", answer.body)) >= 2
+    events = read_as_old_go(answer.body)
+    assert "error" in events[-1] and len(events) > 1 if shown else len(events) == 1
 
 
 def test_comments_tell_how_long(make_proxy, upstream):

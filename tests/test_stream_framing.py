@@ -231,6 +231,15 @@ def test_no_text_can_make_a_frame_of_its_own(text):
     assert ccproxy.comment_frame(text).count(b"\n") == 2
 
 
+@pytest.mark.parametrize("agent, end", [
+    ("", b"\n\n"), ("OpenAI/Python 2.20.0", b"\n\n"), ("OpenAI/JS 6.1.0", b"\n\n"),
+    ("OpenAI/Go 1.12.0", b"\n"), ("OpenAI/Go", b"\n"), ("crush/1.0 OpenAI/Go 3.0", b"\n"),
+    ("OpenAI/Golf 1", b"\n\n"), ("Go-http-client/1.1", b"\n\n"), ("Anthropic/Go 1.5", b"\n\n")])
+def test_what_ends_a_comment(agent, end):
+    assert ccproxy.comment_end(agent) == end
+    assert ccproxy.comment_frame("x", ccproxy.comment_end(agent)) == b": x" + end
+
+
 def test_a_comment_shows_no_key_and_is_bounded():
     frame = ccproxy.comment_frame("user_abcdefghijklmnop " + "x" * 100000)
     assert b"user_abcdef" not in frame
