@@ -1493,22 +1493,29 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
 # nobody wants (the echo of the whole request) is dropped without being kept.
 
 
+CR = ord("\r")      # looking for a byte as a number is several times as fast as for bytes
+
+
 class LineBuffer:
     """Holds back the beginning of a line until its end has come.
 
     `feed(data)` gives all lines that are complete, as one run of bytes that ends with a newline.
+    CR and CRLF become newlines, for each ends a line of server-sent events (WHATWG HTML 9.2.5).
     A line that begins with `skip` is not kept: where it comes in several pieces, it is dropped.
     """
 
-    __slots__ = ("skip", "pieces", "size", "skipping")
+    __slots__ = ("skip", "pieces", "size", "skipping", "unwanted")
 
     def __init__(self, skip: bytes) -> None:
         self.skip = skip
         self.pieces: List[bytes] = []       # of the line that is not whole
         self.size = 0
         self.skipping = False
+        self.unwanted = b"\xef\xbb\xbf"     # dropped where it comes next: a byte order mark
 
     def feed(self, data: bytes) -> bytes:
+        if CR in data or self.unwanted:
+            data = self.unify(data)
         if data[-1:] == b"\n" and not self.pieces and not self.skipping:
             return data             # nearly always
         if self.skipping:
@@ -1527,6 +1534,14 @@ class LineBuffer:
         if end < len(data):
             self.hold(data[end:])
         return whole
+
+    def unify(self, data: bytes) -> bytes:
+        """Data whose lines end with newlines alone, also where a CRLF comes in two pieces."""
+        while data and data[:1] == self.unwanted[:1]:
+            data, self.unwanted = data[1:], self.unwanted[1:]
+        if data:
+            self.unwanted = b"\n" if data.endswith(b"\r") else b""
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if CR in data else data
 
     def hold(self, data: bytes) -> None:
         """Keep the beginning of a line, unless it is one to skip."""
@@ -3144,6 +3159,7 @@ class Reading:
     over: bool = False
     reason: str = ""                            # the upstream's word, where the end comes later
     mute_thinking: bool = False                 # a repeated call's thinking was shown already
+    event: bytearray = field(default_factory=bytearray)     # data lines that wait for the others
     usage: Optional[Usage] = None
     cost: Optional[str] = None
     notes: List[str] = field(default_factory=list)
@@ -6160,19 +6176,47 @@ def body_bytes(body: Json) -> bytes:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
 
 
-def sse_object(reading: Reading, line: bytes) -> Optional[Json]:
-    """The JSON object of a `data:` line (or of an error sent without one), None for all others."""
-    if line.startswith(b"data:"):
-        line = line[5:]
-    line = line.strip(b" \t\r\n")
-    if not line.startswith(b"{"):       # event names, comments, the empty line between frames
-        return None
+def decode_object(data: bytes) -> Optional[Json]:
     try:
-        raw: Json = DECODER.decode(line.decode("utf-8", "replace"))
+        raw: Json = DECODER.decode(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
-        add_note(reading.notes, "ignored", "an upstream line that is not JSON")
         return None
-    return raw
+    return raw          # an object, for the data begins with a brace
+
+
+def sse_objects(reading: Reading, line: bytes) -> Iterator[Json]:
+    """The JSON objects that a line completes: nearly always that of a `data:` line (or of an error
+    sent without one).  What is not whole waits for the event's other data lines, up to its blank
+    line (WHATWG HTML 9.2.6)."""
+    is_data = line.startswith(b"data:")
+    data = (line[5:] if is_data else line).strip(b" \t\r\n")
+    if reading.event:
+        if is_data:
+            reading.event += b"\n" + data
+        elif not line.strip(b"\r\n"):
+            yield from settle_event(reading)
+        if len(reading.event) > MAX_LINE_BYTES:
+            raise upstream_fault("an event longer than %d bytes" % MAX_LINE_BYTES)
+    elif data.startswith(b"{"):         # else an event's name, a comment, a blank line
+        raw = decode_object(data)
+        if raw is not None:
+            yield raw
+        else:
+            reading.event += data
+
+
+def settle_event(reading: Reading) -> Iterator[Json]:
+    """The object of an event in several data lines.  Where they are none together, each is read
+    alone: some services leave the blank line out, and one bad line must not hide the others."""
+    lines, reading.event = bytes(reading.event), bytearray()
+    found = [decode_object(lines)] if lines else []
+    if found == [None]:
+        found = [decode_object(line) for line in lines.split(b"\n") if line.startswith(b"{")]
+    for raw in found:
+        if raw is not None:
+            yield raw
+        else:
+            add_note(reading.notes, "ignored", "an upstream line that is not JSON")
 
 
 def objects_in(given: Any) -> List[Json]:
@@ -6426,14 +6470,15 @@ def read_openai_done(reading: Reading) -> Iterator[Event]:
 
 def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
     """The events of one line of the stream."""
-    if line.startswith(b"data:") and line[5:].strip() == b"[DONE]" and not reading.over:
-        yield from read_openai_done(reading)
-        return
-    raw = None if reading.over else sse_object(reading, line)
-    if raw is not None:
+    done = line.startswith(b"data:") and line[5:].strip() == b"[DONE]"
+    for raw in settle_event(reading) if done else sse_objects(reading, line):
+        if reading.over:
+            return
         yield from begin_answer(reading)
         yield from (read_stream_error(reading, raw["error"]) if raw.get("error")
                     else read_chunk(reading, raw))
+    if done and not reading.over:
+        yield from read_openai_done(reading)
 
 
 # A chunk that is one delta and nothing else, whatever scalars of no consequence stand around it.
@@ -6732,16 +6777,16 @@ ANTHROPIC_READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
 
 def read_anthropic_line(reading: Reading, line: bytes) -> Iterator[Event]:
     """The events of one line of the stream."""
-    raw = {} if SILENT_EVENT.match(line) else sse_object(reading, line)
-    if raw is None or reading.over:
-        return
-    yield from begin_answer(reading)
-    kind = raw.get("type")
-    if not isinstance(kind, str) and raw.get("error"):
-        kind = "error"              # OpenAI's shape, from a gateway in between
-    reader = ANTHROPIC_READERS.get(kind) if isinstance(kind, str) else None
-    if reader is not None:
-        yield from reader(reading, raw)
+    for raw in [{}] if SILENT_EVENT.match(line) else sse_objects(reading, line):
+        if reading.over:
+            return
+        yield from begin_answer(reading)
+        kind = raw.get("type")
+        if not isinstance(kind, str) and raw.get("error"):
+            kind = "error"              # OpenAI's shape, from a gateway in between
+        reader = ANTHROPIC_READERS.get(kind) if isinstance(kind, str) else None
+        if reader is not None:
+            yield from reader(reading, raw)
 
 
 def anthropic_lane(kind: bytes, member: bytes) -> bytes:
@@ -7577,12 +7622,13 @@ class Lane(NamedTuple):
 
 
 JSON_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+BACKSLASH = ord("\\")
 
 
 def escaped_length(strings: List[bytes]) -> int:
     """How many characters escaped JSON strings hold."""
     escaped = strings[0] if len(strings) == 1 else b"".join(strings)
-    if b"\\" not in escaped:                # nearly always
+    if BACKSLASH not in escaped:            # nearly always
         return len(escaped) if escaped.isascii() else len(escaped.decode())
     return len(JSON_ESCAPE.sub("x", escaped.decode()))
 
@@ -7665,7 +7711,7 @@ class Answer:
                 if at >= end:
                     break
             stop = lines.index(b"\n", at)
-            if stop > at:
+            if stop > at or self.reading.event:
                 self.read_line(lines[at:stop], frames)
             at = stop + 1
         return frames[0] if len(frames) == 1 else b"".join(frames)
@@ -7680,7 +7726,8 @@ class Answer:
     def eof(self) -> bytes:
         """Frames for the end of the upstream's body; without a `finish` that is a failure."""
         frames: List[bytes] = []
-        self.read_line(self.lines.flush(), frames)
+        for line in (self.lines.flush(), b""):      # an event ends with its blank line, or here
+            self.read_line(line, frames)
         if not self.over:
             problem = ("The upstream's answer stopped before its end." if self.reading.began
                        else "The upstream's answer was empty.")
@@ -7859,7 +7906,7 @@ class Answer:
         """The lane of the open block, the same as before while that block is open."""
         block = self.reading.live
         if block is None or block.index < 0 or block.half or self.over \
-                or block.kind in self.touched or block.type != FUNCTION:
+                or block.kind in self.touched or block.type != FUNCTION or self.reading.event:
             return None
         if block.kind == THINKING and self.reading.mute_thinking:
             return None

@@ -72,6 +72,38 @@ def cuts_law(api: str, face: str) -> None:
         assert answers[0] is None or json.loads(ccproxy.to_json(answer.body())) == answers[0], seed
 
 
+def reframed(rng: random.Random, data: bytes) -> bytes:
+    """The same server-sent events in some other legal way: data over several lines, other fields
+    and comments between them, any line end, a byte order mark."""
+    lines = []
+    for line in data.replace(b"\r\n", b"\n").split(b"\n"):
+        whole = ccproxy.decode_object(line[5:].strip()) if line.startswith(b"data:") else None
+        if whole and rng.random() < 0.7:
+            for piece in json.dumps(whole, indent=rng.choice([0, 1])).encode().split(b"\n"):
+                lines.append(rng.choice([b"data:", b"data: "]) + piece)
+                lines += [rng.choice([b": x", b"id: 1", b"retry: 5", b"data", b"data:", b"wibble",
+                                      b"event: y", b" "])] * (rng.random() < 0.1)
+        else:
+            lines.append(line)
+    ends = rng.choice([[b"\n"], [b"\n", b"\r\n"], [b"\r"], [b"\r", b"\r\n"]])
+    made = b"".join(line + rng.choice(ends) for line in lines[:-1])
+    return (b"\xef\xbb\xbf" if rng.random() < 0.5 else b"") + made
+
+
+def framing_law(api: str, face: str) -> None:
+    """An answer is the same however its server-sent events are framed, and however that is cut."""
+    for seed in SEEDS:
+        for odd in (False, True):
+            data, rng = make_answer(api, seed, odd).data, random.Random(seed)
+            other = reframed(rng, data)
+            wanted = read_frames(run(new_answer(UPSTREAMS[api], face), data))
+            whole = run(new_answer(UPSTREAMS[api], face), other)
+            assert read_frames(whole) == wanted, seed
+            for cuts in ("bytewise", random_cuts(rng, other)):
+                again = run(new_answer(UPSTREAMS[api], face), other, cuts)
+                assert read_frames(again) == wanted if odd else again == whole, seed
+
+
 def lane_law(api: str, face: str) -> None:
     """Equal bytes where strings are escaped as JSON.stringify does, else equal JSON."""
     for seed in SEEDS:

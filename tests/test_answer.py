@@ -240,6 +240,25 @@ def test_the_lane_is_used(face):
     assert len(read) < 20
 
 
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("name", ["01", "03", "09"])
+def test_a_byte_order_mark_and_other_line_ends(face, name):
+    data = recorded(name)
+    whole = run(new_answer(face), data)
+    for other in (b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n"), data.replace(b"\n", b"\r"),
+                  b"\xef\xbb\xbf\r\n" + data.replace(b"\n", b"\r\r\n")):
+        for cuts in (None, "bytewise"):
+            assert run(new_answer(face), other, cuts) == whole
+
+
+def test_a_repeated_call_may_begin_with_a_byte_order_mark_too():
+    answer = new_answer("chat")
+    answer.feed(b"\xef\xbb\xbf" + ndjson(delta("hm", "reasoning"), BROKEN))
+    answer.restart()
+    run(answer, b"\xef\xbb\xbf" + text_answer("a"))
+    assert answer.error is None
+
+
 # Line breaks of Python's, at which clients cut that read by `str.splitlines`.
 
 BREAKS = ["\u2028", "\u2029", "\x85", "a\u2028b\u2029c\x85d", "\u65e5\u2028\u672c", "\\u2028\x85"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from fake_upstream import recorded
@@ -42,6 +43,7 @@ def read_lines(pieces):
 
 START = SKIP + b',"request":{"body":"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}}'
 
+BOM = b"\xef\xbb\xbf"
 STREAMS = [
     # (bytes, lines, rest)
     (b"", [], b""),
@@ -50,10 +52,17 @@ STREAMS = [
     (b"a", [], b"a"),
     (b"a\nb", [b"a"], b"b"),
     (b"\n\n\na\n\n", [b"", b"", b"", b"a", b""], b""),
-    (b"a\r\nb\r\n", [b"a\r", b"b\r"], b""),
-    # Nothing but a newline ends a line.
-    ("a\rb\x0bc\x0cd\x1ce\x85f\u2028g\u2029\n".encode(),
-     ["a\rb\x0bc\x0cd\x1ce\x85f\u2028g\u2029".encode()], b""),
+    (b"a\r\nb\r\n", [b"a", b"b"], b""),
+    # CR ends a line too, alone or before a newline, and nothing else does.
+    (b"a\rb\r", [b"a", b"b"], b""), (b"a\r\r\n\rb", [b"a", b"", b""], b"b"),
+    (b"\r\n\r\r\n\n\n\r", [b""] * 6, b""), (b"\na\n\rb\r\r", [b"", b"a", b"", b"b", b""], b""),
+    (START.replace(b",", b", ") + b"\r\ra\r", [b"", b"a"], b""), (START + b"\r\na\n", [b"a"], b""),
+    ("ab\x0bc\x0cd\x1ce\x85f\u2028g\u2029\n".encode(),
+     ["ab\x0bc\x0cd\x1ce\x85f\u2028g\u2029".encode()], b""),
+    # A byte order mark is dropped at the start, and nowhere else.
+    (BOM + b"a\n", [b"a"], b""), (BOM + b"\r\na\r\n" + BOM + b"b\n", [b"", b"a", BOM + b"b"], b""),
+    (BOM + BOM + b"a\n", [BOM + b"a"], b""), (BOM, [], b""), (BOM + START + b"\na\n", [b"a"], b""),
+    (b"\n" + BOM + b"\n", [b"", BOM], b""),
     (b"\x00\xff\xfe\n\xc3", [b"\x00\xff\xfe"], b"\xc3"),
     ('{"text":"\u4e2d\U0001f600"}\n'.encode() * 3, ['{"text":"\u4e2d\U0001f600"}'.encode()] * 3,
      b""),
@@ -79,7 +88,8 @@ def test_lines_however_they_are_cut(data, lines, rest):
 @pytest.mark.parametrize("data, lines, rest", STREAMS)
 def test_lines_with_more_behind_them(data, lines, rest):
     behind = b'"tail"}\nnext\nlast'
-    expected = (data + behind).split(b"\n")
+    expected = re.sub(b"\r\n?", b"\n", data + behind).split(b"\n")
+    expected[0] = expected[0][3 * expected[0].startswith(BOM):]
     for pieces in cuts(data + behind, seed=2, times=20):
         assert read_lines(pieces) == (wanted(expected[:-1]), b"last")
     assert read_lines([data, behind]) == (wanted(expected[:-1]), b"last")

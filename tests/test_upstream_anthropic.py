@@ -87,8 +87,8 @@ def test_parity(face, odd):
     laws.parity_law("anthropic", face, odd)
 
 
-@pytest.mark.parametrize("law", [laws.cuts_law, laws.lane_law, laws.restart_law],
-                         ids=["cuts", "lane", "restart"])
+@pytest.mark.parametrize("law", [laws.cuts_law, laws.lane_law, laws.restart_law,
+                                 laws.framing_law], ids=["cuts", "lane", "restart", "framing"])
 @pytest.mark.parametrize("face", FACE_NAMES)
 def test_laws(face, law):
     law("anthropic", face)
@@ -475,6 +475,34 @@ def test_a_stream_without_message_stop_was_cut(data, stream):
     answer = new_answer(ANTHROPIC, "chat", stream=stream)
     run(answer, data)
     assert answer.over and answer.error.kind == "upstream" and answer.error.retryable
+
+
+TWO = b"\n".join(b"data: " + line for line in json.dumps(text(0, "two"), indent=1).encode().split(
+    b"\n"))
+FORMS = [       # (bytes between start and end of an answer, its text)
+    (sse(text(0, "one")) + TWO + b"\n\n", "onetwo"), (TWO.replace(b": ", b":") + b"\n\n", "two"),
+    (b"event: content_block_delta\n" + TWO.replace(b"\n", b"\n: x\nevent: y\n") + b"\n\n", "two"),
+    (b'data: {"type":"ping"\ndata: }\n\n' + TWO + b"\n\n", "two"),
+    (b"data: {bad\n\n" + TWO + b"\n\n", "two"), (b"data: {bad\n" + sse(text(0, "one")), "one"),
+    (sse(text(0, "one")).replace(b"\n\n", b"\n") * 2, "oneone")]
+
+
+@pytest.mark.parametrize("end_of_line", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("data,words", FORMS, ids=range(len(FORMS)))
+def test_forms_of_server_sent_events(data, words, end_of_line):
+    data, told = sse(START, begin(0, "text", text="")) + data + sse(stop(0)) + end(), []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        framed = mark + data.replace(b"\n", end_of_line)
+        for cuts in (None, "bytewise"):
+            answer = new_answer(ANTHROPIC, "messages")
+            told.append(run(answer, framed, cuts))
+            assert answer.error is None
+            (block,) = check_frames("messages", answer, told[-1])["content"]
+            assert block["text"] == words
+    assert len(set(told)) == 1
+    answer = new_answer(ANTHROPIC, "chat")
+    run(answer, data[:-1])          # the last blank line is missing
+    assert answer.error is None
 
 
 USAGES = [      # (usages in order, (input, output, cache read, cache write) or None)

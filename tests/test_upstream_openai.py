@@ -57,8 +57,9 @@ def test_parity(face, odd):
     laws.parity_law("openai", face, odd)
 
 
-@pytest.mark.parametrize("law", [laws.cuts_law, laws.lane_law, laws.restart_law],
-                         ids=["cuts", "lane", "restart"])
+@pytest.mark.parametrize("law", [laws.cuts_law, laws.lane_law, laws.restart_law,
+                                 laws.framing_law],
+                         ids=["cuts", "lane", "restart", "framing"])
 @pytest.mark.parametrize("face", FACE_NAMES)
 def test_laws(face, law):
     law("openai", face)
