@@ -3191,6 +3191,7 @@ class UpstreamFormat(NamedTuple):
     read_failure: Callable[[int, Fields, bytes], ProxyError]
     lanes: Mapping[str, bytes]                  # block kind -> pattern of one whole delta line
     fields: Tuple[Tuple[str, str], ...] = ()    # headers of its own that never change
+    read_end: Callable[[Reading], Iterator[Event]] = lambda reading: iter(())   # of the body
 
 
 # === GRAMMAR (pure) =========================================================
@@ -6300,8 +6301,8 @@ def own_call_id(reading: Reading, given: Any) -> str:
 # OpenAI's Chat Completions as an upstream: a Prompt becomes its body, the
 # chunks of its SSE become events.  Written for any service that speaks it: what
 # some of them add or leave out is taken as it comes.  A chunk's finish_reason
-# tells how the answer ends, `data: [DONE]` that it has: a stream without both
-# was cut.
+# tells how the answer ends, `data: [DONE]` that it has, or the body's end behind
+# reason and usage: any other stream was cut.
 
 REASONING_GPT = re.compile(r"(?:.*/)?(?:gpt-(?:[5-9]|[1-9][0-9])|o[1-9])(?![0-9a-z])", re.I)
 
@@ -6435,8 +6436,10 @@ def openai_usage(given: Any) -> Optional[Usage]:
 
 
 def read_answer_choice(reading: Reading, choice: Json) -> Iterator[Event]:
-    """One chunk's part of the answer; thinking goes by either of two names."""
-    delta = object_in(choice, "delta")
+    """One chunk's part of the answer; thinking goes by either of two names.  A service that does
+    not stream sends it whole, as `message`."""
+    streamed = "delta" in choice or reading.live is not None
+    delta = object_in(choice, "delta" if streamed else "message")
     thinking = delta.get("reasoning_content") or delta.get("reasoning")
     yield from read_words(reading, THINKING, thinking)
     yield from read_words(reading, TEXT, delta.get("content"))
@@ -6481,6 +6484,12 @@ def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
         yield from read_openai_done(reading)
 
 
+def read_openai_end(reading: Reading) -> Iterator[Event]:
+    """The end of the body: that of the answer too, where all but [DONE] was told."""
+    if reading.reason and reading.usage is not None and not reading.over:
+        yield from read_openai_done(reading)
+
+
 # A chunk that is one delta and nothing else, whatever scalars of no consequence stand around it.
 # Names are spelled out, so that no error, usage or second delta can hide among them.
 LANE_PLAIN = rb'"[^"\\\x00-\x1f]*"'
@@ -6507,7 +6516,8 @@ OPENAI_LANES = {
                       rb'(?:,"type":(?:"function"|null))?,"function":\{(?:"name":(?:null|""),)?',
                       rb'"arguments"', rb'content|reasoning(?:_content)?|refusal', rb'\}\}\]')}
 OPENAI = UpstreamFormat("openai", "/provider/v1/chat/completions", build_openai, NOTHING_SKIPPED,
-                        read_openai_line, read_provider_failure, OPENAI_LANES)
+                        read_openai_line, read_provider_failure, OPENAI_LANES,
+                        read_end=read_openai_end)
 
 
 # === UPSTREAM FORMAT: ANTHROPIC (pure) ======================================
@@ -7728,6 +7738,8 @@ class Answer:
         frames: List[bytes] = []
         for line in (self.lines.flush(), b""):      # an event ends with its blank line, or here
             self.read_line(line, frames)
+        for event in self.upstream.read_end(self.reading):
+            self.pass_on(event, frames)
         if not self.over:
             problem = ("The upstream's answer stopped before its end." if self.reading.began
                        else "The upstream's answer was empty.")

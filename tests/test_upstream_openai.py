@@ -58,8 +58,7 @@ def test_parity(face, odd):
 
 
 @pytest.mark.parametrize("law", [laws.cuts_law, laws.lane_law, laws.restart_law,
-                                 laws.framing_law],
-                         ids=["cuts", "lane", "restart", "framing"])
+                                 laws.framing_law], ids=["cuts", "lane", "restart", "framing"])
 @pytest.mark.parametrize("face", FACE_NAMES)
 def test_laws(face, law):
     law("openai", face)
@@ -275,9 +274,130 @@ CUT = [b"", b"\n\n", b": x\n\n", sse(delta(content="a")), sse(delta(content="a")
        sse(delta(content="a"), delta("stop"), b"data: [DON")]
 
 
+USED = {"prompt_tokens": 7, "completion_tokens": 3}
+USAGE = {**delta(), "choices": [], "usage": USED}
+CALLED = delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}])
+NO_DONE = [     # (frames without [DONE], reason of the answer, None where it failed)
+    ([delta(content="a"), delta("stop"), USAGE], "stop"),
+    ([delta(content="a"), {**delta("stop"), "usage": USED}], "stop"),
+    ([delta(content="a"), delta("length"), USAGE], "length"), ([delta("stop"), USAGE], "stop"),
+    ([CALLED, delta("tool_calls"), USAGE], "tool_calls"),
+    ([USAGE, delta(content="a"), delta("stop")], "stop"),
+    ([delta(content="a"), delta("stop"), USAGE, b": x\n\n"], "stop"),
+    ([delta(content="a"), delta("stop"), USAGE, b"data: [DON"], "stop"),
+    ([delta(content="a"), delta("stop")], None), ([delta(content="a"), USAGE], None),
+    ([USAGE], None),
+    ([delta(content="a"), delta("stop"), {**USAGE, "usage": None}], None),
+    ([delta(content="a"), delta("stop"), {**USAGE, "usage": {}}], None),
+    ([delta(content="a"), delta("error"), USAGE], None),
+    ([delta(content="a"), delta("stop"), USAGE, {"error": {"message": "boom"}}], None),
+    ([{"error": {"message": "boom"}}, delta("stop"), USAGE], None)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("cuts", [None, "bytewise"])
+@pytest.mark.parametrize("frames,reason", NO_DONE, ids=range(len(NO_DONE)))
+def test_a_stream_with_reason_and_usage_is_complete(frames, reason, cuts, stream):
+    for data in (sse(*frames), sse(*frames).rstrip(b"\n")):
+        answer = new_answer(OPENAI, "chat", stream=stream)
+        told = run(answer, data, cuts)
+        assert answer.over and (answer.error is None) == (reason is not None)
+        if reason:
+            assert (answer.reply.reason, answer.reply.usage) == (reason, ccproxy.Usage(7, 3))
+            assert told.endswith(b"data: [DONE]\n\n") == stream
+
+
+def test_only_the_bodys_end_completes_it():
+    """What breaks the connection, or the rules of HTTP, is a failure as before."""
+    answer = new_answer(OPENAI, "chat")
+    answer.feed(sse(delta(content="a"), delta("stop"), USAGE))
+    answer.stop(ccproxy.ProxyError("upstream", "reset"))
+    assert answer.error.message == "reset"
+
+
+WHOLE = {"id": "x", "object": "chat.completion", "usage": USED, "choices": [
+    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}]}
+MESSAGES = [    # (message, what a chat client is told)
+    ({"content": "a"}, {"content": "a"}), ({"content": None, "refusal": "no"}, {"refusal": "no"}),
+    ({"content": "a", "reasoning_content": "t"}, {"content": "a", "reasoning_content": "t"}),
+    ({"content": None, "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}},
+                                      {"id": "d", "function": {"name": "g", "arguments": "{}"}}]},
+     {"tool_calls": 2})]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("message,told", MESSAGES, ids=range(len(MESSAGES)))
+def test_a_service_that_does_not_stream(message, told, stream):
+    """Its answer in one piece is not taken for an empty one."""
+    whole = json.loads(compact(WHOLE))
+    whole["choices"][0]["message"] = message
+    for data in (compact(whole).encode(), sse(whole, DONE), sse(whole)):
+        answer = new_answer(OPENAI, "chat", stream=stream)
+        frames = run(answer, data)
+        shown = check_frames("chat", answer, frames) if stream else answer.body()["choices"][0]
+        assert answer.error is None
+        found = {name: len(value) if name == "tool_calls" else value
+                 for name, value in shown["message"].items() if value and name != "role"}
+        assert found == told
+    again = sse(delta(content="a"), {**WHOLE, "choices": [{**WHOLE["choices"][0]}]}, DONE)
+    assert words(read_events(OPENAI, again)[1]) == "a"
+
+
+# Server-sent events in every form that WHATWG allows: (bytes, text, whether a bad line is noted).
+
+ONE = compact(delta(content="one"))
+TWO = b"\n".join(b"data: " + line for line in json.dumps(delta(content="two"), indent=1).encode(
+    ).split(b"\n"))
+END = sse(delta("stop"), DONE)
+BAD = b'data: {"choices":[{"delta":{"content":"bad'
+FORMS = [
+    (sse(delta(content="one")) + TWO + b"\n\n" + END, "onetwo", False),
+    (TWO + b"\n\n" + TWO + b"\n\n" + END, "twotwo", False),
+    (TWO.replace(b"data: ", b"data:") + b"\n\n" + END, "two", False),
+    (TWO.replace(b"\n", b"\n: comment\nid: 7\nevent: x\n") + b"\n\n" + END, "two", False),
+    (b"data:\n" + TWO + b"\ndata\ndata:\n\n" + END, "two", False),
+    (TWO + b"\n" + DONE + b"\n\n", None, False),
+    (sse(delta("stop")) + TWO + b"\n" + DONE, "two", False),
+    (TWO + b"\n\n" + sse(delta("stop"), USAGE).rstrip(b"\n"), "two", False),
+    (sse(delta("stop", content="a"), USAGE)[:-2], "a", False),
+    (b"data: " + ONE.encode() + b"\n" + END, "one", False),
+    (BAD + b"\n\ndata: " + ONE.encode() + b"\n\n" + END, "one", True),
+    (BAD + b"\ndata: " + ONE.encode() + b"\n" + END, "one", True),
+    (BAD + b"\ndata: " + ONE.encode() + b"\n" + BAD + b"\n" + END.replace(b"\n\n", b"\n"), "one",
+     True), (BAD + b"\n" + DONE, None, True), (b"\xef\xbb\xbf" + TWO + b"\n\n" + END, "two", False),
+    (b"\xef\xbb\xbf: x\n\n" + TWO + b"\n\n" + END, "two", False),
+    (b"data: {\ndata: }\n\n" + sse(delta(content="a")) + END, "a", False),
+    (b" data: " + ONE.encode() + b"\n\ndata : " + ONE.encode() + b"\n\n" + END, "", False),
+    (b"data: [\ndata: ]\n\n" + sse(delta(content="a")) + END, "a", False)]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("data,text,noted", FORMS, ids=range(len(FORMS)))
+def test_forms_of_server_sent_events(data, text, noted, end):
+    data, told = data.replace(b"\n", end), []
+    for cuts in (None, "bytewise", range(7, len(data), 7)):
+        answer = new_answer(OPENAI, "chat")
+        told.append(run(answer, data, cuts))
+        assert (answer.error is None) == (text is not None)
+        assert text is None or check_frames("chat", answer, told[-1])["message"]["content"] == text
+        assert has_note(answer.reply.notes, "not JSON") == noted
+    assert told[0] == told[1] == told[2]
+
+
+def test_an_event_of_many_lines_is_bounded(monkeypatch):
+    monkeypatch.setattr(ccproxy, "MAX_LINE_BYTES", 1000)
+    for lines, good in ((90, True), (110, False)):
+        answer = new_answer(OPENAI, "chat")
+        try:
+            answer.feed(b"data: {\n" + b"data: 123456789\n" * lines)
+            assert good and 900 <= len(answer.reading.event) <= 1000
+        except ccproxy.ProxyError as error:
+            assert not good and error.status == 502
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("data", CUT, ids=range(len(CUT)))
-def test_a_stream_without_reason_and_done_was_cut(data, stream):
+def test_a_stream_without_reason_and_done_or_usage_was_cut(data, stream):
     answer = new_answer(OPENAI, "chat", stream=stream)
     run(answer, data)
     assert answer.over and answer.error.kind == "upstream" and answer.error.retryable
