@@ -3151,9 +3151,9 @@ class Reading:
     """What the waist remembers of an upstream's answer between two lines."""
 
     live: Optional[Block] = None                # the open block
-    waiting: List[Block] = field(default_factory=list)      # began while a call was unfinished
+    waiting: Deque[Block] = field(default_factory=deque)    # began while a call was unfinished
     calls: Dict[str, Block] = field(default_factory=dict)   # by their marks
-    ignored: FrozenSet[str] = frozenset()       # calls that the upstream runs itself
+    ignored: Set[str] = field(default_factory=set)      # calls that are not looked at again
     one_call: bool = False                      # calls after the first are left out
     began: bool = False
     over: bool = False
@@ -3327,7 +3327,7 @@ def same_json(one: str, other: str) -> bool:
 def promote_waiting(reading: Reading) -> Iterator[Event]:
     """Open what waited, in order, up to the first block that can still grow."""
     while reading.waiting and reading.live is None:
-        block = reading.waiting.pop(0)
+        block = reading.waiting.popleft()
         held, block.pieces = block.text, []
         reading.live = block
         yield Open(block)
@@ -3382,7 +3382,9 @@ def sign_thinking(reading: Reading, signature: Any) -> Iterator[Event]:
     yield from extend(reading, THINKING, "")
     block = reading.waiting[-1] if reading.waiting else reading.live
     if block is not None:
-        block.signature += signature
+        held, block.signature = block.signature, ""
+        held += signature           # in place, for nothing else refers to it
+        block.signature = held
         if len(block.signature) > MAX_SIGNATURE_BYTES:
             yield from fail_answer(reading, ProxyError(
                 "upstream_final", "A signature is longer than %d bytes." % MAX_SIGNATURE_BYTES))
@@ -5846,7 +5848,7 @@ def call_name(raw: Json) -> str:
 def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
     name = known_call_id(reading, raw.get("id"))
     if raw.get("providerExecuted"):
-        reading.ignored = reading.ignored | {name}
+        reading.ignored.add(name)
     elif name not in reading.ignored:
         start_call(reading, name, call_name(raw))
     return iter(())
@@ -6745,10 +6747,13 @@ def read_block_delta(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_block_stop(reading: Reading, raw: Json) -> Iterator[Event]:
     """A block ends: thinking is closed, so that the next gets a signature of its own.  A call that
-    max_tokens cut is stopped too, so its JSON decides."""
-    block = reading.calls.get(block_mark(raw))
+    max_tokens cut is stopped too, so its JSON decides, at its first stop."""
+    mark = block_mark(raw)
+    block = reading.calls.get(mark)
     if block is not None:
-        yield from settle_call(reading, block, None)
+        if mark not in reading.ignored:
+            reading.ignored.add(mark)
+            yield from settle_call(reading, block, None)
     elif reading.live is not None and reading.live.kind != TOOL:
         yield from close_live(reading)
 

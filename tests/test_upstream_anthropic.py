@@ -421,6 +421,20 @@ def test_calls(events, reason, whole, cut, ours):
     assert shown[-1] == ccproxy.End(ours) and has_note(reading.notes, "cut=") == bool(cut)
 
 
+def test_a_call_is_judged_once_however_often_it_is_stopped(monkeypatch):
+    """Counted, not timed: each look at its arguments takes as long as they are."""
+    looked, whole_arguments = [], ccproxy.whole_arguments
+    monkeypatch.setattr(ccproxy, "whole_arguments",
+                        lambda text: looked.append(text) or whole_arguments(text))
+    pieces = [one for _ in range(50) for one in (piece(0, "1,"), stop(0))]
+    reading, events = read_events(ANTHROPIC, sse(
+        START, start_call(0), piece(0, '{"x":['), *pieces, piece(0, "1]}"), stop(0),
+        end("tool_use")))
+    assert len(looked) <= 2 and events[-1] == ccproxy.End("tool_calls")
+    (block,) = reading.calls.values()
+    assert block.whole and json.loads(block.text) == {"x": [1] * 51}
+
+
 ENDS = [("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"),
         ("model_context_window_exceeded", "length"), ("refusal", "filtered"),
         ("pause_turn", "paused"), ("tool_use", "stop"), ("wibble", "stop"), (None, "stop")]
