@@ -3159,7 +3159,7 @@ class Reading:
     over: bool = False
     reason: str = ""                            # the upstream's word, where the end comes later
     mute_thinking: bool = False                 # a repeated call's thinking was shown already
-    event: bytearray = field(default_factory=bytearray)     # data lines that wait for the others
+    event: Union[bytes, bytearray] = b""        # data lines that wait for the others of their event
     usage: Optional[Usage] = None
     cost: Optional[str] = None
     notes: List[str] = field(default_factory=list)
@@ -5967,39 +5967,78 @@ READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
 
 START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
 SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
-    rb'\{"type":"(?:start|start-step|text-start|text-end|reasoning-start|tool-input-end)"')
+    rb'(?:data: ?)?\{"type":"(?:start|start-step|text-start|text-end|reasoning-start'
+    rb'|tool-input-end)"')
+NOT_JSON = ("ignored", "an upstream line that is not JSON")
+
+
+def decode_object(data: bytes) -> Optional[Json]:
+    try:
+        raw: Json = DECODER.decode(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return raw          # an object, for the data begins with a brace
+
+
+def read_objects(reading: Reading, line: bytes) -> Iterable[Json]:
+    """The JSON objects that a line completes: nearly always its own, behind `data:` or not.  Data
+    that is not whole waits for the event's other data lines, up to its blank line (WHATWG HTML
+    9.2.6)."""
+    is_data = line.startswith(b"data:")
+    data = (line[5:] if is_data else line).strip(b" \t\r\n")
+    if reading.event:
+        if is_data:
+            reading.event += b"\n" + data
+        if len(reading.event) > MAX_LINE_BYTES:
+            raise upstream_fault("an event longer than %d bytes" % MAX_LINE_BYTES)
+        return () if line.strip(b"\r\n") else settle_event(reading)
+    if not data.startswith(b"{"):       # an event's name, a comment, a blank line
+        return ()
+    raw = decode_object(data)
+    if raw is not None:
+        return (raw,)
+    if is_data:
+        reading.event = bytearray(data)
+    else:
+        add_note(reading.notes, *NOT_JSON)
+    return ()
+
+
+def settle_event(reading: Reading) -> Iterator[Json]:
+    """The object of an event in several data lines.  Where they are none together, each is read
+    alone: some services leave the blank line out, and one bad line must not hide the others."""
+    lines, reading.event = bytes(reading.event), b""
+    found = [decode_object(lines)] if lines else []
+    if found == [None]:
+        found = [decode_object(line) for line in lines.split(b"\n") if line.startswith(b"{")]
+    for raw in found:
+        if raw is not None:
+            yield raw
+        else:
+            add_note(reading.notes, *NOT_JSON)
 
 
 def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
     """The events of one line; what is not a JSON object with a known type has none."""
-    line = line.strip(b" \t\r\n")
-    if line.startswith(b"data:"):
-        line = line[5:].lstrip(b" \t")
-    if not line.startswith(b"{"):
-        return
     silent = SILENT_LINE.match(line)
     if silent and reading.began:
         return
-    try:
-        raw = {} if silent else DECODER.decode(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        add_note(reading.notes, "ignored", "an upstream line that is not JSON")
-        return
-    if not reading.began:
-        reading.began = True
-        yield Begin()
-    kind = raw.get("type")
-    if not isinstance(kind, str) and raw.get("error"):
-        kind = "error"              # an envelope sent with status 200
-    reader = READERS.get(kind) if isinstance(kind, str) else None
-    if reader is not None and (not reading.over or reader is read_provider_metadata):
-        yield from reader(reading, raw)
+    for raw in [{}] if silent else read_objects(reading, line):
+        if not reading.began:
+            reading.began = True
+            yield Begin()
+        kind = raw.get("type")
+        if not isinstance(kind, str) and raw.get("error"):
+            kind = "error"              # an envelope sent with status 200
+        reader = READERS.get(kind) if isinstance(kind, str) else None
+        if reader is not None and (not reading.over or reader is read_provider_metadata):
+            yield from reader(reading, raw)
 
 
 # === UPSTREAM FORMAT: ALPHA (pure) ==========================================
 # Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
 # envelope; the answer is bare NDJSON, one event a line, whatever its content
-# type says (a `data:` prefix is tolerated).
+# type says (server-sent events are read too).
 
 # Fixed and neutral, so that nothing of this host leaks and every request of a conversation
 # begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
@@ -6144,9 +6183,9 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read
 
 
 # === PROVIDER STREAMS (pure) ================================================
-# What the two documented APIs have in common on the upstream's side: data lines
-# of SSE, errors inside a stream, and calls, of which neither says for certain
-# that they are complete: their JSON tells.  Stop sequences are not sent in
+# What the two documented APIs have in common on the upstream's side: errors
+# inside a stream, and calls, of which neither says for certain that they are
+# complete: their JSON tells.  Stop sequences are not sent in
 # either, for the answer's filters find them, and which one it was.
 
 NOTHING_SKIPPED = b"\n"     # no line begins with its own end
@@ -6177,49 +6216,6 @@ def body_bytes(body: Json) -> bytes:
         return to_json({name: value for name, value in body.items() if value not in (None, [])})
     except ValueError:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
-
-
-def decode_object(data: bytes) -> Optional[Json]:
-    try:
-        raw: Json = DECODER.decode(data.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None
-    return raw          # an object, for the data begins with a brace
-
-
-def sse_objects(reading: Reading, line: bytes) -> Iterator[Json]:
-    """The JSON objects that a line completes: nearly always that of a `data:` line (or of an error
-    sent without one).  What is not whole waits for the event's other data lines, up to its blank
-    line (WHATWG HTML 9.2.6)."""
-    is_data = line.startswith(b"data:")
-    data = (line[5:] if is_data else line).strip(b" \t\r\n")
-    if reading.event:
-        if is_data:
-            reading.event += b"\n" + data
-        elif not line.strip(b"\r\n"):
-            yield from settle_event(reading)
-        if len(reading.event) > MAX_LINE_BYTES:
-            raise upstream_fault("an event longer than %d bytes" % MAX_LINE_BYTES)
-    elif data.startswith(b"{"):         # else an event's name, a comment, a blank line
-        raw = decode_object(data)
-        if raw is not None:
-            yield raw
-        else:
-            reading.event += data
-
-
-def settle_event(reading: Reading) -> Iterator[Json]:
-    """The object of an event in several data lines.  Where they are none together, each is read
-    alone: some services leave the blank line out, and one bad line must not hide the others."""
-    lines, reading.event = bytes(reading.event), bytearray()
-    found = [decode_object(lines)] if lines else []
-    if found == [None]:
-        found = [decode_object(line) for line in lines.split(b"\n") if line.startswith(b"{")]
-    for raw in found:
-        if raw is not None:
-            yield raw
-        else:
-            add_note(reading.notes, "ignored", "an upstream line that is not JSON")
 
 
 def objects_in(given: Any) -> List[Json]:
@@ -6475,13 +6471,14 @@ def read_openai_done(reading: Reading) -> Iterator[Event]:
 
 def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
     """The events of one line of the stream."""
+    if reading.over:
+        return
     done = line.startswith(b"data:") and line[5:].strip() == b"[DONE]"
-    for raw in settle_event(reading) if done else sse_objects(reading, line):
-        if reading.over:
-            return
-        yield from begin_answer(reading)
-        yield from (read_stream_error(reading, raw["error"]) if raw.get("error")
-                    else read_chunk(reading, raw))
+    for raw in settle_event(reading) if done else read_objects(reading, line):
+        if not reading.over:
+            yield from begin_answer(reading)
+            yield from (read_stream_error(reading, raw["error"]) if raw.get("error")
+                        else read_chunk(reading, raw))
     if done and not reading.over:
         yield from read_openai_done(reading)
 
@@ -6792,7 +6789,7 @@ ANTHROPIC_READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
 
 def read_anthropic_line(reading: Reading, line: bytes) -> Iterator[Event]:
     """The events of one line of the stream."""
-    for raw in [{}] if SILENT_EVENT.match(line) else sse_objects(reading, line):
+    for raw in [{}] if SILENT_EVENT.match(line) else read_objects(reading, line):
         if reading.over:
             return
         yield from begin_answer(reading)
@@ -7699,7 +7696,7 @@ class Answer:
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes, one_call=not prompt.parallel)
         self.lane: Optional[Lane] = None
-        self.counts = dict.fromkeys((TEXT, THINKING, REFUSAL, TOOL), 0)
+        self.counts = {TEXT: 0, THINKING: 0, REFUSAL: 0, TOOL: 0}
         self.begun = self.over = self.visible = self.shown = False
         self.error: Optional[ProxyError] = None
         self.unclosed: Optional[Block] = None       # the block in which the answer failed
@@ -7707,7 +7704,7 @@ class Answer:
         self.lines_read = 0         # feeds that held a whole line: signs of life
         self.kept = 0               # bytes of lines whose text is kept
         self.secrets: List[str] = []    # which no note may show
-        self.comment_end = comment_end("")
+        self.comment_end = b"\n\n"  # of the client: see comment_end
 
     def feed(self, data: bytes) -> bytes:
         """Frames for some more bytes of the upstream's body."""

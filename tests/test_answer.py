@@ -251,6 +251,19 @@ def test_a_byte_order_mark_and_other_line_ends(face, name):
             assert run(new_answer(face), other, cuts) == whole
 
 
+@pytest.mark.parametrize("face", FACE_NAMES)
+@pytest.mark.parametrize("name", ["01", "04", "09", "13"])
+def test_data_over_several_lines(face, name):
+    """Command Code's lines as server-sent events, each over as many lines as it has members."""
+    lines = [json.dumps(json.loads(line), indent=1).split("\n")
+             for line in recorded(name).decode().split("\n") if line]
+    data = "\n".join("".join("data: %s\n" % line for line in event) for event in lines).encode()
+    whole = [read_frames(run(new_answer(face), some, cuts))
+             for some in (recorded(name), data + b"\n", data, data.replace(b"\n", b"\r"))
+             for cuts in (None, "bytewise")]
+    assert whole.count(whole[0]) == len(whole) == 8
+
+
 def test_a_repeated_call_may_begin_with_a_byte_order_mark_too():
     answer = new_answer("chat")
     answer.feed(b"\xef\xbb\xbf" + ndjson(delta("hm", "reasoning"), BROKEN))
