@@ -838,7 +838,7 @@ def removed_warnings(flags: Mapping[str, str], environment: Mapping[str, str],
 
 def variable_warnings(environment: Iterable[str]) -> List[str]:
     """A warning for each variable CC_... that is no option's but is spelled much like one's."""
-    names = {name for option in (*OPTIONS, *REMOVED_OPTIONS) for name in environment_names(option)}
+    names = set().union(*map(environment_names, (*OPTIONS, *REMOVED_OPTIONS)))
     unknown = [name for name in environment if name.startswith("CC_") and name not in names]
     if not unknown:
         return []               # nearly always
@@ -5650,9 +5650,9 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     if not prompt.show_thinking:
         filters.append(Filter(frozenset([THINKING]), hide_thinking))
     if prompt.names:
-        filters.append(Filter(NO_KINDS, restore_names(prompt.names, types)))
+        filters.append(Filter(frozenset(), restore_names(prompt.names, types)))
     if CUSTOM in types and any(own.type == CUSTOM for own in prompt.names.values()):
-        filters.append(Filter(NO_KINDS, unwrap_raw()))      # custom calls have no fast path anyway
+        filters.append(Filter(frozenset(), unwrap_raw()))      # custom calls have no fast path anyway
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
@@ -6406,11 +6406,11 @@ def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
     said = object_in(call, "function")
     name, piece = said.get("name"), said.get("arguments")
     mark = call_mark(reading, call, bool(name))
+    name = name if isinstance(name, str) else ""
     if mark not in reading.calls:
-        start_call(reading, own_call_id(reading, call.get("id")),
-                   name if isinstance(name, str) and name else UNKNOWN_TOOL, mark)
+        start_call(reading, own_call_id(reading, call.get("id")), name or UNKNOWN_TOOL, mark)
     block = reading.calls[mark]
-    if isinstance(name, str) and name and not block.begun:
+    if name and not block.begun:
         block.name = name
     if isinstance(piece, dict):
         piece = call_arguments({"input": piece})
@@ -7548,6 +7548,9 @@ def responses_delta(reply: Reply, event: Any) -> bytes:
     return numbered_frame(reply, delta_kind(block), **delta_place(reply, block), delta=event.text)
 
 
+TEXT_MEMBERS = {TEXT: "text", THINKING: "text", REFUSAL: "refusal"}     # of a .done event
+
+
 def responses_close(reply: Reply, event: Any) -> bytes:
     """An item is complete; of a call that was cut nothing more is told, so that nobody runs it."""
     block, frames = event.block, b""
@@ -7557,8 +7560,7 @@ def responses_close(reply: Reply, event: Any) -> bytes:
     if block.kind == TOOL and not block.whole:
         return frames
     text = call_text(block)
-    member = "input" if block.raw else "arguments" if block.kind == TOOL else \
-        "refusal" if block.kind == REFUSAL else "text"
+    member = TEXT_MEMBERS.get(block.kind) or ("input" if block.raw else "arguments")
     if block.type not in CALL_ITEMS:
         frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
                                 **delta_place(reply, block), **{member: text})
@@ -19393,14 +19395,18 @@ def take_flags(argv: List[str], flags: Mapping[str, str]) -> Tuple[List[str], Li
         if flag not in flags:
             break
         following, at = argv[at + 1:at + 2], at + 1
-        if equals or flags[flag] == "none":
-            values = [value] if equals else []
-        elif flags[flag] == "one" or following and following[0].lower() in BOOLEAN_WORDS:
-            values, at = following, at + len(following)
-        else:
-            values = ["true"]
+        values = [value] if equals else values_of(flags[flag], following)
+        at += len(values) if values is following else 0
         taken.append("=".join(["--port" if flag == "-p" else flag, *values]))
     return taken, argv[at:]
+
+
+def values_of(takes: str, following: List[str]) -> List[str]:
+    """The value of a flag without `=`: the word that follows it, where it takes that."""
+    if takes == "none":
+        return []
+    is_value = takes == "one" or bool(following) and following[0].lower() in BOOLEAN_WORDS
+    return following if is_value else ["true"]
 
 
 def split_arguments(argv: List[str]) -> Tuple[str, List[str], List[str]]:
@@ -19427,9 +19433,9 @@ def split_rest(command: Command, own: List[str], argv: List[str],
     if command.rest == REST_OPEN:
         before, argv = take_flags(argv, flags)
         own = own + before
-        if argv and argv[0][:1] == "-" and argv[0] != "--":
-            refuse_arguments("run", "unrecognized arguments: " + argv[0])
-        elif argv and argv[0] != "--":
+        if argv[:1] not in ([], ["--"]):
+            if argv[0][:1] == "-":
+                refuse_arguments("run", "unrecognized arguments: " + argv[0])
             behind, rest = take_flags(argv[1:], flags)
             return [*own, argv[0], *behind], rest[1:] if rest[:1] == ["--"] else rest
     if command.rest and "--" in argv:
