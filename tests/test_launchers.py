@@ -549,5 +549,5 @@ def test_real_clients_run_against_the_demo(bench, name, words):
                      CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                      PATH="%s:%s" % (os.path.dirname(program), os.environ["PATH"]))
     assert done.returncode == 0, done.stderr
-    assert "This is the demo of ccproxy, not a model." in done.stdout
+    assert "This is the demo of ccproxy, not a model" in done.stdout
     assert os.path.exists(bench.home / {"claude": ".claude", "codex": ".codex"}[name])

@@ -333,7 +333,7 @@ def test_real_clients_follow_their_settings(tmp_path, start_program, name, words
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert "This is the demo of ccproxy, not a model." in done.stdout
+    assert "This is the demo of ccproxy, not a model" in done.stdout
     lines = log_of(proxy)
     assert lines and all(ccproxy.key_name(SECRET) in line and "model=moonshotai/Kimi-K3" in line
                          for line in lines)
@@ -341,7 +341,7 @@ def test_real_clients_follow_their_settings(tmp_path, start_program, name, words
     done = bench.run("run", name, "--demo", "--model", "glm", "--", *words, **{
         one: environment[one] for one in ("PATH", "DISABLE_AUTOUPDATER",
                                           "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC")})
-    assert done.returncode == 0 and "This is the demo upstream" in done.stdout, done.stderr
+    assert done.returncode == 0 and "This is the demo of ccproxy" in done.stdout, done.stderr
     assert log_of(proxy) == lines
     assert home.run(name, "--undo").returncode == 0
     assert home.read(name) == BEFORE[name]
