@@ -144,7 +144,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DOCTOR CHECKS
     DOCTOR UPSTREAM
     DOCTOR
-    TOP SCREEN
     TOP
     SERVICE
     SELFTEST FEATURES
@@ -18221,37 +18220,15 @@ def run_doctor(invocation: Invocation) -> int:
     return 0 if sound and said else 1
 
 
-# === TOP SCREEN =============================================================
-# What `ccproxy.py top` shows: lines made of what the proxy told.  It may be any
-# version's, or no ccproxy at all, so nothing is taken for granted, and of a text
-# only its printable ASCII reaches the terminal.
+# === TOP ====================================================================
+# `ccproxy.py top`: /admin/state as a table, drawn anew every second on a terminal,
+# else printed once.  The proxy may be any version's, or no ccproxy at all: nothing
+# is taken for granted, and only printable ASCII of a text reaches the terminal.
 
-MAX_TOP_RECENT = 200            # requests that are over, kept for a high terminal
+TOP_SECONDS = 10.0              # within which the proxy must answer
 TOP_MINUTES = 5                 # that the summary adds up
-SNAPSHOT_LINES = 60             # where there is no terminal
-
-
-@dataclass
-class TopView:
-    """All that is known of the proxy."""
-
-    address: str
-    state: Json = field(default_factory=dict)
-    recent: Deque[Json] = field(default_factory=lambda: deque(maxlen=MAX_TOP_RECENT))
-    minutes: Dict[float, Json] = field(default_factory=dict)
-    trouble: str = ""               # why it does not answer now
-    lost: str = ""                  # since when
-
-
-class Column(NamedTuple):
-    """One column of a table: its head, side, the least width of the terminal that has room for
-    it, the member that it shows (or the next, where that is empty), and how, if it is a number."""
-
-    head: str
-    side: str
-    least: int
-    names: str
-    show: Optional[Callable[[float], str]] = None
+WHOLE_WIDTH, SNAPSHOT_LINES = 10_000, 60    # where there is no terminal
+ALTERNATE, ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"    # screen and cursor
 
 
 def number_in(entry: Json, name: str) -> float:
@@ -18260,88 +18237,75 @@ def number_in(entry: Json, name: str) -> float:
     return value if isinstance(value, (int, float)) and 0 <= value < 1e11 else 0
 
 
-def text_in(entry: Json, name: str, most: int = 200) -> str:
-    """A text that was told, harmless on a terminal."""
+def text_in(entry: Json, name: str, show: Callable[[float], str] = str) -> str:
+    """A text that was told, or a number as `show` shows it; "" where none was."""
     value = entry.get(name)
-    return printable(value, most) if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return printable(value, 200)
+    return "" if value is None else show(number_in(entry, name))
 
 
 def clock_time(at: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at))
 
 
-def cell_text(column: Column, entry: Json) -> str:
-    """What stands in a column for an entry."""
-    if column.show is None:
-        return next(filter(None, (text_in(entry, name) for name in column.names.split())), "")
-    told = entry.get(column.names) is not None
-    return column.show(number_in(entry, column.names)) if told else ""
+# Columns: the head, the side, the least width of a terminal that has room for it, the member that
+# it shows, and how, if that is a number.
+TopColumns = Tuple[Tuple[str, str, int, str, Callable[[float], str]], ...]
+LIVE_COLUMNS: TopColumns = (
+    ("running", "r", 0, "seconds", short_span), ("phase", "l", 0, "phase", str),
+    ("chars", "r", 40, "output_chars", short_number), ("model", "l", 0, "model", str),
+    ("client", "l", 60, "client", str), ("api", "l", 80, "api", str), ("key", "l", 80, "key", str))
+RECENT_COLUMNS: TopColumns = (
+    ("last", "l", 0, "at", clock_time), ("status", "r", 0, "status", str),
+    ("model", "l", 0, "model", str), ("client", "l", 60, "client", str),
+    ("api", "l", 120, "api", str), ("key", "l", 120, "key", str),
+    ("in", "r", 70, "input", short_number), ("cached", "r", 90, "cached", short_number),
+    ("out", "r", 50, "output", short_number), ("first", "r", 80, "first", short_span),
+    ("total", "r", 40, "total", short_span), ("error", "l", 60, "error", str))
 
 
-LIVE_COLUMNS = (
-    Column("running", "r", 0, "seconds", short_span), Column("phase", "l", 0, "phase"),
-    Column("chars", "r", 40, "output_chars", short_number), Column("model", "l", 0, "model asked"),
-    Column("client", "l", 60, "client"), Column("api", "l", 80, "api"),
-    Column("key", "l", 80, "key"))
-RECENT_COLUMNS = (
-    Column("last", "l", 0, "at", clock_time), Column("status", "r", 0, "status", "%d".__mod__),
-    Column("model", "l", 0, "model asked"), Column("client", "l", 60, "client"),
-    Column("api", "l", 120, "api"), Column("key", "l", 120, "key"),
-    Column("in", "r", 70, "input", short_number), Column("cached", "r", 90, "cached", short_number),
-    Column("out", "r", 50, "output", short_number), Column("first", "r", 80, "first", short_span),
-    Column("total", "r", 40, "total", short_span), Column("error", "l", 60, "error"))
+def colour_of(entry: Json) -> str:
+    """How a request is shown: "" as it is."""
+    status = number_in(entry, "status")
+    return "dim" if status == 499 else "red" if status >= 400 or entry.get("error") else ""
 
 
-def lay_out(columns: Tuple[Column, ...], entries: List[Json], width: int) -> List[str]:
-    """A table of entries, of the columns that there is room for; width 0: of all."""
-    shown = [one for one in columns if not width or width >= one.least]
-    rows = [tuple(cell_text(one, entry) for one in shown) for entry in entries]
-    return table_lines(tuple(one.head for one in shown), rows,
-                       "".join(one.side for one in shown), width)
+def top_table(columns: TopColumns, entries: List[Json], width: int) -> List[Tuple[str, str]]:
+    """(line, colour) of a table of the columns that there is room for, an empty line above it."""
+    heads, sides, _, names, shows = zip(*(one for one in columns if width >= one[2]))
+    named = [{**one, "model": one.get("model") or one.get("asked")} for one in entries]
+    rows = [tuple(map(text_in, [one] * len(names), names, shows)) for one in named]
+    head, *lines = table_lines(heads, rows, "".join(sides), width)
+    return [("", ""), (head, "bold"), *zip(lines, map(colour_of, entries))]
 
 
 def fill_lines(words: List[str], width: int) -> List[str]:
-    """Words in as few lines as they fit in; width 0: in one."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if width and len(lines[-1]) + 2 + len(word) > width:
-            lines.append(word)
-        else:
-            lines[-1] += "  " + word
-    return lines
+    """Words in as few lines as they fit in."""
+    import textwrap
+    text = "  ".join(word.replace(" ", "\xa0") for word in words)     # a line ends between words
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width)]
 
 
-def proxy_words(view: TopView) -> List[str]:
-    """Which proxy it is, and how it is."""
-    state = view.state
-    upstream = state.get("upstream")
-    upstream = text_in(upstream, "address") if isinstance(upstream, dict) else ""
-    words = ["ccproxy " + text_in(state, "version", 20), text_in(state, "status", 20),
-             "up " + short_span(number_in(state, "uptime_seconds")), view.address,
-             "upstream " + upstream]
-    return [word for word in words if word]
-
-
-def summary_words(view: TopView) -> List[str]:
+def summary_words(state: Json) -> List[str]:
     """What runs, and the last minutes added up."""
-    newest = max(view.minutes, default=0.0)
-    last = [view.minutes[at] for at in sorted(view.minutes) if at > newest - 60 * TOP_MINUTES]
+    since = time.time() - 60 * TOP_MINUTES
+    last = [one for one in objects_in(state.get("minutes")) if number_in(one, "at") > since]
 
     def added(name: str) -> float:
-        return sum(number_in(minute, name) for minute in last)
+        return sum(number_in(one, name) for one in last)
 
-    words = [counted(number_in(view.state, "open_streams"), "open stream"),
-             counted(number_in(view.state, "clients"), "client"),
+    words = [counted(number_in(state, "open_streams"), "open stream"),
+             counted(number_in(state, "clients"), "client"),
              "%d min: %s requests" % (TOP_MINUTES, short_number(added("requests"))),
-             "%s errors" % short_number(added("errors")), "%s in" % short_number(added("input")),
-             "%s out" % short_number(added("output"))]
+             short_number(added("errors")) + " errors", short_number(added("input")) + " in",
+             short_number(added("output")) + " out"]
     if added("input"):
         words.append("%d%% cached" % (100 * min(added("cached") / added("input"), 1)))
-    timed = [minute for minute in last if minute.get("first_p50") is not None]
+    timed = [one for one in last if one.get("first_p50") is not None]
     if timed:
-        words.append("first event %s, p95 %s" % (
-            short_span(number_in(timed[-1], "first_p50")),
-            short_span(number_in(timed[-1], "first_p95"))))
+        words.append("first event %s, p95 %s" % (text_in(timed[-1], "first_p50", short_span),
+                                                 text_in(timed[-1], "first_p95", short_span)))
     return words
 
 
@@ -18354,178 +18318,77 @@ def alert_line(alert: Json) -> str:
     return "alert: %s %s is %.2f (%.2f)" % (name or key, kind, value, limit)
 
 
-def colour_of(entry: Json) -> str:
-    """How a finished request is shown: "" as it is."""
-    status = number_in(entry, "status")
-    failed = status >= 400 or bool(entry.get("error"))
-    return "dim" if status == 499 else "red" if failed else ""
+def screen_lines(state: Json, address: str, trouble: str, width: int, height: int) -> List[str]:
+    """The whole screen: at most `height` lines of at most `width` columns.  `trouble`: why the
+    proxy does not answer now."""
+    words = ["ccproxy " + text_in(state, "version"), text_in(state, "status"),
+             "up " + text_in(state, "uptime_seconds", short_span), address,
+             "upstream " + text_in(object_in(state, "upstream"), "address")]
+    lines = [(line, "bold") for line in fill_lines(words, width)]
+    lines += [(line, "") for line in fill_lines(summary_words(state), width)]
+    lines += [(alert_line(alert), "yellow") for alert in objects_in(state.get("alerts"))[:3]]
+    lines += [(trouble, "red")] if trouble else []
+    room = max(height - len(lines) - 4, 2)      # for both tables without their heads
+    live, recent = objects_in(state.get("live")), objects_in(state.get("recent"))
+    live = live[:max(room // 2, room - len(recent))]
+    lines += top_table(LIVE_COLUMNS, live, width)
+    lines += top_table(RECENT_COLUMNS, recent[:max(room - len(live), 0)], width)
+    return [paint(cut_text(line, width), colour) if colour else cut_text(line, width)
+            for line, colour in lines[:height]]
 
 
-def screen_lines(view: TopView, width: int, height: int) -> List[str]:
-    """The whole screen: at most `height` lines of at most `width` columns (0: any number)."""
-    live = objects_in(view.state.get("live"))
-    top = [(line, "bold") for line in fill_lines(proxy_words(view), width)]
-    top += [(line, "") for line in fill_lines(summary_words(view), width)]
-    top += [(alert_line(alert), "yellow") for alert in objects_in(view.state.get("alerts"))[:3]]
-    if view.trouble:
-        top.append((view.trouble, "red"))
-    room = max(height - len(top) - 4, 2)        # for both tables without their heads
-    shown = live[:max(room // 2, room - len(view.recent))]
-    recent = list(view.recent)[:max(room - len(shown), 0)]
-    running = lay_out(LIVE_COLUMNS, shown, width)
-    finished = lay_out(RECENT_COLUMNS, recent, width)
-    top += [("", ""), (running[0], "bold"), *((line, "") for line in running[1:]), ("", ""),
-            (finished[0], "bold"), *zip(finished[1:], map(colour_of, recent))]
-    cut = [(cut_text(line, width) if width else line, colour) for line, colour in top[:height]]
-    return [paint(line, colour) if colour and line else line for line, colour in cut]
-
-
-def take_state(view: TopView, state: Any) -> None:
-    """Take over what /admin/state told.  Raises ValueError for what no ccproxy says."""
-    if not isinstance(state, dict) or "version" not in state or "live" not in state:
-        raise ValueError("that is no ccproxy, or too old a one")
-    view.state = state
-    view.recent.clear()
-    view.recent.extend(objects_in(state.get("recent"))[:MAX_TOP_RECENT])
-    view.minutes = {number_in(one, "at"): one for one in objects_in(state.get("minutes"))}
-
-
-def take_event(view: TopView, name: str, data: Any) -> None:
-    """Take over an event; what is not known is no matter."""
-    if not isinstance(data, dict):
-        return
-    if name == "request":
-        if data not in view.recent:     # else it came with the state already
-            view.recent.appendleft(data)
-    elif name == "state":
-        view.state = data
-        minute = data.get("minute")
-        if isinstance(minute, dict):
-            view.minutes[number_in(minute, "at")] = minute
-            for old in sorted(view.minutes)[:-60]:
-                del view.minutes[old]
-
-
-# === TOP ====================================================================
-# `ccproxy.py top`: the proxy's events, drawn anew in place, or, where there is no
-# terminal, its state printed once.  A proxy that is gone is asked again every
-# second.
-
-TOP_SECONDS = 30.0              # without a byte, not even a comment: the connection is dead
-ALTERNATE, ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"    # screen and cursor
-
-
-def open_answer(origin: Origin, path: str, secret: str, shown: str = "") -> Any:
-    """The answer to a GET, to be closed; the secret is shown only to a proxy that asks for it.
-    Raises OSError, and ProxyError for a refusal."""
-    import http.client
-    kind = http.client.HTTPSConnection if origin.scheme == "https" else http.client.HTTPConnection
-    fields = {"connection": "close", **({"authorization": "Bearer " + shown} if shown else {})}
-    try:
-        connection = kind(origin.host, origin.port, timeout=TOP_SECONDS)
-        connection.request("GET", origin.base + path, headers=fields)
-        answer = connection.getresponse()
-    except http.client.HTTPException as error:
-        raise OSError("malformed HTTP: %s" % type(error).__name__) from None
-    if answer.status == 200:
-        return answer
-    with answer:
-        if answer.status == 401 and secret and not shown:
-            return open_answer(origin, path, secret, secret)
-        said = "that is no ccproxy, or too old a one"
-        try:
-            if answer.status != 404:
-                said = json.loads(answer.read(MIB))["error"]["message"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass
-    raise ProxyError("permission", "status %d: %s" % (answer.status, said))
-
-
-def read_state(view: TopView, origin: Origin, secret: str) -> None:
-    """Ask for all that there is to know.  Raises OSError, ValueError and ProxyError."""
-    with open_answer(origin, "/admin/state", secret) as answer:
-        take_state(view, json.loads(answer.read()))
-
-
-def read_events(lines: Iterable[bytes]) -> Iterator[Tuple[str, Any]]:
-    """(name, data) of each event."""
-    name = ""
-    for line in lines:
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        if text.startswith("event: "):
-            name = text[len("event: "):]
-        elif text.startswith("data: "):
-            yield name, json.loads(text[len("data: "):])
-
-
-def top_origin(url: Optional[str], config: Config) -> Origin:
+def top_address(url: Optional[str], config: Config) -> str:
     """Where the proxy is.  Raises ProxyError `config`."""
     try:
-        return parse_origin(url or local_base(config))
+        origin = parse_origin(url or local_base(config))
     except ValueError as error:
         raise ProxyError("config", "--url: %s" % error) from None
+    return "%s://%s%s" % (origin.scheme, origin.authority, origin.base)
 
 
-def draw(view: TopView) -> None:
-    """The screen, drawn anew in place.  Raises OSError when nobody sees it any more."""
+def read_state(address: str, secret: str) -> Json:
+    """What the proxy tells of itself; the secret is shown only to one that asks for it.  Raises
+    OSError, and ProxyError for a refusal and for what no ccproxy says."""
+    url = address + "/admin/state"
+    context = ssl.create_default_context() if url.startswith("https:") else None
+    status, _, body = ask_url(url, context, TOP_SECONDS, {})
+    if status == 401 and secret:
+        shown = {"authorization": "Bearer " + secret}
+        status, _, body = ask_url(url, context, TOP_SECONDS, shown)
+    reason = "that is no ccproxy, or too old a one"
+    try:
+        told = json.loads(body)
+        if status == 200:
+            return {"version": told["version"], "live": told["live"], **told}
+        reason = told["error"]["message"] if status != 404 else reason
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ProxyError("permission", "status %d: %s" % (status, reason))
+
+
+def follow_state(address: str, secret: str, state: Json) -> int:
+    """Draw the state every second on the terminal's other screen until Ctrl-C, however often the
+    proxy goes and comes back; gives the exit status."""
     import shutil
-    width, height = shutil.get_terminal_size((80, 24))
-    lines = screen_lines(view, width, height)
-    if not say("\x1b[H" + "\n".join(line + "\x1b[K" for line in lines) + "\x1b[J"):
-        raise SystemExit(1)
-
-
-def follow_top(view: TopView, origin: Origin, secret: str) -> None:
-    """Draw whatever comes, until it ends.  (Each event is followed by a state within a second.)
-    Raises OSError, ValueError and ProxyError."""
-    import http.client
-    with open_answer(origin, "/admin/events", secret) as answer:
-        read_state(view, origin, secret)
-        view.trouble = ""
-        draw(view)
-        try:
-            for name, data in read_events(answer):
-                take_event(view, name, data)
-                if name == "state":
-                    draw(view)
-        except http.client.HTTPException:
-            pass
-    raise ConnectionResetError("it ended the stream")
-
-
-def run_top(view: TopView, origin: Origin, secret: str) -> None:
-    """Show the proxy until Ctrl-C, however often it goes and comes back."""
-    draw(view)
-    while True:
-        try:
-            follow_top(view, origin, secret)
-        except (OSError, ValueError, RecursionError, ProxyError) as error:
-            if not view.trouble:
-                view.lost = time.strftime("%H:%M:%S")
-            view.trouble = "no answer since %s (%s), asking again every second" % (
-                view.lost, plain_reason(error))
-        draw(view)
-        time.sleep(1.0)
-
-
-def on_screen(view: TopView, work: Callable[[], None]) -> None:
-    """Run work on the terminal's other screen; whatever ends it, the first one comes back."""
-    def resized(number: int, frame: Any) -> None:
-        try:
-            draw(view)
-        except RuntimeError:        # in the middle of another drawing: the next one will do
-            pass
-
     end_by_signals()
-    if hasattr(signal, "SIGWINCH"):
-        signal.signal(signal.SIGWINCH, resized)
     if sys.platform == "win32":
         os.system("")           # makes its console understand what follows
+    since = trouble = ""
     say(ALTERNATE)
     try:
-        work()
+        while True:
+            lines = screen_lines(state, address, trouble, *shutil.get_terminal_size((80, 24)))
+            if not say("\x1b[H" + "\n".join(line + "\x1b[K" for line in lines) + "\x1b[J"):
+                return 1
+            time.sleep(1.0)
+            try:
+                state, since, trouble = read_state(address, secret), "", ""
+            except (OSError, ValueError, ProxyError) as error:
+                since = since or clock_time(time.time())
+                trouble = "no answer since %s (%s), asking again every second" % (
+                    since, plain_reason(error))
     except KeyboardInterrupt:
-        return
+        return 0
     finally:
         say(ORDINARY)
 
@@ -18533,21 +18396,20 @@ def on_screen(view: TopView, work: Callable[[], None]) -> None:
 def show_top(invocation: Invocation) -> int:
     """The command `top`."""
     config, given = invocation.settings.config, invocation.given
-    origin = top_origin(given.url, config)
-    secret = config.admin_key or config.client_key
-    view = TopView("%s://%s%s" % (origin.scheme, origin.authority, origin.base))
+    address, secret = top_address(given.url, config), config.admin_key or config.client_key
+    os.environ["no_proxy"] = "*"        # HTTP_PROXY is for the upstream: it must not get the key
     try:
-        read_state(view, origin, secret)
+        state = read_state(address, secret)
     except ProxyError as error:
-        complain("%s: %s" % (view.address, error.message), 1)
-    except (OSError, ValueError, RecursionError) as error:
+        complain("%s: %s" % (address, error.message), 1)
+    except (OSError, ValueError) as error:
         complain("no ccproxy answers at %s (%s): start it, or say where it is with --url" % (
-            view.address, plain_reason(error)), 1)
-    if given.once or not is_terminal(sys.stdout) or os.environ.get("TERM") == "dumb":
-        lines = screen_lines(view, terminal_width(), SNAPSHOT_LINES)
-        return 0 if say("\n".join(lines) + "\n") else 1
-    on_screen(view, lambda: run_top(view, origin, secret))
-    return 0
+            address, plain_reason(error)), 1)
+    width = terminal_width()
+    if width and not given.once and os.environ.get("TERM") != "dumb":
+        return follow_state(address, secret, state)
+    lines = screen_lines(state, address, "", width or WHOLE_WIDTH, SNAPSHOT_LINES)
+    return 0 if say("\n".join(lines) + "\n") else 1
 
 
 # === SERVICE ================================================================

@@ -1,8 +1,6 @@
 """TOP: `ccproxy.py top` on a terminal, in a pipe, and where no proxy answers."""
 from __future__ import annotations
 
-import io
-import json
 import os
 import re
 import select
@@ -111,7 +109,6 @@ def test_however_it_ends_the_terminal_is_in_order(proxy, open_screen, number, co
     ended, data = screen.end(number)
     assert ended == code and data.endswith(b"\x1b[?25h\x1b[?1049l")
     assert b"Traceback" not in data
-    wait_until(lambda: not proxy.app.followers)
 
 
 @needs_pty
@@ -186,8 +183,7 @@ def test_the_address_is_that_of_the_options(proxy, told):
     ({}, None, "http://127.0.0.1:3000"), ({"host": "0.0.0.0"}, None, "http://127.0.0.1:3000"),
     ({"host": "::"}, None, "http://[::1]:3000"), ({"port": 0}, "https://a.b/c/", "https://a.b/c")])
 def test_addresses(options, url, address):
-    origin = ccproxy.top_origin(url, make_config(**options))
-    assert "%s://%s%s" % (origin.scheme, origin.authority, origin.base) == address
+    assert ccproxy.top_address(url, make_config(**options)) == address
 
 
 @pytest.mark.parametrize("arguments", [("--url", "ftp://x"), ("--url", "http://a:99999"),
@@ -236,16 +232,7 @@ def test_the_admin_key_is_not_shown_to_one_that_does_not_ask(proxy, monkeypatch)
     assert seen and not any("authorization" in fields for fields in seen)
 
 
-def events_of(data):
-    return list(ccproxy.read_events(io.BytesIO(data)))
-
-
-def test_events_are_read():
-    data = (b": nothing new\n\n" + ccproxy.event_frame("state", {"a": "\u00e9\n"})
-            + b": more\n\n" + ccproxy.event_frame("request", {"b": 1}))
-    assert events_of(data) == [("state", {"a": "\u00e9\n"}), ("request", {"b": 1})]
-
-
-def test_events_that_are_no_json_are_a_fault_that_is_told():
-    with pytest.raises(json.JSONDecodeError):
-        events_of(b"event: state\ndata: {\n\n")
+def test_the_proxy_is_asked_directly(proxy):
+    """HTTP_PROXY is for the upstream, and must not get the adminKey."""
+    run = top("--url", proxy.base, http_proxy="http://127.0.0.1:1", run=run_program)
+    assert run.returncode == 0 and "0 open streams" in run.stdout

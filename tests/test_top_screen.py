@@ -1,5 +1,8 @@
-"""TOP SCREEN: what `ccproxy.py top` shows of what the proxy told."""
+"""TOP: what `ccproxy.py top` shows of what the proxy told."""
 from __future__ import annotations
+
+import json
+import time
 
 import pytest
 from harness import ccproxy
@@ -11,26 +14,20 @@ DONE = {"at": 1e9, "api": "chat", "client": "codex", "asked": "glm", "model": "z
         "key": "key:123456", "status": 200, "stream": True, "input": 1000, "output": 7,
         "cached": 900, "reasoning": None, "cost": None, "first": 0.5, "total": 2.0, "retries": 0,
         "notes": "", "error": "", "trace": ""}
-MINUTE = {"at": 600, "requests": 3, "errors": 1, "input": 200, "output": 20, "cached": 50,
+MINUTE = {"at": time.time(), "requests": 3, "errors": 1, "input": 200, "output": 20, "cached": 50,
           "first_p50": 0.5, "first_p95": 3.0}
 STATE = {"version": "1.2", "status": "ok", "upstream": {"kind": "alpha", "address": "https://up"},
          "uptime_seconds": 11_000, "open_streams": 2, "in_flight": 2, "clients": 5,
          "admin_key": False, "operator_keys": 0, "live": [RUNNING], "alerts": [],
-         "recent": [DONE], "minutes": [MINUTE, {**MINUTE, "at": 660, "first_p50": None}]}
+         "recent": [DONE], "minutes": [MINUTE, {**MINUTE, "first_p50": None}]}
 
 
-def view_of(state=STATE, **more):
-    view = ccproxy.TopView("http://here")
-    ccproxy.take_state(view, {**state, **more})
-    return view
-
-
-def lines_of(view, width=0, height=60):
-    return ccproxy.screen_lines(view, width, height)
+def lines_of(state, width=10_000, height=60, trouble=""):
+    return ccproxy.screen_lines(state, "http://here", trouble, width, height)
 
 
 def test_the_whole_screen():
-    head, summary, _, live_head, live, _, recent_head, recent = lines_of(view_of())
+    head, summary, _, live_head, live, _, recent_head, recent = lines_of(STATE)
     assert head == "ccproxy 1.2  ok  up 3h03m  http://here  upstream https://up"
     assert summary == ("2 open streams  5 clients  5 min: 6 requests  2 errors  400 in  40 out  "
                        "25% cached  first event 500ms, p95 3.00s")
@@ -42,21 +39,20 @@ def test_the_whole_screen():
 
 
 def test_figures_go_on_in_a_second_line_where_the_first_is_full():
-    assert lines_of(view_of(), 60)[:3] == [
+    assert lines_of(STATE, 60)[:3] == [
         "ccproxy 1.2  ok  up 3h03m  http://here  upstream https://up",
         "2 open streams  5 clients  5 min: 6 requests  2 errors",
         "400 in  40 out  25% cached  first event 500ms, p95 3.00s"]
 
 
 def test_trouble_and_alerts_stand_above():
-    view = view_of(alerts=[{"key": "key:1", "name": "home", "kind": "minCurrentBalance",
-                            "value": 1.5, "limit": 5, "since": 1},
-                           {"key": "", "name": None, "kind": "errorRateAlert", "value": 75,
-                            "limit": 50, "since": 1},
-                           {"key": "key:2", "name": None, "kind": "ofLater", "value": 1.5,
-                            "limit": 5, "since": 1}])
-    view.trouble = "no answer since 12:00:00"
-    assert lines_of(view)[2:6] == [
+    state = dict(STATE, alerts=[{"key": "key:1", "name": "home", "kind": "minCurrentBalance",
+                                 "value": 1.5, "limit": 5, "since": 1},
+                                {"key": "", "name": None, "kind": "errorRateAlert", "value": 75,
+                                 "limit": 50, "since": 1},
+                                {"key": "key:2", "name": None, "kind": "ofLater", "value": 1.5,
+                                 "limit": 5, "since": 1}])
+    assert lines_of(state, trouble="no answer since 12:00:00")[2:6] == [
         "alert: home (key:1): balance of 1.50 USD is below minCurrentBalance 5.00",
         "alert: an error rate of 75 % is at or above errorRateAlert 50 %",
         "alert: key:2 ofLater is 1.50 (5.00)", "no answer since 12:00:00"]
@@ -65,8 +61,9 @@ def test_trouble_and_alerts_stand_above():
 @pytest.mark.parametrize("width", [20, 40, 61, 80, 132])
 @pytest.mark.parametrize("height", [1, 3, 10, 24, 50])
 def test_it_fits_every_terminal(width, height):
-    view = view_of(live=[RUNNING] * 40, recent=[{**DONE, "error": "upstream: " + "x" * 200}] * 99)
-    lines = lines_of(view, width, height)
+    failed = {**DONE, "error": "upstream: " + "x" * 200}
+    state = dict(STATE, live=[RUNNING] * 40, recent=[failed] * 99)
+    lines = lines_of(state, width, height)
     assert len(lines) <= height and max(map(len, lines)) <= width
     assert len(lines) == height
     if height >= 24 and width >= 40:
@@ -75,9 +72,9 @@ def test_it_fits_every_terminal(width, height):
 
 
 def test_room_that_running_requests_do_not_need_is_the_others():
-    lines = lines_of(view_of(recent=[DONE] * 99), 132, 30)
+    lines = lines_of(dict(STATE, recent=[DONE] * 99), 132, 30)
     assert sum("zai/GLM" in line for line in lines) == 30 - 8 + 1
-    lines = lines_of(view_of(live=[RUNNING] * 99, recent=[]), 132, 30)
+    lines = lines_of(dict(STATE, live=[RUNNING] * 99, recent=[]), 132, 30)
     assert sum("answering" in line for line in lines) == 30 - 6
 
 
@@ -85,11 +82,11 @@ EVIL = "\x1b[2J\x07\x9b31m\u202e\nnext <b>"
 
 
 def test_no_control_character_reaches_the_terminal():
-    view = view_of({name: EVIL if isinstance(value, str) else value
-                    for name, value in STATE.items()}, upstream={"address": EVIL},
-                   live=[{name: EVIL for name in RUNNING}], recent=[{name: EVIL for name in DONE}],
-                   alerts=[{"name": EVIL, "kind": EVIL}], minutes=[{"at": EVIL, "requests": EVIL}])
-    text = "".join(lines_of(view))
+    state = dict({name: EVIL if isinstance(value, str) else value
+                  for name, value in STATE.items()}, upstream={"address": EVIL},
+                 live=[{name: EVIL for name in RUNNING}], recent=[{name: EVIL for name in DONE}],
+                 alerts=[{"name": EVIL, "kind": EVIL}], minutes=[{"at": EVIL, "requests": EVIL}])
+    text = "".join(lines_of(state))
     assert text.isascii() and text.isprintable() and "[2J" in text
 
 
@@ -97,47 +94,43 @@ def test_no_control_character_reaches_the_terminal():
     None, "x", 7, -1, 1e300, float("nan"), float("inf"), True, [], {}, [[]], [None], {"a": {}}])
 def test_whatever_a_field_holds_it_is_no_fault(wrong):
     for name in STATE:
-        lines_of(view_of({**STATE, name: wrong}))
+        lines_of({**STATE, name: wrong})
     for name in RUNNING:
-        lines_of(view_of(live=[{**RUNNING, name: wrong}]), 80)
+        lines_of(dict(STATE, live=[{**RUNNING, name: wrong}]), 80)
     for name in DONE:
-        lines_of(view_of(recent=[{**DONE, name: wrong}]), 80)
+        lines_of(dict(STATE, recent=[{**DONE, name: wrong}]), 80)
     for name in MINUTE:
-        view = view_of(minutes=[{**MINUTE, name: wrong}])
-        ccproxy.take_event(view, "state", {**STATE, "minute": {**MINUTE, name: wrong}})
-        lines_of(view)
-    ccproxy.take_event(view, "request", wrong)
-    ccproxy.take_event(view, "state", wrong)
-    lines_of(view)
+        lines_of(dict(STATE, minutes=[{**MINUTE, name: wrong}]))
 
 
-@pytest.mark.parametrize("state", [None, [], "x", {}, {"version": "1"}, {"live": []}])
-def test_another_server_is_told_apart(state):
-    with pytest.raises(ValueError, match="no ccproxy"):
-        ccproxy.take_state(ccproxy.TopView(""), state)
+@pytest.mark.parametrize("body", [
+    None, [], "x", 7, {}, {"version": "1"}, {"live": []}, ["version", "live"], "[" * 100_000, "{"])
+def test_another_server_is_told_apart(monkeypatch, body):
+    text = body if isinstance(body, str) else json.dumps(body)
+    monkeypatch.setattr(ccproxy, "ask_url", lambda *given: (200, {}, text.encode()))
+    with pytest.raises(ccproxy.ProxyError, match="no ccproxy"):
+        ccproxy.read_state("http://here", "")
 
 
-def test_events_change_the_screen():
-    view = view_of()
-    newer = {**DONE, "model": "new/Model", "status": 503, "error": "upstream: broke"}
-    ccproxy.take_event(view, "request", newer)
-    ccproxy.take_event(view, "request", newer)      # came with the state and again
-    ccproxy.take_event(view, "lost", {"count": 3})
-    ccproxy.take_event(view, "state", {**STATE, "open_streams": 9, "live": [],
-                                       "minute": {**MINUTE, "at": 720, "requests": 100}})
-    lines = lines_of(view)
-    assert [one["model"] for one in view.recent] == ["new/Model", "zai/GLM"]
-    assert lines[1].startswith("9 open streams") and "106 requests" in lines[1]
-    assert "upstream: broke" in "".join(lines) and "answering" not in "".join(lines)
+@pytest.mark.parametrize("body, reason", [
+    ({"error": {"message": "not yours"}}, "status 403: not yours"),
+    ({"error": "no"}, "status 403: that is no ccproxy, or too old a one"),
+    ([], "status 403: that is no ccproxy, or too old a one")])
+def test_a_refusal_is_told_in_the_words_of_the_proxy(monkeypatch, body, reason):
+    monkeypatch.setattr(ccproxy, "ask_url", lambda *given: (403, {}, json.dumps(body).encode()))
+    with pytest.raises(ccproxy.ProxyError, match=reason):
+        ccproxy.read_state("http://here", "")
 
 
-def test_what_is_kept_is_bounded():
-    view = view_of()
-    for number in range(500):
-        ccproxy.take_event(view, "request", {**DONE, "at": number})
-        ccproxy.take_event(view, "state", {**STATE, "minute": {**MINUTE, "at": 60 * number}})
-    assert (len(view.recent), len(view.minutes)) == (ccproxy.MAX_TOP_RECENT, 60)
-    assert "15 requests" in lines_of(view)[1]       # of the last five minutes
+def test_the_summary_is_of_the_last_five_minutes():
+    now = time.time()
+    state = dict(STATE, minutes=[{**MINUTE, "at": now - 60 * ago} for ago in range(59, -1, -1)])
+    assert "5 min: 15 requests" in lines_of(state)[1]
+    assert "5 min: 0 requests" in lines_of(dict(STATE, minutes=[{**MINUTE, "at": now - 999}]))[1]
+
+
+def test_a_model_that_is_not_known_is_shown_as_it_was_asked_for():
+    assert "glm" in lines_of(dict(STATE, recent=[{**DONE, "model": ""}]))[-1]
 
 
 @pytest.mark.parametrize("entry, colour", [
@@ -149,7 +142,7 @@ def test_colours(entry, colour):
 
 def test_painting_does_not_disturb_the_width(monkeypatch):
     monkeypatch.setattr(ccproxy, "has_colours", lambda: True)
-    lines = lines_of(view_of(recent=[{**DONE, "status": 502}]), 40, 24)
+    lines = lines_of(dict(STATE, recent=[{**DONE, "status": 502}]), 40, 24)
     assert lines[0].startswith("\x1b[1m") and lines[-1].startswith("\x1b[31m")
     assert all(len(line.replace("\x1b[1m", "").replace("\x1b[31m", "").replace("\x1b[0m", "")) <= 40
                for line in lines)
