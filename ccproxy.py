@@ -146,7 +146,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     DOCTOR
     TOP
     SERVICE
-    SELFTEST FEATURES
     SELFTEST
     A PROXY AT HAND
     LAUNCHERS
@@ -18409,7 +18408,7 @@ def show_top(invocation: Invocation) -> int:
     if width and not given.once and os.environ.get("TERM") != "dumb":
         return follow_state(address, secret, state)
     lines = screen_lines(state, address, "", width or WHOLE_WIDTH, SNAPSHOT_LINES)
-    return 0 if say("\n".join(lines) + "\n") else 1
+    return int(not say("\n".join(lines) + "\n"))
 
 
 # === SERVICE ================================================================
@@ -18601,222 +18600,151 @@ def run_service(invocation: Invocation) -> int:
     return status
 
 
-# === SELFTEST FEATURES ======================================================
-# What `ccproxy.py selftest` tries, a function a feature, over real sockets and
-# with nothing but Python: what the program promises to do, made executable.
+# === SELFTEST ===============================================================
+# This program against its own demo upstream, over real sockets and with nothing
+# but Python: what it promises to do as tables, a line of output per feature, exit
+# status 0 when all work.
 
 PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5E"
          "rkJggg==")
 WEATHER: Json = {"type": "object", "properties": {"city": {"type": "string"}},
                  "required": ["city"]}
+WEATHER_TOOL: Json = {"name": "get_weather", "description": "Weather of a city."}
+WEATHER_FORMAT: Json = {"name": "weather", "schema": WEATHER, "strict": True}
 SELFTEST_PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages",
                   "responses": "/v1/responses"}
+SELFTEST_PICTURES: Dict[str, Json] = {
+    "chat": {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}},
+    "messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                             "data": PIXEL}},
+    "responses": {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}}
+SELFTEST_MEMBERS: Dict[str, Dict[str, Json]] = {     # of the request, by feature and API
+    "tool calls": {
+        "chat": {"tools": [{"type": "function",
+                            "function": {**WEATHER_TOOL, "parameters": WEATHER}}]},
+        "messages": {"tools": [{**WEATHER_TOOL, "input_schema": WEATHER}]},
+        "responses": {"tools": [{"type": "function", **WEATHER_TOOL, "parameters": WEATHER}]}},
+    "thinking": {
+        "chat": {"reasoning_effort": "high"},
+        "messages": {"thinking": {"type": "enabled", "budget_tokens": 4000}},
+        "responses": {"reasoning": {"effort": "high", "summary": "auto"}}},
+    "usage": {"chat": {"stream_options": {"include_usage": True}}},
+    "structured output": {
+        "chat": {"response_format": {"type": "json_schema", "json_schema": WEATHER_FORMAT}},
+        "messages": {"output_config": {"format": {"type": "json_schema", "schema": WEATHER}}},
+        "responses": {"text": {"format": {"type": "json_schema", **WEATHER_FORMAT}}}}}
 
 
 class Trial(NamedTuple):
-    """What a feature is tried with: the port of the proxy, and the API."""
+    """A request, and the answer that it must have: its status, and a pattern that is found in its
+    fields, its text put together, or its body."""
 
-    port: int
-    api: str
-
-
-class Outcome(NamedTuple):
-    """An HTTP answer: status, headers, the JSON of its body or of its frames, the raw text."""
-
-    status: int
-    fields: Fields
-    values: List[Any]
-    text: str
+    path: str
+    body: Optional[Json]            # None: GET
+    pattern: str
+    status: int = 200
+    fields: Mapping[str, str] = {}
 
 
-def call_proxy(port: int, method: str, path: str, body: Optional[Json] = None,
-               fields: Optional[Fields] = None) -> Outcome:
-    """One request over a connection of its own (blocking)."""
-    import http.client
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    headers = {"authorization": "Bearer " + DEMO_KEY, **(fields or {})}
-    try:
-        connection.request(method, path, to_json(body) if body is not None else None, headers)
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        shown = {name.lower(): value for name, value in answer.getheaders()}
-    finally:
-        connection.close()
-    if "event-stream" in shown.get("content-type", ""):
-        values = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
-    else:
-        values = [json.loads(text)] if text.startswith(("{", "[")) else []
-    return Outcome(answer.status, shown, values, text)
+class Wanted(NamedTuple):
+    """The same of a request that every API has: what it says, and the two statuses."""
+
+    words: str
+    pattern: str
+    streaming: int = 200
+    plain: int = 200
 
 
-def selftest_body(api: str, words: str, image: bool, tools: bool) -> Json:
-    """A request of an API with a text, and perhaps a picture or a tool."""
-    parts: Dict[str, List[Json]] = {
-        "chat": [{"type": "text", "text": words}], "messages": [{"type": "text", "text": words}],
-        "responses": [{"type": "input_text", "text": words}]}
-    pictures: Dict[str, Json] = {
-        "chat": {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}},
-        "messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png",
-                                                 "data": PIXEL}},
-        "responses": {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}}
-    function = {"name": "get_weather", "description": "Weather of a city."}
-    offered: Dict[str, Json] = {
-        "chat": {"type": "function", "function": {**function, "parameters": WEATHER}},
-        "messages": {**function, "input_schema": WEATHER},
-        "responses": {"type": "function", **function, "parameters": WEATHER}}
-    message = {"role": "user", "content": parts[api] + ([pictures[api]] if image else [])}
-    body: Json = {"input" if api == "responses" else "messages": [message]}
-    if api == "messages":
-        body["max_tokens"] = 1000
-    return {**body, "tools": [offered[api]]} if tools else body
+def selftest_body(api: str, feature: str, words: str, stream: bool = False) -> Json:
+    """A request of an API with a text and what the feature needs."""
+    text = {"type": "input_text" if api == "responses" else "text", "text": words}
+    content = [text, SELFTEST_PICTURES[api]] if feature == "pictures" else [text]
+    return {"input" if api == "responses" else "messages": [{"role": "user", "content": content}],
+            **({"max_tokens": 1000} if api == "messages" else {}),
+            **SELFTEST_MEMBERS.get(feature, {}).get(api, {}), "stream": stream}
 
 
-def ask(trial: Trial, words: str, image: bool = False, tools: bool = False,
-        **members: Any) -> Outcome:
-    body = {**selftest_body(trial.api, words, image, tools), **members}
-    return call_proxy(trial.port, "POST", SELFTEST_PATHS[trial.api], body)
+FEATURES: Tuple[Tuple[str, Tuple[Wanted, ...]], ...] = (
+    ("text and unicode", (Wanted("Say hello.", "Grüße, 世界 🚀"),)),
+    ("tool calls", (Wanted("Call the tool. [demo:call get_weather]", "get_weather.*city"),)),
+    ("thinking", (Wanted("Think.", "thinks a little[.]"),)),
+    ("pictures", (Wanted("What is this?", "It holds 1 picture[.]"),)),
+    ("usage", (Wanted("Count.", '"(completion|output)_tokens": ?[1-9]'),)),
+    ("cut by length", (Wanted("Go on. [demo:length]",
+                              'reason": ?"(length|max_tokens|max_output_tokens)"'),)),
+    # Errors before any output are real statuses, and permanent ones say so.
+    ("refusals (402, 429)", (Wanted("Hello. [demo:402]", "x-should-retry: false", 402, 402),
+                             Wanted("Hello. [demo:429]", "retry-after: 7", 429, 429))),
+    # An upstream that breaks off is an error and the last frame, never a made-up end.
+    ("a broken upstream", (Wanted("Hello. [demo:error]", r"Broken off[^\n]*\s*\Z", 200, 503),)),
+    ("structured output", (Wanted("Answer in JSON.", r'\\"city\\":'),)))
 
+PLAIN_FEATURES: Tuple[Tuple[str, Tuple[Trial, ...]], ...] = (
+    ("model lists in both shapes", (
+        Trial("/v1/models", None, '"object": ?"list"'),
+        Trial("/v1/models", None, '"has_more": ?false', fields={"anthropic-version": "2023-06-01"}),
+        Trial("/v1/models/moonshotai%2FKimi-K3", None, '"id": ?"moonshotai/Kimi-K3"'))),
+    ("token counting", (
+        Trial("/v1/messages/count_tokens", selftest_body("messages", "pictures", "How many?"),
+              r'"input_tokens": ?\d\d'),)),
+    ("stop sequences", (
+        Trial("/v1/messages", {**selftest_body("messages", "", "Stop early."),
+                               "stop_sequences": ["demo of"]},
+              '"text": ?"This is the ".*"stop_sequence": ?"demo of"'),)),
+    ("dry run", (
+        Trial("/explain/v1/chat/completions", {**selftest_body("chat", "", "hi"), "seed": 1},
+              r'\A(?!.*%s).*"notes": ?\[[^\]]*seed' % re.escape(DEMO_KEY)),)),
+    ("demo without a key", (
+        Trial("/health", None, '"status": ?"ok"'),
+        Trial("/v1/chat/completions", selftest_body("chat", "", "hi"), "",
+              fields={"authorization": ""}))))
 
 TEXT_MEMBERS = re.compile(
     r'"(?:content|text|delta|arguments|partial_json|thinking|reasoning_content)": ?'
     r'("(?:[^"\\]|\\.)*")')
 
 
-def text_of(outcome: Outcome) -> str:
-    """All text of an answer, whichever API and form: every text-like member in order."""
-    return "".join(json.loads(found) for found in TEXT_MEMBERS.findall(outcome.text))
-
-
-def try_text(trial: Trial, stream: bool) -> bool:
-    outcome = ask(trial, "Say hello.", stream=stream)
-    return outcome.status == 200 and "Grüße, 世界 🚀" in text_of(outcome)
-
-
-def try_tools(trial: Trial, stream: bool) -> bool:
-    outcome = ask(trial, "Call the tool. [demo:call get_weather]", tools=True, stream=stream)
-    return "get_weather" in outcome.text and "city" in outcome.text
-
-
-def try_thinking(trial: Trial, stream: bool) -> bool:
-    asked: Dict[str, Json] = {
-        "chat": {"reasoning_effort": "high"},
-        "messages": {"thinking": {"type": "enabled", "budget_tokens": 4000}},
-        "responses": {"reasoning": {"effort": "high", "summary": "auto"}}}
-    return "thinks a little." in text_of(ask(trial, "Think.", stream=stream, **asked[trial.api]))
-
-
-def try_image(trial: Trial, stream: bool) -> bool:
-    return "It holds 1 picture." in text_of(ask(trial, "What is this?", image=True, stream=stream))
-
-
-def try_usage(trial: Trial, stream: bool) -> bool:
-    options = {"stream_options": {"include_usage": True}} if trial.api == "chat" and stream else {}
-    outcome = ask(trial, "Count.", stream=stream, **options)
-    return re.search(r'"(completion|output)_tokens": ?[1-9]', outcome.text) is not None
-
-
-def try_length(trial: Trial, stream: bool) -> bool:
-    outcome = ask(trial, "Go on. [demo:length]", stream=stream)
-    words = {"chat": '"length"', "messages": '"max_tokens"', "responses": '"max_output_tokens"'}
-    return outcome.status == 200 and words[trial.api] in outcome.text
-
-
-def try_refusal(trial: Trial, stream: bool) -> bool:
-    """Errors before any output are real statuses, and permanent ones say so."""
-    billing = ask(trial, "Hello. [demo:402]", stream=stream)
-    limit = ask(trial, "Hello. [demo:429]", stream=stream)
-    return (billing.status, limit.status) == (402, 429) and \
-        billing.fields.get("x-should-retry") == "false" and limit.fields.get("retry-after") == "7"
-
-
-def try_broken_stream(trial: Trial, stream: bool) -> bool:
-    """An upstream that breaks off is an error, never a made-up end."""
-    outcome = ask(trial, "Hello. [demo:error]", stream=stream)
-    if not stream:
-        return outcome.status == 503
-    return "Broken off" in json.dumps(outcome.values[-1]) and "[DONE]" not in outcome.text
-
-
-def try_json(trial: Trial, stream: bool) -> bool:
-    """Structured output is valid under its schema."""
-    inner = {"name": "weather", "schema": WEATHER, "strict": True}
-    asked: Dict[str, Json] = {
-        "chat": {"response_format": {"type": "json_schema", "json_schema": inner}},
-        "messages": {"output_config": {"format": {"type": "json_schema", "schema": WEATHER}}},
-        "responses": {"text": {"format": {"type": "json_schema", **inner}}}}
-    outcome = ask(trial, "Answer in JSON.", stream=stream, **asked[trial.api])
-    return outcome.status == 200 and '\\"city\\":' in outcome.text
-
-
-FEATURES: Tuple[Tuple[str, Callable[[Trial, bool], bool]], ...] = (
-    ("text and unicode", try_text), ("tool calls", try_tools), ("thinking", try_thinking),
-    ("pictures", try_image), ("usage", try_usage), ("cut by length", try_length),
-    ("refusals (402, 429)", try_refusal), ("a broken upstream", try_broken_stream),
-    ("structured output", try_json))
-
-
-def try_models(port: int) -> bool:
-    lists = [call_proxy(port, "GET", "/v1/models", None, fields) for fields in
-             ({}, {"anthropic-version": "2023-06-01"})]
-    one = call_proxy(port, "GET", "/v1/models/moonshotai%2FKimi-K3")
-    return lists[0].values[0]["object"] == "list" and not lists[1].values[0]["has_more"] and \
-        one.values[0]["id"] == "moonshotai/Kimi-K3"
-
-
-def try_counting(port: int) -> bool:
-    body = selftest_body("messages", "How many tokens are these?", True, True)
-    counted = call_proxy(port, "POST", "/v1/messages/count_tokens", body)
-    return counted.status == 200 and counted.values[0]["input_tokens"] > 10
-
-
-def try_stops(port: int) -> bool:
-    outcome = ask(Trial(port, "messages"), "Stop early.", stop_sequences=["demo of"])
-    return outcome.values[0]["stop_sequence"] == "demo of" and \
-        outcome.values[0]["content"][-1]["text"] == "This is the "
-
-
-def try_dry_run(port: int) -> bool:
-    outcome = call_proxy(port, "POST", "/explain/v1/chat/completions",
-                         {**selftest_body("chat", "hi", False, False), "seed": 1})
-    return "seed" in json.dumps(outcome.values[0]["notes"]) and DEMO_KEY not in outcome.text
-
-
-def try_no_key(port: int) -> bool:
-    body = selftest_body("chat", "hi", False, False)
-    return call_proxy(port, "GET", "/health").values[0]["status"] == "ok" and \
-        call_proxy(port, "POST", "/v1/chat/completions", body, {"authorization": ""}).status == 200
-
-
-PLAIN_FEATURES: Tuple[Tuple[str, Callable[[int], bool]], ...] = (
-    ("model lists in both shapes", try_models), ("token counting", try_counting),
-    ("stop sequences", try_stops), ("dry run", try_dry_run), ("demo without a key", try_no_key))
-
-
-# === SELFTEST ===============================================================
-# This program against its own demo upstream, one line per feature, exit status
-# 0 when all work.
-
-
-def works_with(check: Callable[..., bool], *given: Any) -> bool:
-    """Whether a feature works; any surprise means that it does not."""
+def answers_as_wanted(port: int, trial: Trial) -> bool:
+    """Try a request over a connection of its own (blocking)."""
+    import http.client
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    fields = {"authorization": "Bearer " + DEMO_KEY, **trial.fields}
     try:
-        return bool(check(*given))
-    except Exception as error:      # reported, and told as a failure
-        sys.stderr.write("%s: %s: %s\n" % (check.__name__, type(error).__name__, error))
+        if trial.body is None:
+            connection.request("GET", trial.path, headers=fields)
+        else:
+            connection.request("POST", trial.path, to_json(trial.body), fields)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        for frame in re.findall("^data: ({.*)", body, re.M) or [body]:
+            json.loads(frame)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        sys.stderr.write("%s: %s: %s\n" % (trial.path, type(error).__name__, error))
         return False
+    finally:
+        connection.close()
+    text = "".join(json.loads(found) for found in TEXT_MEMBERS.findall(body))
+    found = re.search(trial.pattern, "%s\n%s\n%s" % (answer.headers, text, body), re.S)
+    return answer.status == trial.status and found is not None
+
+
+def selftest_trials() -> Iterator[Tuple[str, List[Trial]]]:
+    """(feature, its trials), in order."""
+    for api, path in SELFTEST_PATHS.items():
+        for name, wanted in FEATURES:
+            for stream in (True, False):
+                yield "%s: %s, %s" % (api, name, "streaming" if stream else "plain"), [
+                    Trial(path, selftest_body(api, name, one.words, stream), one.pattern,
+                          one.streaming if stream else one.plain) for one in wanted]
+    for name, trials in PLAIN_FEATURES:
+        yield name, list(trials)
 
 
 def run_features(port: int) -> bool:
     """Try every feature and print a line for each; whether all work."""
     failed = 0
-    for api in SELFTEST_PATHS:
-        for name, check in FEATURES:
-            for stream in (True, False):
-                works = works_with(check, Trial(port, api), stream)
-                failed += not works
-                show_feature(works, "%s: %s, %s" % (api, name, "streaming" if stream else "plain"))
-    for name, plain in PLAIN_FEATURES:
-        works = works_with(plain, port)
+    for name, trials in selftest_trials():
+        works = all(answers_as_wanted(port, trial) for trial in trials)
         failed += not works
         show_feature(works, name)
     say("%d failed\n" % failed if failed else "all features work\n")

@@ -13,8 +13,8 @@ from harness import PROGRAM, clean_environment, command_of, make_config
 
 END = "all features work"
 LINES = ["%s: %s, %s" % (api, name, form) for api in ("chat", "messages", "responses")
-         for name, _ in ccproxy.FEATURES for form in ("streaming", "plain")]
-LINES += [name for name, _ in ccproxy.PLAIN_FEATURES]
+         for name, *_ in ccproxy.FEATURES for form in ("streaming", "plain")]
+LINES += [name for name, *_ in ccproxy.PLAIN_FEATURES]
 DEAD = "http://127.0.0.1:9"
 RUNS = {        # the arguments and the environment of whole runs
     "ordinary": ([], {}),
@@ -111,30 +111,36 @@ def test_it_sees_what_is_broken(monkeypatch, capsys, attribute, replacement, fea
     assert lines[-1] == "%d failed" % len(failed)
 
 
-SURPRISES = [OSError("gone"), ConnectionResetError("gone"), ValueError("no JSON"), KeyError("x"),
-             IndexError("x"), TypeError("x"), AttributeError("x"),
+SURPRISES = [OSError("gone"), ConnectionResetError("gone"), ValueError("no JSON"),
              http.client.IncompleteRead(b"half"), http.client.BadStatusLine("x"),
              http.client.RemoteDisconnected("x"), TimeoutError("late")]
 
 
 @pytest.mark.parametrize("surprise", SURPRISES, ids=[type(one).__name__ for one in SURPRISES])
 def test_any_surprise_means_that_it_does_not_work(monkeypatch, capsys, surprise):
-    """Whatever happens inside a feature costs its own line only."""
-    def odd(trial, stream):
-        raise surprise
-    monkeypatch.setattr(ccproxy, "FEATURES", (("odd", odd),))
-    monkeypatch.setattr(ccproxy, "PLAIN_FEATURES", (("fine", lambda port: True),))
+    """Whatever happens to a request costs its own feature only."""
+    ask = http.client.HTTPConnection.request
+
+    def odd(connection, method, *given, **known):
+        ask(connection, method, *given, **known)
+        if method == "POST":
+            raise surprise
+    monkeypatch.setattr(http.client.HTTPConnection, "request", odd)
+    keep_features(monkeypatch, ["usage"], ["model lists in both shapes"])
     code, lines, errors = run(capsys)
-    assert code == 1 and lines == ["\u2717 %s: odd, %s" % (api, form) for api in (
+    assert code == 1 and lines == ["\u2717 %s: usage, %s" % (api, form) for api in (
         "chat", "messages", "responses") for form in ("streaming", "plain")] + [
-            "\u2713 fine", "6 failed"]
+            "\u2713 model lists in both shapes", "6 failed"]
     assert type(surprise).__name__ in errors and "Traceback" not in errors
 
 
-def test_a_feature_that_is_not_there(monkeypatch, capsys):
+@pytest.mark.parametrize("path, pattern, status", [
+    ("/health", "no such word", 200), ("/health", "ok", 201), ("/nowhere", "", 200)])
+def test_a_feature_that_is_not_there(monkeypatch, capsys, path, pattern, status):
     """A no is a no, without any error."""
-    keep_features(monkeypatch, [], ["token counting"])
-    monkeypatch.setattr(ccproxy, "PLAIN_FEATURES", (("absent", lambda port: None),))
+    monkeypatch.setattr(ccproxy, "FEATURES", ())
+    monkeypatch.setattr(ccproxy, "PLAIN_FEATURES", (
+        ("absent", (ccproxy.Trial(path, None, pattern, status),)),))
     assert run(capsys) == (1, ["\u2717 absent", "1 failed"], "")
 
 
