@@ -18283,7 +18283,8 @@ def fill_lines(words: List[str], width: int) -> List[str]:
     """Words in as few lines as they fit in."""
     import textwrap
     text = "  ".join(word.replace(" ", "\xa0") for word in words)     # a line ends between words
-    return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width)]
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def summary_words(state: Json) -> List[str]:

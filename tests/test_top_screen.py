@@ -45,6 +45,16 @@ def test_figures_go_on_in_a_second_line_where_the_first_is_full():
         "400 in  40 out  25% cached  first event 500ms, p95 3.00s"]
 
 
+@pytest.mark.parametrize("width, lines", [
+    (64, ["ccproxy 1.2  ok  up 3h03m  http://here", "upstream https://an-upstream.example"]),
+    (30, ["ccproxy 1.2  ok  up 3h03m", "http://here",
+          "upstream https://an-upstream.\u2026"])])
+def test_lines_end_between_figures(width, lines):
+    """One that is longer than a line is cut."""
+    state = dict(STATE, upstream={"address": "https://an-upstream.example"})
+    assert lines_of(state, width)[:len(lines)] == lines
+
+
 def test_trouble_and_alerts_stand_above():
     state = dict(STATE, alerts=[{"key": "key:1", "name": "home", "kind": "minCurrentBalance",
                                  "value": 1.5, "limit": 5, "since": 1},
