@@ -14,7 +14,7 @@ DONE = {"at": 1e9, "api": "chat", "client": "codex", "asked": "glm", "model": "z
         "key": "key:123456", "status": 200, "stream": True, "input": 1000, "output": 7,
         "cached": 900, "reasoning": None, "cost": None, "first": 0.5, "total": 2.0, "retries": 0,
         "notes": "", "error": "", "trace": ""}
-MINUTE = {"at": time.time(), "requests": 3, "errors": 1, "input": 200, "output": 20, "cached": 50,
+MINUTE = {"at": 4e9, "requests": 3, "errors": 1, "input": 200, "output": 20, "cached": 50,
           "first_p50": 0.5, "first_p95": 3.0}
 STATE = {"version": "1.2", "status": "ok", "upstream": {"kind": "alpha", "address": "https://up"},
          "uptime_seconds": 11_000, "open_streams": 2, "in_flight": 2, "clients": 5,
