@@ -422,6 +422,9 @@ class ProxyError(Exception):
         self.trace_id: Optional[str] = known.get("trace_id")
 
 
+STATUS_KINDS = {status: row.kind for row in reversed(FAILURES) for status in row.upstream}
+
+
 def classify_failure(status: Optional[int], code: str, message: str) -> str:
     """The kind of an upstream failure, whose status None means that none was told."""
     kind = CODE_KINDS.get(code.lower())
@@ -430,10 +433,8 @@ def classify_failure(status: Optional[int], code: str, message: str) -> str:
     for row in FAILURES:
         if status in row.refines and re.search(row.words, message, re.I):
             return row.kind
-    for row in FAILURES:
-        if status in row.upstream:
-            return row.kind
-    return "invalid" if 400 <= (status or 0) < 500 else "upstream"
+    otherwise = "invalid" if 400 <= (status or 0) < 500 else "upstream"
+    return STATUS_KINDS.get(status or 0, otherwise)
 
 
 def error_fields(error: ProxyError) -> List[Tuple[str, str]]:
@@ -2203,6 +2204,13 @@ def check_allowed(name: str, model: Optional[Model], models: Models, config: Con
         raise unknown_model(name, served_ids(models, config))
 
 
+def note_unknown_model(name: str, models: Models, config: Config, notes: List[str]) -> None:
+    """Name the nearest model; a name unlike every known one is new rather than misspelt."""
+    for near in nearest_ids(name, served_ids(models, config))[:1]:
+        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
+            printable(name, 48), near))
+
+
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
     name = aliased(asked or "default", config)
@@ -2217,10 +2225,8 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
     model = found or Model(name, name)
     if asked and model.id != asked:
         add_note(notes, "model", redact("%s -> %s" % (asked, model.id)))
-    near = () if found else nearest_ids(name, served_ids(models, config))
-    if near:            # a name unlike every known model is new rather than misspelt
-        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
-            printable(name, 48), near[0]))
+    if found is None:
+        note_unknown_model(name, models, config, notes)
     return model
 
 
@@ -4801,6 +4807,12 @@ def tool_family(name: str) -> str:
     return re.sub(r"(_use)?(_preview)?(_20[0-9_]+)?\Z", "", name, count=1)
 
 
+def no_such_tool(prompt: Prompt, choice: Choice) -> ProxyError:
+    names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
+    return wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
+                 % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
+
+
 def find_tools(prompt: Prompt, choices: Iterable[Choice]) -> List[Tool]:
     """The tools that choices name.  Raises ProxyError `invalid` where the request has none such."""
     known: Dict[Tuple[str, str, str], Tool] = {}
@@ -4815,9 +4827,7 @@ def find_tools(prompt: Prompt, choices: Iterable[Choice]) -> List[Tool]:
         if named is None and choice.kind == "type":
             named = known.get(("type", "", tool_family(choice.name)))
         if named is None:
-            names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
-            raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
-                        % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
+            raise no_such_tool(prompt, choice)
         found.append(named)
     return found
 
@@ -5650,7 +5660,7 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     if prompt.names:
         filters.append(Filter(frozenset(), restore_names(prompt.names, types)))
     if CUSTOM in types and any(own.type == CUSTOM for own in prompt.names.values()):
-        filters.append(Filter(frozenset(), unwrap_raw()))      # custom calls have no fast path anyway
+        filters.append(Filter(frozenset(), unwrap_raw()))
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
@@ -7546,7 +7556,7 @@ def responses_delta(reply: Reply, event: Any) -> bytes:
     return numbered_frame(reply, delta_kind(block), **delta_place(reply, block), delta=event.text)
 
 
-TEXT_MEMBERS = {TEXT: "text", THINKING: "text", REFUSAL: "refusal"}     # of a .done event
+DONE_MEMBERS = {TEXT: "text", THINKING: "text", REFUSAL: "refusal"}     # of a .done event
 
 
 def responses_close(reply: Reply, event: Any) -> bytes:
@@ -7558,7 +7568,7 @@ def responses_close(reply: Reply, event: Any) -> bytes:
     if block.kind == TOOL and not block.whole:
         return frames
     text = call_text(block)
-    member = TEXT_MEMBERS.get(block.kind) or ("input" if block.raw else "arguments")
+    member = DONE_MEMBERS.get(block.kind) or ("input" if block.raw else "arguments")
     if block.type not in CALL_ITEMS:
         frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
                                 **delta_place(reply, block), **{member: text})
