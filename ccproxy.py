@@ -90,10 +90,10 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     ADMIN ACCESS (pure)
     CONFIG CHANGES (pure)
     CLIENT SETTINGS (pure)
-    DIAGNOSES (pure)
-    SERVICE UNITS (pure)
     JSON FILES (pure)
     TOML FILES (pure)
+    DIAGNOSES (pure)
+    SERVICE UNITS (pure)
     CLIENTS SET UP (pure)
     DEMO ANSWERS (pure)
     PAGE STYLE (pure)
@@ -179,8 +179,8 @@ from functools import lru_cache, partial
 from math import ceil, log
 from operator import ge, gt, lt
 from sys import intern
-from typing import (Any, Awaitable, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
-                    Mapping, NamedTuple, Optional, Set, Tuple, Union)
+from typing import (Any, Awaitable, Callable, Collection, Deque, Dict, FrozenSet, Iterable,
+                    Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
 
 NEEDED: str = "ccproxy needs Python 3.9 or newer"   # older parsers stop here, and show this line
@@ -9686,6 +9686,180 @@ def environment_lines(name: str, target: Target, shell: Shell,
     return lines + ["# " + line for line in client.advice(target)]
 
 
+# === JSON FILES (pure) ======================================================
+# Other programs' JSON settings: entries set and removed, all others kept, in
+# their order.  A text that does not parse is refused, so one with comments, which
+# would be lost, is never written.
+
+ENTRY_GONE = object()   # in place of a value: the entry is to be removed
+Path = Tuple[str, ...]      # an entry of the file, or of an object in it
+
+
+def load_object(text: str, path: str) -> Json:
+    """The object in a JSON file's text; nothing counts as an empty one.  Raises ProxyError."""
+    return decode_entries(text, path) if text.strip() else {}
+
+
+def dump_object(settings: Json, like: str, path: str) -> str:
+    """A JSON file's text, with the indentation and the line ends of another text.  Raises
+    ProxyError `config`."""
+    found = re.search(r"\n([ \t]+)\S", like)
+    indent = found[1] if found else "  " if like.strip() in ("", "{}") else None
+    try:
+        escaped = SURROGATE.search(json.dumps(settings, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(settings, ensure_ascii=bool(escaped), indent=indent) + "\n"
+    except (ValueError, RecursionError):
+        raise ProxyError("config", "%s: holds a number or a nesting that cannot be written again"
+                         % path) from None
+    return text.replace("\n", "\r\n") if "\r\n" in like else text
+
+
+def entry_at(value: Any, path: Path) -> Any:
+    for name in path:
+        value = value.get(name, ENTRY_GONE) if isinstance(value, dict) else ENTRY_GONE
+    return value
+
+
+def put_entries(settings: Json, entries: Mapping[Path, Any], path: str) -> None:
+    """Set entries, in an object that is made where there is none, or remove them.  Raises
+    ProxyError `config`."""
+    for place, value in entries.items():
+        if value is ENTRY_GONE and entry_at(settings, place) is ENTRY_GONE:
+            continue
+        held = settings.setdefault(place[0], {}) if place[1:] else settings
+        if not isinstance(held, dict):
+            raise ProxyError("config", "%s: %s is not an object" % (path, place[0]))
+        held[place[-1]] = value
+        if value is ENTRY_GONE:
+            del held[place[-1]]
+
+
+def edit_json(text: str, entries: Mapping[Path, Any], path: str) -> str:
+    """A JSON text with these entries.  Raises ProxyError `config`."""
+    settings = load_object(text, path)
+    put_entries(settings, entries, path)
+    return dump_object(settings, text, path)
+
+
+def restore_json(text: str, before: str, paths: Collection[Path], path: str) -> str:
+    """A text with these entries as they were before, without objects that were made for them;
+    the text before where nothing else has changed.  Raises ProxyError `config`."""
+    had, now = load_object(before, path), load_object(text, path)
+    put_entries(now, {place: entry_at(had, place) for place in paths}, path)
+    for name in {place[0] for place in paths if place[0] not in had}:
+        if now.get(name) == {}:
+            del now[name]
+    return before if now == had else dump_object(now, text, path)
+
+
+# === TOML FILES (pure) ======================================================
+# The same for TOML, comments kept: our entries stand between marks, and those of
+# others that would win over them become comments.  Python reads TOML since 3.11
+# only, so a text is cut into its statements here.
+
+TOML_BEGIN, TOML_END, TOML_ASIDE = "# ccproxy begin", "# ccproxy end", "# ccproxy set aside: "
+TOML_TOKEN = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'
+                        r"'[^'\n]*'|#[^\n]*|[^\"'#\[\]{}\n]+|.", re.S)
+TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
+TOML_NAME = r"[ \t]*(%s(?:[ \t]*\.[ \t]*%s)*)[ \t]*" % (TOML_KEY, TOML_KEY)
+TOML_STATEMENT = re.compile(        # a table's head; an entry; neither
+    r"[ \t]*\[{1,2}%s\]{1,2}[ \t]*(?:#.*)?\r?\n|%s=[ \t]*(\"[^\"\\\n]*\"|'[^'\n]*'|\S)|"
+    r"[ \t]*(?:#.*)?\r?\n" % (TOML_NAME, TOML_NAME))
+TOML_NESTING = {"[": 1, "{": 1, "]": -1, "}": -1, '"': 1, "'": 1}    # a quote: one never closed
+
+
+class Statement(NamedTuple):
+    """One statement of a TOML text, in whole lines."""
+
+    name: Path              # of an entry with its table's; () for neither an entry nor a table
+    value: Optional[str]    # of an entry: a string of one line, or how another value begins
+    text: str
+
+
+def toml_name(written: str) -> Path:
+    """A dotted name's parts, without their quotes."""
+    return tuple(part.strip("\"'") for part in re.findall(TOML_KEY, written))
+
+
+def toml_statements(text: str, path: str) -> Iterator[Statement]:
+    """All statements of a TOML text, whose values are not checked.  Raises ProxyError `config`."""
+    if not text.endswith("\n"):
+        text += "\n"
+    table: Path = ()
+    depth = start = 0
+    for token in TOML_TOKEN.finditer(text):
+        depth += TOML_NESTING.get(token[0], 0)
+        if token[0] != "\n" or depth:
+            continue
+        found = TOML_STATEMENT.match(text, start)
+        if not found:
+            break
+        table = toml_name(found[1]) if found[1] else table
+        name = table + toml_name(found[2] or "") if found[1] or found[2] else ()
+        yield Statement(name, found[3], text[start:token.end()])
+        start = token.end()
+    if start < len(text):
+        raise ProxyError("config", "%s: is not TOML: line %d" % (
+            path, text.count("\n", 0, start) + 1))
+
+
+def check_toml(text: str, path: str) -> Json:
+    """Read a TOML text; {} where this Python cannot.  Raises ProxyError `config`."""
+    try:
+        import tomllib
+    except ImportError:         # before 3.11
+        return {}
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProxyError("config", "%s: is not TOML: %s" % (path, error)) from None
+
+
+def foreign_statements(text: str, paths: Collection[Path],
+                       path: str) -> Iterator[Tuple[Statement, bool]]:
+    """All statements but our own, and whether each would win over ours.  Another program may have
+    put its own between our marks.  Raises ProxyError `config`."""
+    inside = False
+    for statement in toml_statements(text, path):
+        if statement.text.startswith((TOML_BEGIN, TOML_END)):
+            inside = statement.text.startswith(TOML_BEGIN)
+            continue
+        wins = any(statement.name[:len(place)] == place for place in paths)
+        if not (inside and wins):
+            yield statement, wins
+
+
+def restore_toml(text: str, before: str, paths: Collection[Path], path: str) -> str:
+    """A text without our entries and with those of others again; the text before where nothing
+    else has changed.  Raises ProxyError `config`."""
+    text = "".join(statement.text.removeprefix(TOML_ASIDE)
+                   for statement, _ in foreign_statements(text, paths, path))
+    return before if text.rstrip() == before.rstrip() else text
+
+
+def toml_block(head: List[str], rows: Mapping[str, Any]) -> str:
+    """Entries between marks."""
+    lines = ["%s = %s" % (name, json.dumps(value)) for name, value in rows.items()
+             if value is not ENTRY_GONE]
+    return "\n".join([TOML_BEGIN, *head, *lines, TOML_END, ""])
+
+
+def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
+    """A TOML text with these entries: plain ones above its tables, the last, a table, behind them.
+    Raises ProxyError `config`."""
+    *plain, (table, rows) = entries.items()
+    pieces = [toml_block([], {place[0]: value for place, value in plain})]
+    for statement, wins in foreign_statements(text.replace("\r\n", "\n"), entries, path):
+        if statement.name == table[:-1] and statement.value is not None:
+            raise ProxyError("config", "%s: %s is written on one line; write it as tables first"
+                             % (path, ".".join(statement.name)))
+        pieces += [TOML_ASIDE + line + "\n" for line in statement.text[:-1].split("\n")] \
+            if wins else [statement.text]
+    whole = "".join(pieces) + toml_block(["[%s]" % ".".join(table)], rows)
+    check_toml(whole, path)
+    return whole.replace("\n", "\r\n") if "\r\n" in text else whole
+
+
 # === DIAGNOSES (pure) =======================================================
 # What the doctor says of what it found: certificates, clocks, accounts, and the
 # settings of clients.  A finding never quotes a value that may be a secret: of
@@ -9888,26 +10062,17 @@ def environment_findings(environment: Mapping[str, str], place: str, config: Con
     return findings
 
 
-def toml_strings(text: str) -> Dict[str, str]:
-    """The strings of a TOML file by their dotted names, as far as a line holds one; Python's own
-    reader came with 3.11."""
-    found, section = {}, ""
-    for line in text.splitlines():
-        head = re.match(r"\s*\[{1,2}\s*([^\[\]]+?)\s*\]", line)
-        section = head[1].replace('"', "").replace("'", "") + "." if head else section
-        pair = re.match(r"\s*([A-Za-z0-9_-]+)\s*=\s*(\"([^\"\\]*)\"|'([^']*)')", line)
-        if pair:
-            found[section + pair[1]] = pair[3] if pair[3] is not None else pair[4]
-    return found
-
-
 def codex_finding(text: str, environment: Mapping[str, str], config: Config,
                   leads_here: Callable[[str], bool]) -> Finding:
     """What Codex' configuration says of where it sends its requests."""
-    found = toml_strings(text)
-    name = found.get("model_provider", "openai")
-    base = found.get("model_providers.%s.base_url" % name, "")
-    variable = found.get("model_providers.%s.env_key" % name, "")
+    try:
+        found = {one.name: one.value.strip("\"'") for one in toml_statements(
+            text, "codex's config.toml") if one.value}
+    except ProxyError as error:
+        return Finding(False, error.message, "Mend it: codex does not read it either")
+    name = found.get(("model_provider",), "openai")
+    base = found.get(("model_providers", name, "base_url"), "")
+    variable = found.get(("model_providers", name, "env_key"), "")
     words = "codex uses its provider " + printable(name, 40)
     if not base or not is_loopback_address(base):
         return Finding(None, words + (", at " + shown_address(base) if base else ""))
@@ -10098,280 +10263,6 @@ def step_text(step: Step) -> str:
     return "%s %s\n" % (step.kind, shell_line(step.words))
 
 
-# === JSON FILES (pure) ======================================================
-# Other programs' JSON settings, changed as text: entries set and taken out, every
-# other byte left as it is.  What does not parse is refused, comments among it:
-# they would not survive.
-
-ENTRY_GONE = object()   # in place of a value: the entry is to be taken out
-Path = Tuple[str, ...]
-JSON_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class Member(NamedTuple):
-    """One member of a JSON object, as places in its text."""
-
-    name: str
-    start: int
-    value: int
-    end: int
-
-
-def load_object(text: str, path: str) -> Json:
-    """The object in a JSON file's text; nothing counts as an empty one.  Raises ProxyError."""
-    return decode_entries(text, path) if text.strip() else {}
-
-
-def skip_space(text: str, at: int) -> int:
-    return JSON_SPACE.match(text, at).end()         # type: ignore[union-attr]
-
-
-def read_members(text: str, at: int) -> Tuple[List[Member], int]:
-    """The members of the object that begins at this brace, and the place of its other one."""
-    decode = json.JSONDecoder().raw_decode
-    members = []
-    at = skip_space(text, at + 1)
-    while text[at] != "}":
-        name, end = decode(text, at)
-        value = skip_space(text, skip_space(text, end) + 1)
-        end = decode(text, value)[1]
-        members.append(Member(name, at, value, end))
-        at = skip_space(text, end)
-        at = skip_space(text, at + 1) if text[at] == "," else at
-    return members, at
-
-
-def indentation(text: str, at: int) -> str:
-    """The white space with which the line of this place begins."""
-    line = text[text.rfind("\n", 0, at) + 1:at]
-    return line[:len(line) - len(line.lstrip(" \t"))]
-
-
-def indent_unit(text: str) -> str:
-    """How far a JSON text indents its first member; "" for all on one line."""
-    found = re.match(r"\s*\{[ \t\r]*\n([ \t]+)", text)
-    return found[1] if found else "" if re.search(r"\{[ \t]*\S", text.replace("{}", "")) else "  "
-
-
-def render_json(value: Any, unit: str, margin: str) -> str:
-    """A value as it is written behind its name, its lines at the margin of that."""
-    if not unit:
-        return json.dumps(value, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False, indent=unit).replace("\n", "\n" + margin)
-
-
-def set_member(text: str, at: int, path: Path, value: Any) -> str:
-    """Set an entry of the object that begins here; objects on the way are made."""
-    members, close = read_members(text, at)
-    unit = indent_unit(text)
-    margin = indentation(text, at) + unit
-    found = next((one for one in reversed(members) if one.name == path[0]), None)
-    if found and len(path) > 1 and text[found.value] == "{":
-        return set_member(text, found.value, path[1:], value)
-    for name in reversed(path[1:]):
-        value = {name: value}
-    written = render_json(value, unit, margin)
-    if found:
-        return text[:found.value] + written + text[found.end:]
-    row = "%s: %s" % (json.dumps(path[0], ensure_ascii=False), written)
-    if members:
-        last = members[-1]
-        space = text[len(text[:last.start].rstrip(" \t\r\n")):last.start]
-        return text[:last.end] + "," + space + row + text[last.end:]
-    ends = ("\n" + margin, "\n" + margin[:len(margin) - len(unit)]) if unit else ("", "")
-    return text[:at + 1] + ends[0] + row + ends[1] + text[close:]
-
-
-def remove_member(text: str, at: int, path: Path) -> str:
-    """Take an entry out of the object that begins here, if it is there."""
-    members, close = read_members(text, at)
-    place = next((number for number in range(len(members)) if members[number].name == path[0]), -1)
-    if place < 0:
-        return text
-    found = members[place]
-    if len(path) > 1:
-        return remove_member(text, found.value, path[1:]) if text[found.value] == "{" else text
-    if members[place + 1:]:
-        return text[:found.start] + text[members[place + 1].start:]
-    if place:
-        return text[:members[place - 1].end] + text[found.end:]
-    return text[:at + 1] + text[close:]
-
-
-def edit_json(text: str, entries: Mapping[Path, Any], path: str) -> str:
-    """A JSON text with these entries; ENTRY_GONE takes one out.  In the line ends that it has.
-    Raises ProxyError `config`."""
-    settings = load_object(text, path)
-    for place in entries:
-        if place[1:] and not isinstance(settings.get(place[0], {}), dict):
-            raise ProxyError("config", "%s: %s is not an object" % (path, place[0]))
-    crlf = "\r\n" in text
-    text = text.replace("\r\n", "\n") if text.strip() else "{}\n"
-    for place, value in entries.items():
-        at = text.index("{")
-        text = remove_member(text, at, place) if value is ENTRY_GONE else \
-            set_member(text, at, place, value)
-    return text.replace("\n", "\r\n") if crlf else text
-
-
-def entry_at(value: Any, path: Path) -> Any:
-    for name in path:
-        value = value.get(name, ENTRY_GONE) if isinstance(value, dict) else ENTRY_GONE
-    return value
-
-
-def restore_json(text: str, before: str, paths: Iterable[Path], path: str) -> str:
-    """A text with these entries as they were before; objects that they alone had made go too.
-    Byte for byte as before where nothing else has changed."""
-    had = load_object(before, path)
-    text = edit_json(text, {one: entry_at(had, one) for one in paths}, path)
-    now = load_object(text, path)
-    empty = [one[:1] for one in paths if entry_at(now, one[:1]) == {} and one[0] not in had]
-    text = edit_json(text, {one: ENTRY_GONE for one in empty}, path)
-    return before if load_object(text, path) == had else text
-
-
-# === TOML FILES (pure) ======================================================
-# The same for TOML, which Python before 3.11 cannot read: by its statements, our
-# own between marks, and those of others that stand in the way as comments.
-
-TOML_BEGIN, TOML_END, TOML_ASIDE = "# ccproxy begin", "# ccproxy end", "# ccproxy set aside: "
-TOML_TOKEN = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'
-                        r"'[^'\n]*'|#[^\n]*|[^\"'#\[\]{}\n]+|.", re.S)
-TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
-TOML_NAME = r"[ \t]*(%s(?:[ \t]*\.[ \t]*%s)*)[ \t]*" % (TOML_KEY, TOML_KEY)
-TOML_TABLE = re.compile(r"[ \t]*\[%s\][ \t]*(#.*)?|[ \t]*\[\[%s\]\][ \t]*(#.*)?"
-                        % (TOML_NAME, TOML_NAME))
-TOML_ENTRY = re.compile(TOML_NAME + r"=[ \t]*(\S)")
-
-
-class Statement(NamedTuple):
-    """One statement of a TOML text: a table's head, an entry (its name with its table's), or
-    neither, and its whole lines."""
-
-    kind: str
-    name: Path
-    text: str
-
-
-def toml_fault(path: str, text: str, at: int) -> ProxyError:
-    return ProxyError("config", "%s: is not TOML: line %d" % (path, text.count("\n", 0, at) + 1))
-
-
-def toml_lines(text: str, path: str) -> List[str]:
-    """A TOML text cut where its statements end.  Raises ProxyError `config`."""
-    depth = start = 0
-    cut = []
-    for token in TOML_TOKEN.finditer(text):
-        depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
-        if depth < 0 or token[0] in ('"', "'"):
-            raise toml_fault(path, text, token.start())
-        if token[0] == "\n" and not depth:
-            cut.append(text[start:token.end()])
-            start = token.end()
-    if depth:
-        raise toml_fault(path, text, start)
-    return cut + [text[start:]] if text[start:] else cut
-
-
-def toml_name(written: str) -> Path:
-    """A dotted name's parts, without their quotes."""
-    return tuple(part.strip("\"'") for part in re.findall(TOML_KEY, written))
-
-
-def toml_statements(text: str, path: str) -> List[Statement]:
-    """All statements of a TOML text, which is checked as far as that goes.  Raises ProxyError
-    `config`."""
-    table: Path = ()
-    found = []
-    at = 0
-    for line in toml_lines(text, path):
-        bare = line.rstrip("\r\n")
-        head, entry = TOML_TABLE.fullmatch(bare), TOML_ENTRY.match(bare)
-        if head:
-            table = toml_name(head[1] or head[3])
-            found.append(Statement("table", table, line))
-        elif entry:
-            found.append(Statement("entry", table + toml_name(entry[1]), line))
-        elif not bare.strip() or bare.lstrip().startswith("#"):
-            found.append(Statement("", (), line))
-        else:
-            raise toml_fault(path, text, at)
-        at += len(line)
-    return found
-
-
-def check_toml(text: str, path: str) -> Json:
-    """Read a TOML text; {} where this Python cannot.  Raises ProxyError `config`."""
-    toml_statements(text, path)
-    try:
-        import tomllib
-    except ImportError:         # before 3.11
-        return {}
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ProxyError("config", "%s: is not TOML: %s" % (path, error)) from None
-
-
-def is_within(name: Path, table: Path) -> bool:
-    return name[:len(table)] == table
-
-
-def strip_toml(text: str, table: Path, names: Iterable[str], path: str) -> str:
-    """A text without our entries and with those of others again.  Another program may have put
-    its own between our marks: those stay."""
-    kept, inside, own = [], False, {(name,) for name in names}
-    for statement in toml_statements(text, path):
-        line = statement.text
-        marked = line.startswith((TOML_BEGIN, TOML_END))
-        inside = line.startswith(TOML_BEGIN) if marked else inside
-        ours = inside and (is_within(statement.name, table) or statement.name in own)
-        if not marked and not ours:
-            kept.append(line[len(TOML_ASIDE):] if line.startswith(TOML_ASIDE) else line)
-    return "".join(kept)
-
-
-def restore_toml(text: str, before: str, table: Path, names: Iterable[str], path: str) -> str:
-    """The same, byte for byte as before where nothing else has changed."""
-    text = strip_toml(text, table, names, path)
-    return before if text.rstrip() == before.rstrip() else text
-
-
-def set_aside(text: str, table: Path, names: Iterable[str], path: str) -> str:
-    """A TOML text with these entries above its tables, and this table, as comments.  Raises
-    ProxyError `config` where the table could not stand behind them."""
-    own = {(name,) for name in names}
-    kept = []
-    for statement in toml_statements(text, path):
-        if statement.kind == "entry" and statement.name == table[:-1]:
-            raise ProxyError("config", "%s: %s is written on one line; write it as tables first"
-                             % (path, ".".join(table[:-1])))
-        ours = statement.name in own or is_within(statement.name, table)
-        kept.append("".join(TOML_ASIDE + line for line in statement.text.splitlines(True))
-                    if ours else statement.text)
-    return "".join(kept)
-
-
-def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
-    """A TOML text with these entries: plain ones above its tables, the one table behind them, each
-    between marks.  What stood in their place becomes a comment.  Raises ProxyError `config`."""
-    check_toml(text, path)
-    plain = {one[0]: value for one, value in entries.items() if len(one) == 1}
-    (table, rows), = [(one, value) for one, value in entries.items() if len(one) > 1]
-    crlf = "\r\n" in text
-    body = strip_toml(text.replace("\r\n", "\n"), table, plain, path)
-    body = set_aside(body, table, plain, path)
-    body += "\n" if body and not body.endswith("\n") else ""
-    top = ["%s = %s" % (name, json.dumps(value)) for name, value in plain.items()
-           if value is not ENTRY_GONE]
-    end = ["[%s]" % ".".join(table)] + ["%s = %s" % (name, json.dumps(value))
-                                        for name, value in rows.items()]
-    first, second = ("\n".join([TOML_BEGIN, *lines, TOML_END, ""]) for lines in (top, end))
-    check_toml(first + body + second, path)
-    return (first + body + second).replace("\n", "\r\n" if crlf else "\n")
-
-
 # === CLIENTS SET UP (pure) ==================================================
 # Which entries of a client's own settings lead it here, and how they are made
 # and taken out again.  None holds a key: each names the variable that does.
@@ -10379,8 +10270,8 @@ def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
 CLAUDE_NAMES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL",
                 "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
                 "ANTHROPIC_DEFAULT_FABLE_MODEL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS")
-CODEX_NAMES = ("model", "model_provider", "model_context_window")
-CODEX_TABLE = ("model_providers", "ccproxy")
+CODEX_PATHS: Tuple[Path, ...] = (("model",), ("model_provider",), ("model_context_window",),
+                                 ("model_providers", "ccproxy"))
 OPENCODE_PATHS: Tuple[Path, ...] = (("model",), ("small_model",), ("provider", "ccproxy"))
 
 
@@ -10391,7 +10282,8 @@ def key_helper(windows: bool) -> str:
 
 def claude_foreign(settings: Json) -> List[Path]:
     """Entries of its settings that would win over ours."""
-    return [("env", name) for name in foreign_names(CLIENTS["claude"], settings.get("env") or {})]
+    return [("env", name) for name in foreign_names(CLIENTS["claude"],
+                                                    inner_object(settings, "env"))]
 
 
 def claude_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
@@ -10401,28 +10293,18 @@ def claude_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, 
     return {**entries, ("apiKeyHelper",): key_helper(windows)}
 
 
-def restore_claude(text: str, before: str, path: str) -> str:
-    paths = [("env", name) for name in CLAUDE_NAMES] + claude_foreign(load_object(before, path))
-    return restore_json(text, before, [*dict.fromkeys(paths), ("apiKeyHelper",)], path)
+def claude_paths(before: Json) -> List[Path]:
+    return [*claude_foreign(before), *[("env", name) for name in CLAUDE_NAMES], ("apiKeyHelper",)]
 
 
-def opencode_paths(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
+def set_opencode_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
     entries = opencode_entries(target)
     return {path: entry_at(entries, path) for path in OPENCODE_PATHS}
 
 
-def restore_opencode(text: str, before: str, path: str) -> str:
-    return restore_json(text, before, OPENCODE_PATHS, path)
-
-
-def codex_paths(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
-    entries = codex_entries(target)
-    plain: Dict[Path, Any] = {(name,): entries.get(name, ENTRY_GONE) for name in CODEX_NAMES}
-    return {**plain, CODEX_TABLE: codex_provider(target)}
-
-
-def restore_codex(text: str, before: str, path: str) -> str:
-    return restore_toml(text, before, CODEX_TABLE, CODEX_NAMES, path)
+def set_codex_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
+    entries = {**codex_entries(target), "model_providers": {"ccproxy": codex_provider(target)}}
+    return {path: entry_at(entries, path) for path in CODEX_PATHS}
 
 
 class SetUp(NamedTuple):
@@ -10432,17 +10314,19 @@ class SetUp(NamedTuple):
     load: Callable[[str, str], Json]
     entries: Callable[[Json, Target, bool], Dict[Path, Any]]
     edit: Callable[[str, Mapping[Path, Any], str], str]
-    restore: Callable[[str, str, str], str]
+    restore: Callable[[str, str, Collection[Path], str], str]
+    paths: Callable[[Json], Collection[Path]]       # of what is restored, by the settings before
     places: Tuple[Tuple[str, str], ...]
     files: Tuple[str, ...]          # the last that there is wins
 
 
 SET_UPS: Dict[str, SetUp] = {
-    "claude": SetUp(load_object, claude_entries, edit_json, restore_claude,
+    "claude": SetUp(load_object, claude_entries, edit_json, restore_json, claude_paths,
                     (("CLAUDE_CONFIG_DIR", ""), ("", "~/.claude")), ("settings.json",)),
-    "codex": SetUp(check_toml, codex_paths, edit_toml, restore_codex,
+    "codex": SetUp(check_toml, set_codex_entries, edit_toml, restore_toml, lambda _: CODEX_PATHS,
                    (("CODEX_HOME", ""), ("", "~/.codex")), ("config.toml",)),
-    "opencode": SetUp(load_object, opencode_paths, edit_json, restore_opencode,
+    "opencode": SetUp(load_object, set_opencode_entries, edit_json, restore_json,
+                      lambda _: OPENCODE_PATHS,
                       (("XDG_CONFIG_HOME", "opencode"), ("", "~/.config/opencode")),
                       ("opencode.json", "opencode.jsonc"))}
 
@@ -19088,9 +18972,10 @@ def undo_setup(name: str, path: str, dry: bool) -> int:
         complain("%s: nothing was set up here (there is no %s)." % (
             path, os.path.basename(path) + BACKUP_ENDING), 1)
     before = b"" if kept == NO_FILE else kept or b""
+    set_up, earlier = SET_UPS[name], decode_settings(before, path)[1]
     mark, text = decode_settings(now, path)
-    restored = before if now is None else (mark + SET_UPS[name].restore(
-        text, decode_settings(before, path)[1], path)).encode()
+    restored = before if now is None else (mark + set_up.restore(
+        text, earlier, set_up.paths(set_up.load(earlier, path)), path)).encode()
     if dry:
         say("%s: would be as before\n" % path)
         return 0

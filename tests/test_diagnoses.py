@@ -152,10 +152,16 @@ def test_codex(provider, base, environment, works, words):
     assert finding.works is works and words in finding.words and SECRET not in repr(finding)
 
 
-@pytest.mark.parametrize("text", ["", "model_provider = 3", "[broken\nbase_url=", "\x00\ufffd",
+@pytest.mark.parametrize("text", ["", "model_provider = 3", "x = '''\nmodel_provider='y'\n'''",
                                   'model_provider="x"\n[model_providers.x]\nbase_url="http://["'])
 def test_codex_files_that_say_nothing(text):
     assert ccproxy.codex_finding(text, {}, CONFIG, leads_here).works is None
+
+
+@pytest.mark.parametrize("text", ["[broken\nbase_url=", "\x00\ufffd", "a = 'open"])
+def test_codex_files_that_are_no_toml(text):
+    finding = ccproxy.codex_finding("b = 1\n" + text, {}, CONFIG, leads_here)
+    assert finding.works is False and "config.toml: is not TOML: line 2" in finding.words
 
 
 @pytest.mark.parametrize("options, address", [

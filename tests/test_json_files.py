@@ -1,4 +1,4 @@
-"""JSON FILES: entries set and taken out of a text, everything else left byte for byte."""
+"""JSON FILES: entries set and removed, all others, their order and their indentation kept."""
 from __future__ import annotations
 
 import json
@@ -17,25 +17,26 @@ def edit(text, entries):
 
 @pytest.mark.parametrize("text, entries, expected", [
     ("", {("a",): 1}, '{\n  "a": 1\n}\n'),
-    ("{}", {("a",): 1}, '{\n  "a": 1\n}'),
+    ("{}", {("a",): 1}, '{\n  "a": 1\n}\n'),
     ("{}\n", {("a", "b"): "x"}, '{\n  "a": {\n    "b": "x"\n  }\n}\n'),
-    ('{"b": 1}', {("a",): [1, 2]}, '{"b": 1,"a": [1, 2]}'),
-    ('{"b":1, "c":2}', {("a",): 3}, '{"b":1, "c":2, "a": 3}'),
+    ('{"b": 1}', {("a",): [1, 2]}, '{"b": 1, "a": [1, 2]}\n'),
+    ('{"b":1, "c":2}', {("a",): 3}, '{"b": 1, "c": 2, "a": 3}\n'),
     ('{\n    "b": 1\n}\n', {("a",): {"x": {}}},
      '{\n    "b": 1,\n    "a": {\n        "x": {}\n    }\n}\n'),
-    ('{\n\t"b": 1\n}', {("a",): [1]}, '{\n\t"b": 1,\n\t"a": [\n\t\t1\n\t]\n}'),
+    ('{\n\t"b": 1\n}', {("a",): [1]}, '{\n\t"b": 1,\n\t"a": [\n\t\t1\n\t]\n}\n'),
     ('{\r\n  "b": 1\r\n}\r\n', {("a",): 2}, '{\r\n  "b": 1,\r\n  "a": 2\r\n}\r\n'),
-    ('{"a" : 1 , "b":2}', {("a",): "\u00e9"}, '{"a" : "\u00e9" , "b":2}'),
-    ('{"a":1,"a":2}', {("a",): 3}, '{"a":1,"a":3}'),
-    ('{"e": {"x": 1}, "b": 2}', {("e", "y"): 2, ("e", "x"): GONE}, '{"e": {"y": 2}, "b": 2}'),
+    ('{"a" : 1 , "b":2}', {("a",): "\u00e9"}, '{"a": "\u00e9", "b": 2}\n'),
+    ('{"a":1,"a":2}', {("a",): 3}, '{"a": 3}\n'),
+    ('{"e": {"x": 1}, "b": 2}', {("e", "y"): 2, ("e", "x"): GONE}, '{"e": {"y": 2}, "b": 2}\n'),
     ('{\n  "a": {},\n  "b": 1\n}', {("a", "x"): 1},
-     '{\n  "a": {\n    "x": 1\n  },\n  "b": 1\n}'),
-    ('{"a": 1, "b": 2}', {("a",): GONE}, '{"b": 2}'),
-    ('{"a": 1, "b": 2}', {("b",): GONE}, '{"a": 1}'),
-    ('{ "a": 1 }', {("a",): GONE}, "{}"),
-    ('{"a": 1}', {("b",): GONE, ("c", "d"): GONE}, '{"a": 1}'),
-    ('{"a": "}{,\\"", "b": [{"a": 1}]}', {("b",): 1}, '{"a": "}{,\\"", "b": 1}')])
-def test_entries_are_edited_in_place(text, entries, expected):
+     '{\n  "a": {\n    "x": 1\n  },\n  "b": 1\n}\n'),
+    ('{"a": 1, "b": 2}', {("a",): GONE}, '{"b": 2}\n'),
+    ('{"a": 1, "b": 2}', {("b",): GONE}, '{"a": 1}\n'),
+    ('{ "a": 1 }', {("a",): GONE}, "{}\n"),
+    ('{"a": 1}', {("b",): GONE, ("c", "d"): GONE}, '{"a": 1}\n'),
+    ('{"a": "}{,\\"", "b": [{"a": 1}]}', {("b",): 1}, '{"a": "}{,\\"", "b": 1}\n'),
+    ('{"a": "\\ud800 \u00e9"}', {("b",): 1}, '{"a": "\\ud800 \\u00e9", "b": 1}\n')])
+def test_entries_are_set_and_the_others_kept(text, entries, expected):
     assert edit(text, entries) == expected
 
 
@@ -43,11 +44,22 @@ def test_entries_are_edited_in_place(text, entries, expected):
     ("{", "not JSON"), ("[]", "one JSON object"), ('{"a": 1,}', "not JSON"),
     ('// comment\n{"a": 1}', "not JSON"), ('{"a": 1 /* c */}', "not JSON"), ("nul", "not JSON"),
     ("[" * 100_000, "is not (usable|JSON)"),        # as far as this Python's stack lets it look
-    ('{"a": "x"}', "a is not an object")])
-def test_what_does_not_parse_is_refused(text, told):
+    ('{"a": "x"}', "a is not an object"), ('{"a": {}, "c": 1e400}', "cannot be written again")])
+def test_what_cannot_be_kept_is_refused(text, told):
     with pytest.raises(ccproxy.ProxyError) as raised:
         edit(text, {("a", "b"): 1})
     assert re.search(told, raised.value.message) and raised.value.message.startswith("f: ")
+
+
+@pytest.mark.parametrize("depth", [300, 800, 990, 1500, 5000, 30_000])
+def test_deep_nesting_is_kept_or_refused(depth):
+    text = '{\n "a": %s1%s\n}' % ("[" * depth, "]" * depth)
+    try:
+        changed = edit(text, {("b",): 1})
+    except ccproxy.ProxyError as error:
+        assert error.kind == "config"
+    else:
+        assert changed.count("[") == depth
 
 
 def random_value(chance, depth=3):
@@ -89,6 +101,19 @@ def test_an_edited_text_means_what_an_edited_object_does(seed):
         assert json.loads(again) == before and again == text
     del held[path[-1]]
     assert json.loads(edit(changed, {path: GONE})) == value
+
+
+def test_an_object_that_is_gone_since_is_not_made_again():
+    before = '{"env": {"MINE": "1"}}'
+    after = edit(before, {("env", "NEW"): 2, ("top",): 3})
+    assert ccproxy.restore_json('{"other": 1}', before, [("env", "NEW"), ("top",)], "f") == (
+        '{"other": 1}\n') and json.loads(after)["top"] == 3
+
+
+def test_a_half_of_a_surrogate_pair_comes_back():
+    before = '{"a": "\\ud800"}'
+    text = ccproxy.restore_json('{"a": 1, "b": "\u00e9"}', before, [("a",)], "f")
+    assert text.encode() and json.loads(text) == {"a": "\ud800", "b": "\u00e9"}
 
 
 def test_what_others_changed_since_is_kept():

@@ -34,11 +34,11 @@ def edit(text):
 
 
 def restore(text, before):
-    return ccproxy.restore_toml(text, before, TABLE, NAMES, "f")
+    return ccproxy.restore_toml(text, before, list(ENTRIES), "f")
 
 
 @pytest.mark.parametrize("text, body", [
-    ("", ""), ("a = 1", "a = 1\n"), ("# only a comment\n", "# only a comment\n"),
+    ("", "\n"), ("a = 1", "a = 1\n"), ("# only a comment\n", "# only a comment\n"),
     ('model = "mine" # best\na = 1\n', '# ccproxy set aside: model = "mine" # best\na = 1\n'),
     ('"model" = \'mine\'\n', '# ccproxy set aside: "model" = \'mine\'\n'),
     ("[t]\nmodel = 1\n", "[t]\nmodel = 1\n"),
@@ -55,6 +55,8 @@ def restore(text, before):
      "[model_providers]\nother = {name = 'o'}\n# ccproxy set aside: ccproxy.name = 'x'\n"),
     ("model_providers.ccproxy.name = 'x'\n",
      "# ccproxy set aside: model_providers.ccproxy.name = 'x'\n"),
+    ("model.x = 1\n[model]\nb = 1\n[c]\n", "# ccproxy set aside: model.x = 1\n"
+     "# ccproxy set aside: [model]\n# ccproxy set aside: b = 1\n[c]\n"),
     ("[[a.b]]\nc = 1\n[[a.b]]\n", "[[a.b]]\nc = 1\n[[a.b]]\n")])
 def test_entries_stand_between_marks_and_others_aside(text, body):
     changed = edit(text)
@@ -64,6 +66,12 @@ def test_entries_stand_between_marks_and_others_aside(text, body):
     if tomllib:
         found = tomllib.loads(changed)
         assert (found["model"], found["model_providers"]["ccproxy"]) == ("m/x", ENTRIES[TABLE])
+
+
+def test_a_value_of_several_lines_comes_back_from_its_comment():
+    before = 'model = """a\n\n\u2028b"""\n# mine\n'
+    assert "# mine\n" in edit(before) and restore(edit(before), before) == before
+    assert restore(edit(before) + "z = 1\n", before) == before + "z = 1\n"
 
 
 def test_an_entry_that_is_not_wanted_goes_and_comes_back():
