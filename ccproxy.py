@@ -1431,27 +1431,23 @@ class InflatedBody:
         return self.framed.broken
 
     def feed(self, data: bytes) -> bytes:
-        try:
-            content = self.inflate(self.framed.feed(data))
-        except zlib.error:
-            raise self.fault("content that is not the gzip it says to be") from None
-        if self.framed.done and not self.inflater.eof:
-            raise self.fault("compressed content that is cut off")
-        return content
-
-    def inflate(self, data: bytes) -> bytes:
-        content = b""
+        data, content = self.framed.feed(data), b""
         while data:
             if self.inflater.eof:       # a further gzip member (RFC 1952 2.2)
                 self.inflater = zlib.decompressobj(47)
                 self.members += 1
-            content += self.inflater.decompress(data, self.most + 1 - len(content))
+            try:
+                content += self.inflater.decompress(data, self.most + 1 - len(content))
+            except zlib.error:
+                raise self.fault("content that is not the gzip it says to be") from None
             if self.members > MAX_GZIP_MEMBERS:
                 raise self.fault("compressed content of too many members")
-            if self.inflater.unconsumed_tail or len(content) > self.most:
+            if len(content) > self.most:
                 raise too_large(self.most) if self.fault is client_fault else \
                     self.fault("compressed content that grows beyond all bounds")
             data = self.inflater.unused_data
+        if self.framed.done and not self.inflater.eof:
+            raise self.fault("compressed content that is cut off")
         return content
 
     def eof(self) -> None:
@@ -1459,17 +1455,16 @@ class InflatedBody:
 
 
 Body = Union[ChunkedBody, PlainBody, InflatedBody]
-CODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
+PLAIN_CODINGS = ("", "identity")
+CODINGS = (*PLAIN_CODINGS, "gzip", "x-gzip", "deflate")
 
 
 def open_body(framing: Framing, coding: str, fault: Fault) -> Body:
     """The reader for a body with this framing and Content-Encoding."""
+    if coding not in CODINGS:
+        raise fault("Content-Encoding %s, which was not asked for" % printable(coding, 40))
     framed = ChunkedBody(fault) if framing.chunked else PlainBody(framing.length, fault)
-    if coding in ("", "identity"):
-        return framed
-    if coding in ("gzip", "x-gzip", "deflate"):
-        return InflatedBody(framed, fault)
-    raise fault("Content-Encoding %s, which was not asked for" % printable(coding, 40))
+    return framed if coding in PLAIN_CODINGS else InflatedBody(framed, fault)
 
 
 def inflate(data: bytes, coding: str, most: int) -> bytes:
@@ -1477,13 +1472,11 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
 
     Raises ProxyError: 413 when it becomes more than `most` bytes, 415 for an unknown coding.
     """
-    if coding in ("", "identity"):
-        return data
-    if coding not in ("gzip", "x-gzip", "deflate"):
+    if coding not in CODINGS:
         raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip, "
                          "deflate or zstd.", param="content-encoding")
-    body = InflatedBody(PlainBody(len(data), client_fault), client_fault, most)
-    return body.feed(data)
+    plain = PlainBody(len(data), client_fault)
+    return data if coding in PLAIN_CODINGS else InflatedBody(plain, client_fault, most).feed(data)
 
 
 # === STREAM FRAMING (pure) ==================================================
@@ -9772,7 +9765,7 @@ class Statement(NamedTuple):
     """One statement of a TOML text, in whole lines."""
 
     name: Path              # of an entry with its table's; () for neither an entry nor a table
-    value: Optional[str]    # of an entry: a string of one line, or how another value begins
+    value: str              # of an entry: a string of one line, or how another value begins
     text: str
 
 
@@ -9796,7 +9789,7 @@ def toml_statements(text: str, path: str) -> Iterator[Statement]:
             break
         table = toml_name(found[1]) if found[1] else table
         name = table + toml_name(found[2] or "") if found[1] or found[2] else ()
-        yield Statement(name, found[3], text[start:token.end()])
+        yield Statement(name, found[3] or "", text[start:token.end()])
         start = token.end()
     if start < len(text):
         raise ProxyError("config", "%s: is not TOML: line %d" % (
@@ -9850,7 +9843,7 @@ def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
     *plain, (table, rows) = entries.items()
     pieces = [toml_block([], {place[0]: value for place, value in plain})]
     for statement, wins in foreign_statements(text.replace("\r\n", "\n"), entries, path):
-        if statement.name == table[:-1] and statement.value is not None:
+        if statement.name == table[:-1] and statement.value:
             raise ProxyError("config", "%s: %s is written on one line; write it as tables first"
                              % (path, ".".join(statement.name)))
         pieces += [TOML_ASIDE + line + "\n" for line in statement.text[:-1].split("\n")] \
@@ -10067,14 +10060,14 @@ def codex_finding(text: str, environment: Mapping[str, str], config: Config,
     """What Codex' configuration says of where it sends its requests."""
     try:
         found = {one.name: one.value.strip("\"'") for one in toml_statements(
-            text, "codex's config.toml") if one.value}
+            text, "codex's config.toml")}
     except ProxyError as error:
         return Finding(False, error.message, "Mend it: codex does not read it either")
     name = found.get(("model_provider",), "openai")
     base = found.get(("model_providers", name, "base_url"), "")
     variable = found.get(("model_providers", name, "env_key"), "")
     words = "codex uses its provider " + printable(name, 40)
-    if not base or not is_loopback_address(base):
+    if not is_loopback_address(base):
         return Finding(None, words + (", at " + shown_address(base) if base else ""))
     if not leads_here(base):
         return Finding(False, "%s, at %s" % (words, shown_address(base)),
@@ -10096,7 +10089,7 @@ LAUNCHD_LABEL = "local.ccproxy"
 SERVICE_MARK = "Written by `ccproxy.py service install`, which writes it anew; not to be edited."
 SERVICE_ACTIONS = ("install", "uninstall", "status", "logs", "restart")
 NO_NAMESPACES = (217, 218, 226)     # systemd's exit statuses where the kernel refuses those
-TEMPORARY = ("/tmp", "/var/tmp")    # what PrivateTmp hides
+TEMPORARY = ("/tmp/", "/var/tmp/")  # what PrivateTmp hides
 NAMESPACE_RULES = ("ProtectSystem=", "ProtectHome=", "ReadWritePaths=", "PrivateTmp=",
                    "PrivateUsers=")
 
@@ -10131,10 +10124,6 @@ def systemd_word(word: str, dollars_too: bool = True) -> str:
     return word if re.fullmatch(r"[^\s\"'\\;#]+", word) else '"%s"' % word
 
 
-def is_temporary(path: str) -> bool:
-    return any(path == one or path.startswith(one + "/") for one in TEMPORARY)
-
-
 def unit_text(service: Service, namespaces: bool = True) -> str:
     """The systemd user unit.  Only what works there: a user's manager has no privileges, so mounts
     need PrivateUsers, and where the kernel refuses that, `namespaces` False leaves them out."""
@@ -10159,9 +10148,9 @@ def unit_text(service: Service, namespaces: bool = True) -> str:
         "PrivateTmp=yes", "", "[Install]", "WantedBy=default.target", ""]
     used = [*service.command, *service.writes]
     left_out = () if namespaces else NAMESPACE_RULES
-    if namespaces and any(map(is_temporary, used)):
+    if namespaces and any((path + "/").startswith(TEMPORARY) for path in used):
         left_out = ("PrivateTmp=",)
-    return "\n".join(line for line in lines if not line.startswith(left_out or "\0"))
+    return "\n".join(line for line in lines if not line.startswith(left_out))
 
 
 def plist_text(service: Service) -> str:
@@ -10228,6 +10217,8 @@ def launchd_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[
 
 def windows_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[Step]:
     """What is to be typed on Windows (in cmd.exe), where nothing is done unasked."""
+    if action == "logs":
+        return [Step("tell", text="Set logFile: that file is the log.")]
     program, *arguments = service.command
     program = re.sub(r"(?i)python\.exe$", "pythonw.exe", program)       # no window
     lines = {
@@ -10237,11 +10228,8 @@ def windows_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[
         "uninstall": [("schtasks", "/End", "/TN", SERVICE_NAME),
                       ("schtasks", "/Delete", "/F", "/TN", SERVICE_NAME)],
         "status": [("schtasks", "/Query", "/V", "/FO", "LIST", "/TN", SERVICE_NAME)],
-        "logs": [],
         "restart": [("schtasks", "/End", "/TN", SERVICE_NAME),
                     ("schtasks", "/Run", "/TN", SERVICE_NAME)]}
-    if action == "logs":
-        return [Step("tell", text="Set logFile: that file is the log.")]
     return [Step("tell", text="In cmd.exe, type:\n" + "\n".join(map(windows_line, lines[action])))]
 
 
@@ -10249,18 +10237,14 @@ SERVICE_MANAGERS: Dict[str, Callable[[Service, str, Tuple[str, ...]], List[Step]
     "systemd": systemd_steps, "launchd": launchd_steps, "windows": windows_steps}
 
 
-def shell_line(words: Iterable[str]) -> str:
-    import shlex
-    return " ".join(map(shlex.quote, words))
-
-
 def step_text(step: Step) -> str:
     """What --dry-run shows of a step."""
+    import shlex
     if step.kind == "write":
         return "write %s:\n%s\n" % (step.words[0], step.text)
     if step.kind == "tell":
         return step.text + "\n"
-    return "%s %s\n" % (step.kind, shell_line(step.words))
+    return "%s %s\n" % (step.kind, shlex.join(step.words))
 
 
 # === CLIENTS SET UP (pure) ==================================================
@@ -14234,10 +14218,13 @@ async def try_post(app: App, body: bytes) -> str:
         url, token = app.config.alert_webhook_url, app.config.alert_webhook_token
         if not url:
             return ""
+        fields = {"content-type": "application/json"}
+        if token:
+            fields["authorization"] = "Bearer " + token
         try:
             context = tls_context(app) if url.lower().startswith("https:") else None
-            status = await within(app, app.limits.webhook, in_thread(
-                lambda: post_json((url, token), body, context, app.limits.webhook)))
+            status, _, _ = await within(app, app.limits.webhook, in_thread(
+                lambda: ask_url(url, context, app.limits.webhook, fields, body)))
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             fault = printable(hide(str(error), held_secrets(app)), 200) or "no answer in time"
         else:
@@ -14247,16 +14234,6 @@ async def try_post(app: App, body: bytes) -> str:
             if status < 500 and status not in AGAIN_STATUSES:
                 break
     return fault
-
-
-def post_json(target: Tuple[str, str], body: bytes, context: Optional[ssl.SSLContext],
-              seconds: float) -> int:
-    """POST to (URL, token) and give the status (runs in a thread).  A redirect is a status like
-    any other: the token goes nowhere else.  Raises OSError."""
-    url, token = target
-    fields = {"content-type": "application/json",
-              **({"authorization": "Bearer " + token} if token else {})}
-    return ask_url(url, context, seconds, fields, body)[0]
 
 
 # === RELAY ==================================================================

@@ -197,4 +197,4 @@ def test_what_a_dry_run_shows():
     shown = [ccproxy.step_text(step) for step in ccproxy.systemd_steps(SERVICE, "install", ())]
     assert shown[0].startswith("write %s:\n# " % UNIT) and "\nExecStart=" in shown[0]
     assert shown[1] == "run systemctl --user daemon-reload\n" and "enable-linger" in shown[-1]
-    assert shlex.split(ccproxy.shell_line(ODD)) == list(ODD)
+    assert shlex.split(ccproxy.step_text(ccproxy.Step("run", ODD)))[1:] == list(ODD)
