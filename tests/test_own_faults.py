@@ -172,7 +172,7 @@ def test_a_comment_that_cannot_be_made(make_place, monkeypatch):
     """The stream has a head by then, and no call."""
     place, faults = make_place(limits=FAST._replace(silence=0.2)), []
 
-    def comment(text):
+    def comment(text, end):
         if faults.append(text) or len(faults) > 1:
             boom()
         return b": waiting\n\n"
