@@ -9283,6 +9283,45 @@ def render_metrics(counts: Counts) -> str:
 # Reading from this machine needs no key, but the request must be its own user's:
 # a page of another site, or a name that was bound anew, makes a browser send
 # requests here too.  From elsewhere, and for every change, a key is asked for.
+# Guessing it is slowed down, for each client address by itself.
+
+MIN_ADMIN_KEY = 16              # characters, where other machines can guess
+MAX_WRONG_KEYS = 5              # from one address
+WRONG_KEY_SECONDS = 60.0        # in which they count, and the longest wait after them
+MAX_GUESSERS = 1000             # addresses that are remembered; the oldest goes first
+
+
+@dataclass(eq=False, **SLOTS)
+class Guesses:
+    """The wrong keys that came from one address, by a clock that is never set."""
+
+    moments: List[float] = field(default_factory=list)
+    wait: float = 1.0               # seconds, as Retry-After tells them next
+    until: float = -NEVER_ENDS      # before this even the right key is refused
+
+
+def note_wrong_key(guesses: Guesses, now: float) -> None:
+    """Count a wrong key that was answered as such; the last of too many begins the wait."""
+    recent = [moment for moment in guesses.moments if now - moment < WRONG_KEY_SECONDS]
+    guesses.moments, guesses.wait = [*recent, now], 1.0
+    if len(guesses.moments) == MAX_WRONG_KEYS:
+        guesses.until = now + guesses.wait
+
+
+def judge_guess(known: Dict[str, Guesses], address: str, wrong: bool, now: float) -> None:
+    """Count a request that presents a key, and refuse it while its address has to wait: the right
+    key too, or the answer would tell which one that is.  Raises ProxyError 429."""
+    guesses = known.get(address) or Guesses()
+    if now - guesses.until >= (WRONG_KEY_SECONDS if wrong else 0.0):
+        if wrong:
+            note_wrong_key(guesses, now)
+            keep_newest(known, address, guesses, MAX_GUESSERS)
+        return
+    wait, guesses.wait = guesses.wait, min(2 * guesses.wait, WRONG_KEY_SECONDS)
+    if wrong:                   # who asks every second with the right key gets in again
+        guesses.until = now + wait
+    raise ProxyError("rate_limit", "Too many wrong adminKeys came from this address. Try again in "
+                     "%s." % counted(wait, "second"), retry_after=wait)
 
 
 def check_reader(fields: Fields, secrets: Tuple[str, str], peer: str) -> None:
@@ -9311,14 +9350,18 @@ def check_writer(fields: Fields, admin_key: str) -> None:
 
 
 def check_admin_key(config: Config) -> None:
-    """Refuse an adminKey that callers have too: whoever has it can lead their keys elsewhere.
-    Raises ProxyError `config`."""
+    """Refuse an adminKey that callers have too, or that other machines could guess: whoever has it
+    can lead callers' keys elsewhere.  Raises ProxyError `config`."""
     if KEY_PATTERN.search(config.admin_key):
         raise ProxyError("config", "adminKey looks like a Command Code key (user_...): choose "
                          "another, which no caller sends", param="adminKey")
     if config.admin_key and config.admin_key == config.client_key:
         raise ProxyError("config", "adminKey must not be the clientKey: every caller could change "
                          "everything", param="adminKey")
+    if 0 < len(config.admin_key) < MIN_ADMIN_KEY and not LOOPBACK.fullmatch(config.host):
+        raise ProxyError("config", "adminKey is shorter than %d characters, and host %s is "
+                         "reachable from other machines: choose a longer one" % (
+                             MIN_ADMIN_KEY, config.host), param="adminKey")
 
 
 # === CONFIG CHANGES (pure) ==================================================
@@ -12551,6 +12594,7 @@ class App:
     keys: KeyTable = field(default_factory=KeyTable)
     refreshes: Dict[str, "asyncio.Task[Any]"] = field(default_factory=dict)     # see ACCOUNTS
     rates: Dict[str, RateWindow] = field(default_factory=dict)
+    guesses: Dict[str, Guesses] = field(default_factory=dict)   # wrong adminKeys, by address
     in_flight: int = 0                          # answers being made
     recent: Deque[Record] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
     listeners: List[Callable[[Record], None]] = field(default_factory=list)     # to new records
@@ -15303,15 +15347,31 @@ def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
 # it.
 
 
+def admit_by(check: Callable[[Fields, str], None], app: App, exchange: Exchange) -> None:
+    """Let pass what a check of fields and client address lets pass, unless too many wrong keys
+    came from that address.  Raises ProxyError 401, 403, 429."""
+    fields, address = exchange.head.fields, exchange.wire.peer_address()
+    refusal = None
+    try:
+        check(fields, address)
+    except ProxyError as error:
+        refusal = error
+    if any(key_text(fields, name) for name, _ in KEY_FIELDS):
+        wrong = refusal is not None and refusal.kind == "authentication"
+        judge_guess(app.guesses, address, wrong, time.monotonic())
+    if refusal is not None:
+        raise refusal
+
+
 def admit_reader(app: App, exchange: Exchange) -> None:
-    """Let pass who may read what the proxy shows of itself.  Raises ProxyError 401, 403."""
-    check_reader(exchange.head.fields, (app.config.admin_key, app.config.client_key),
-                 exchange.wire.peer_address())
+    """Let pass who may read what the proxy shows of itself.  Raises ProxyError 401, 403, 429."""
+    secrets = app.config.admin_key, app.config.client_key
+    admit_by(lambda fields, peer: check_reader(fields, secrets, peer), app, exchange)
 
 
 def admit_writer(app: App, exchange: Exchange) -> None:
-    """Let pass who may change something.  Raises ProxyError 401, 403."""
-    check_writer(exchange.head.fields, app.config.admin_key)
+    """Let pass who may change something.  Raises ProxyError 401, 403, 429."""
+    admit_by(lambda fields, peer: check_writer(fields, app.config.admin_key), app, exchange)
 
 
 async def serve_dashboard(app: App, exchange: Exchange) -> None:
@@ -15447,7 +15507,9 @@ def log_warnings(app: App, warnings: Iterable[str]) -> None:
 def check_fresh(app: App, settings: Settings) -> None:
     """What new settings need, now and at the next start.  Raises ProxyError `config`."""
     check_surroundings(settings.config)
-    check_operator(settings.operator, app.config.host)      # where we listen until then
+    host = app.config.host              # where we listen until then
+    check_operator(settings.operator, host)
+    check_admin_key(settings.config._replace(host=host))
 
 
 def reload_settings(app: App) -> None:
