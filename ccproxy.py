@@ -2348,6 +2348,23 @@ def is_same_secret(one: str, other: str) -> bool:
     return hmac.compare_digest(*digests)
 
 
+PLACEHOLDER = re.compile(        # also U+2026 in UTF-8, as a header is read
+    "user_(x{3,}|[*]*)([.]|\u2026|\xe2\x80\xa6)+|user_(x{3,}|[*]+|[<\\[{].*)|"
+    "user_(your|my|the)?[-_]?((command|code|api)[-_]?)*(key|token)([-_]?here)?", re.I)
+VENDOR_KEYS = {     # how keys of other vendors begin
+    "sk-ant-": "Anthropic", "sk-or-": "OpenRouter", "sk-": "OpenAI or the like", "gsk_": "Groq",
+    "AIza": "Google", "xai-": "xAI", "ghp_": "GitHub"}
+
+
+def mistaken_key(given: str) -> str:
+    """What stands where a Command Code key belongs, by its form: a placeholder or another vendor's
+    key; "" for anything else."""
+    if PLACEHOLDER.fullmatch(given):
+        return "the placeholder of the README"
+    return next(("a key of %s (%s...)" % (vendor, start) for start, vendor in VENDOR_KEYS.items()
+                 if given.startswith(start)), "")
+
+
 OWN_KEY = ("send your own as `Authorization: Bearer user_...` or `x-api-key: user_...` "
            "(commandcode.ai, settings, API keys).")
 
@@ -2356,9 +2373,11 @@ def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
     """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
     one is set, and what was sent is not it."""
     given = any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
+    mistakes = [mistaken_key(key_text(fields, name)) for name, _ in KEY_FIELDS]
     problem = "The key sent is not a Command Code key" if given else "No key was sent"
     if given and client_key:
         problem = "The clientKey sent is wrong, and it is not a Command Code key either"
+    problem += ", but ".join(["", *filter(None, mistakes)][:2])
     either = "ask the proxy's operator for the clientKey, or " if client_key else ""
     return ProxyError("authentication", "%s: %s%s" % (problem, either, OWN_KEY))
 
@@ -2747,6 +2766,8 @@ def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> C
     notes: List[str] = []
     own = ring_in(fields, notes, operator.client_key)
     if own:
+        if PLACEHOLDER.fullmatch(own[0].key):
+            raise missing_key(fields, bool(operator.client_key))
         return Caller(own, own[0].digest, False, tuple(notes))
     if operator.client_key and presents_client_key(fields, operator.client_key, notes):
         if not operator.keys:
@@ -10085,11 +10106,13 @@ def environment_findings(environment: Mapping[str, str], place: str, config: Con
                 "Set it to %s%s, or remove it" % (local_address(config.host, config.port), path)))
             continue
         wrong = [one for one in keys if value and environment.get(one)
-                 and not KEY_PATTERN.search(environment[one])
+                 and (not KEY_PATTERN.search(environment[one]) or mistaken_key(environment[one]))
                  and not is_same_secret(environment[one], config.client_key)]
         if wrong:
-            findings.append(Finding(False, "%s in %s is no Command Code key, and %s points here"
-                                    % (wrong[0], place, name), "Set it to your user_... key"))
+            kind = mistaken_key(environment[wrong[0]])
+            findings.append(Finding(False, "%s in %s is no Command Code key%s, and %s points here"
+                                    % (wrong[0], place, kind and " but " + kind, name),
+                                    "Set it to your user_... key"))
         elif value:
             findings.append(Finding(True, "%s in %s points here" % (name, place)))
     if environment.get("ANTHROPIC_API_KEY") and environment.get("ANTHROPIC_AUTH_TOKEN"):
@@ -17992,9 +18015,23 @@ MAX_ASKED_KEYS = 32
 
 def own_keys(settings: Settings, notes: List[str]) -> Tuple[RingKey, ...]:
     """The keys to try: COMMANDCODE_KEY's, then the operator's.  Raises ProxyError."""
-    own = parse_ring(os.environ.get("COMMANDCODE_KEY", ""), "COMMANDCODE_KEY", notes)
+    given = os.environ.get(KEY_VARIABLE, "").strip()
+    own = () if mistaken_key(given) else parse_ring(given, KEY_VARIABLE, notes)
     every = {key.digest: key for key in (*own, *settings.operator.keys)}
     return tuple(every.values())
+
+
+def own_key_findings(settings: Settings) -> List[Finding]:
+    """What is to be said of COMMANDCODE_KEY where it holds something else than a key."""
+    given = os.environ.get(KEY_VARIABLE, "").strip()
+    kind = mistaken_key(given)
+    if kind and given != settings.config.client_key:
+        return [Finding(False, "%s is no Command Code key but %s" % (KEY_VARIABLE, kind),
+                        "Set it to your own (commandcode.ai, settings, API keys)")]
+    if given and not KEY_PATTERN.search(given):
+        return [Finding(None, KEY_VARIABLE + " is no Command Code key (user_...); whether it is a "
+                        "proxy's clientKey, only that proxy can tell")]
+    return []
 
 
 def ask_about(scene: Scene, key: RingKey) -> Account:
@@ -18037,13 +18074,15 @@ def check_keys(scene: Scene) -> List[Finding]:
     notes: List[str] = []
     try:
         keys = own_keys(scene.settings, notes)
+        findings = own_key_findings(scene.settings)
     except ProxyError as error:
         return [Finding(False, error.message, "Mend COMMANDCODE_KEY")]
     if not keys:
-        return [Finding(None, "none is set: export COMMANDCODE_KEY=user_... to have one tried")]
+        return findings or [
+            Finding(None, "none is set: export COMMANDCODE_KEY=user_... to have one tried")]
     with ThreadPoolExecutor(8) as pool:
         scene.accounts = list(pool.map(lambda key: ask_about(scene, key), keys[:MAX_ASKED_KEYS]))
-    findings = [key_finding(account) for account in scene.accounts]
+    findings += [key_finding(account) for account in scene.accounts]
     findings += [Finding(None, note.partition("=")[2]) for note in notes]
     if len(keys) > MAX_ASKED_KEYS:
         findings.append(Finding(None, "%d more were not tried" % (len(keys) - MAX_ASKED_KEYS)))

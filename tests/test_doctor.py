@@ -51,6 +51,28 @@ def test_lines_and_status(clinic, tmp_path):
     assert done.returncode == 1 and len(crosses) == 1 and "is refused (401). Make" in crosses[0]
 
 
+@pytest.mark.parametrize("key, works, word", [
+    ("user_...", False, "the placeholder of the README"), ("user_xxx", False, "the placeholder"),
+    ("sk-ant-5ecr3t", False, "a key of Anthropic (sk-ant-...)"), ("gsk_5ecr3t", False, "Groq"),
+    ("a-5ecr3t", None, "whether it is a proxy's clientKey"), ("user_good", True, "is accepted"),
+    ("", None, "none is set")])
+@pytest.mark.parametrize("lent", [{}, {"COMMANDCODE_API_KEYS": "user_good"}])
+def test_what_is_no_key_is_named(clinic, tmp_path, key, works, word, lent):
+    done = doctor(clinic, tmp_path, "--json", COMMANDCODE_KEY=key, **lent)
+    rows = [row for row in json.loads(done.stdout)["checks"] if row["check"] == "keys"]
+    if key or not lent:
+        assert rows[0]["works"] is works and word in rows[0]["words"], rows
+    assert (works is False) == (done.returncode == 1) and "5ecr3t" not in done.stdout
+    assert any("is accepted" in row["words"] for row in rows) == (bool(lent) or key == "user_good")
+    asked = {(one.field("authorization") or "Bearer user_good") for one in clinic.side_requests}
+    assert asked == {"Bearer user_good"}        # what is no key goes nowhere
+
+
+def test_the_client_key_of_the_settings_is_no_mistake(clinic, tmp_path):
+    done = doctor(clinic, tmp_path, COMMANDCODE_KEY="sk-team", CC_CLIENT_KEY="sk-team")
+    assert done.returncode == 0 and "whether it is a proxy's clientKey" in done.stdout
+
+
 def test_json(clinic, tmp_path):
     done = doctor(clinic, tmp_path, "--json", COMMANDCODE_KEY="user_bad")
     told = json.loads(done.stdout)

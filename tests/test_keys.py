@@ -54,6 +54,50 @@ def test_without_a_key_the_error_says_what_is_expected(fields, words):
     assert "SECRET" not in error.message        # never what was sent
 
 
+MISTAKES = [
+    ("user_...", "the placeholder"), ("user_\u2026", "the placeholder"),
+    ("user_..", "the placeholder"),
+    ("user_\xe2\x80\xa6", "the placeholder"), ("user_xxx", "the placeholder"),
+    ("user_XXXXXXXXXXXX", "the placeholder"), ("user_xxxx...", "the placeholder"),
+    ("user_***", "the placeholder"), ("user_<your key>", "the placeholder"),
+    ("user_[key]", "the placeholder"), ("user_YOUR_KEY", "the placeholder"),
+    ("user_YOUR_API_KEY", "the placeholder"), ("user_your-api-key-here", "the placeholder"),
+    ("user_my_command_code_key", "the placeholder"), ("user_key", "the placeholder"),
+    ("user_yourtoken", "the placeholder"),
+    ("sk-ant-api03-x", "Anthropic"), ("sk-or-v1-x", "OpenRouter"), ("sk-proj-x", "OpenAI"),
+    ("sk-x", "OpenAI"), ("gsk_x", "Groq"), ("AIzaSyx", "Google"), ("xai-x", "xAI"),
+    ("ghp_x", "GitHub"),
+    ("user_a", ""), ("user_xx", ""), ("user_keyed1", ""), ("user_myKq3", ""), ("user_yours", ""),
+    ("user_", ""), ("user_xxxa", ""), ("user_tokenkey1", ""), ("", ""), ("a-clientKey", ""),
+    ("task-1", ""), ("user_" + "a1B2" * 20, "")]
+
+
+@pytest.mark.parametrize("text, kind", MISTAKES)
+def test_what_stands_in_place_of_a_key_is_named(text, kind):
+    named = ccproxy.mistaken_key(text)
+    assert kind in named and bool(kind) == bool(named)
+    if "\u2026" in text or not text:
+        return
+    for fields in ({"authorization": "Bearer " + text}, {"x-api-key": text}):
+        if text.startswith("user_") and not kind and text != "user_":
+            assert ccproxy.find_caller(fields, ccproxy.Operator(), "", "POST").keys[0].key == text
+            continue
+        with pytest.raises(ccproxy.ProxyError) as caught:
+            ccproxy.find_caller(fields, ccproxy.Operator(), "", "POST")
+        told = caught.value.message
+        assert caught.value.status == 401
+        assert ", but " + named in told if kind else ", but " not in told
+        assert "user_..." in told and "commandcode.ai" in told
+
+
+def test_a_mistake_is_named_beside_a_client_key_too():
+    operator = ccproxy.Operator((ccproxy.new_ring_key("user_a"),), "sk-team")
+    for key in ("user_...", "user_xxx", "sk-other"):
+        with pytest.raises(ccproxy.ProxyError, match="not a Command Code key.*, but .*clientKey"):
+            ccproxy.find_caller({"x-api-key": key}, operator, "", "POST")
+    assert ccproxy.find_caller({"x-api-key": "sk-team"}, operator, "", "POST").operator
+
+
 # The client's own name for its conversation.
 
 
