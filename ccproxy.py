@@ -134,6 +134,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     STATE
     LIVE EVENTS
     USAGE LOG
+    INSTANCE KEY
     ENDPOINTS
     SERVER
     DEMO UPSTREAM
@@ -13145,9 +13146,9 @@ class Channel:
         return self.closing
 
     def get_extra_info(self, name: str) -> Any:
-        """The one thing that is asked for: `peername`."""
+        """The address of the other side, `peername`, or of ours, `sockname`."""
         try:
-            return self.sock.getpeername()
+            return self.sock.getpeername() if name == "peername" else self.sock.getsockname()
         except OSError:
             return None
 
@@ -13596,6 +13597,11 @@ class Wire(asyncio.BufferedProtocol):
         """The other side's address, "" when it is gone."""
         known = self.transport.get_extra_info("peername")
         return str(known[0]) if known else ""
+
+    def local_port(self) -> int:
+        """The port on which this connection was accepted, 0 when it is gone."""
+        known = self.transport.get_extra_info("sockname")
+        return int(known[1]) if known else 0
 
     def take(self) -> bytes:
         """All that came."""
@@ -16405,6 +16411,73 @@ async def end_usage_log(app: App) -> None:
         await in_thread(lambda: app.usage.end(app.limits.usage_end))
 
 
+# === INSTANCE KEY ===========================================================
+# How a command knows that the proxy on a port is run by the same user before it
+# sends a key there: 32 random bytes in the state folder, which that user alone
+# can read, and with them the answer to a nonce.  The port is part of the answer:
+# no program can get it from the real proxy, on another port, and pass it on.
+
+NONCE = re.compile("[0-9a-fA-F]{32,128}")
+INSTANCE_KEY_BYTES = 32
+
+
+def make_instance_key(path: str) -> None:
+    """Put a new key there, whole or not at all, unless another process was faster.  Raises
+    OSError."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    fresh = "%s.%s" % (path, random_hex(8))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    number = os.open(fresh, flags, 0o600)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(os.urandom(INSTANCE_KEY_BYTES))
+        os.link(fresh, path)            # which never replaces a file, as a rename may
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(fresh)
+
+
+def read_instance_key() -> bytes:
+    """This user's key, made where there is none.  Raises OSError, and ValueError for a file that is
+    not to be trusted."""
+    path = os.path.join(state_folder(), "instance.key")
+    if not os.path.isabs(path):
+        raise ValueError("this account has no home folder")
+    if not os.path.exists(path):
+        make_instance_key(path)
+    with open(path, "rb") as file:
+        known, key = os.fstat(file.fileno()), file.read(INSTANCE_KEY_BYTES + 1)
+    if os.name == "posix" and (known.st_mode & 0o077 or known.st_uid != os.geteuid()):
+        raise ValueError("%s can be read by other accounts, or belongs to one: delete it" % path)
+    if len(key) != INSTANCE_KEY_BYTES:
+        raise ValueError("%s does not hold %d bytes: delete it" % (path, INSTANCE_KEY_BYTES))
+    return key
+
+
+def instance_proof(nonce: str, port: int) -> str:
+    """The answer to a nonce of the proxy that listens on a port.  Raises OSError, ValueError."""
+    return hmac.digest(read_instance_key(), ("%s:%d" % (nonce, port)).encode(), "sha256").hex()
+
+
+def read_nonce(head: RequestHead) -> str:
+    """The nonce in a query, "" where there is none.  Raises ProxyError 400."""
+    given = [word[len("nonce="):] for word in query_words(head) if word.startswith("nonce=")]
+    if given and not NONCE.fullmatch(given[0]):
+        raise ProxyError("invalid", "nonce must be 32 to 128 hex digits.", param="nonce")
+    return given[0] if given else ""
+
+
+def proof_entry(app: App, nonce: str, port: int) -> Json:
+    """What /health?nonce= adds; {} where no key can be had, as in a container that writes nowhere.
+    The log says so, first at the start."""
+    try:
+        return {"proof": instance_proof(nonce, port)}
+    except (OSError, ValueError) as error:
+        app.log.warning("no instance key (`run` and `top` need --url): %s", error)
+        return {}
+
+
 # === ENDPOINTS ==============================================================
 # One function per route and the table of routes.  Errors of any function here
 # are raised and shown in one place (SERVER).
@@ -16551,7 +16624,9 @@ async def serve_ollama_show(app: App, exchange: Exchange) -> None:
 
 
 async def serve_health(app: App, exchange: Exchange) -> None:
+    """How the proxy is; to a nonce, whose it is.  Raises ProxyError 400."""
     now = asyncio.get_running_loop().time()
+    nonce = read_nonce(exchange.head)
     await respond_json(app, exchange, 503 if app.leaving else 200, {
         "status": "draining" if app.leaving else "ok", "version": __version__,
         "upstream": upstream_address(app),
@@ -16560,7 +16635,8 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "operator_keys": len(app.operator.keys), "routing_policy": app.config.routing_policy,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
-                           for family, known in sorted(app.calibrations.items())}})
+                           for family, known in sorted(app.calibrations.items())},
+        **(proof_entry(app, nonce, exchange.wire.local_port()) if nonce else {})})
 
 
 async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) -> None:
@@ -17369,7 +17445,7 @@ def local_base(config: Config) -> str:
     return local_address(config.host, config.port)
 
 
-def read_health(base: str) -> Optional[Json]:
+def read_health(base: str, query: str = "") -> Optional[Json]:
     """What a ccproxy says of itself at an address: {} for another program, None for nobody."""
     import http.client
     origin = parse_origin(base)
@@ -17379,13 +17455,30 @@ def read_health(base: str) -> Optional[Json]:
     except OSError:
         return None
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", "/health" + query)
         health = json.loads(connection.getresponse().read(MIB))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
         return {}
     finally:
         connection.close()
     return health if isinstance(health, dict) and "open_streams" in health else {}
+
+
+UNPROVEN = ("cannot prove that it is run by this account here (it may be another account's, a "
+            "container's or another machine's)")
+
+
+def read_proven_health(base: str) -> Tuple[Optional[Json], bool]:
+    """(what read_health gives, whether it is a proxy of this account: one that may have a key)."""
+    nonce = random_hex(64)
+    health = read_health(base, "?nonce=" + nonce)
+    try:
+        wanted = instance_proof(nonce, parse_origin(base).port) if health else ""
+    except (OSError, ValueError) as error:
+        warn("ccproxy: no instance key: %s\n" % error)
+        wanted = ""
+    proof = (health or {}).get("proof")
+    return health, bool(wanted) and isinstance(proof, str) and is_same_secret(proof, wanted)
 
 
 # === MODELS COMMAND =========================================================
@@ -18309,6 +18402,14 @@ def screen_lines(state: Json, address: str, trouble: str, width: int, height: in
             for line, colour in lines[:height]]
 
 
+def lend_key(key: str, base: str, named: bool) -> str:
+    """The key, for a proxy that --url named or that is this account's.  Raises ProxyError."""
+    if key and not named and not read_proven_health(base)[1]:
+        raise ProxyError("permission", "it asks for a key but %s: no key was sent. Add --url %s to "
+                         "send it." % (UNPROVEN, base))
+    return key
+
+
 def top_address(url: Optional[str], config: Config) -> str:
     """Where the proxy is.  Raises ProxyError `config`."""
     try:
@@ -18318,14 +18419,14 @@ def top_address(url: Optional[str], config: Config) -> str:
     return "%s://%s%s" % (origin.scheme, origin.authority, origin.base)
 
 
-def read_state(address: str, secret: str) -> Json:
+def read_state(address: str, secret: Callable[[], str]) -> Json:
     """What the proxy tells of itself; the secret is shown only to one that asks for it.  Raises
     OSError, and ProxyError for a refusal and for what no ccproxy says."""
     url = address + "/admin/state"
     context = ssl.create_default_context() if url.startswith("https:") else None
     status, _, body = ask_url(url, context, TOP_SECONDS, {})
-    if status == 401 and secret:
-        shown = {"authorization": "Bearer " + secret}
+    if status == 401:
+        shown = {"authorization": "Bearer " + secret()}
         status, _, body = ask_url(url, context, TOP_SECONDS, shown)
     reason = "that is no ccproxy, or too old a one"
     try:
@@ -18338,7 +18439,7 @@ def read_state(address: str, secret: str) -> Json:
     raise ProxyError("permission", "status %d: %s" % (status, reason))
 
 
-def follow_state(address: str, secret: str, state: Json) -> int:
+def follow_state(address: str, secret: Callable[[], str], state: Json) -> int:
     """Draw the state every second on the terminal's other screen until Ctrl-C, however often the
     proxy goes and comes back; gives the exit status."""
     import shutil
@@ -18368,7 +18469,8 @@ def follow_state(address: str, secret: str, state: Json) -> int:
 def show_top(invocation: Invocation) -> int:
     """The command `top`."""
     config, given = invocation.settings.config, invocation.given
-    address, secret = top_address(given.url, config), config.admin_key or config.client_key
+    address, key = top_address(given.url, config), config.admin_key or config.client_key
+    secret = partial(lend_key, key, address, bool(given.url))
     os.environ["no_proxy"] = "*"        # HTTP_PROXY is for the upstream: it must not get the key
     try:
         state = read_state(address, secret)
@@ -19406,6 +19508,7 @@ def serve(invocation: Invocation) -> int:
     source = settings.file_name if settings.entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
+        proof_entry(app, "", port)      # which makes the key
         say(welcome(app, source, host, port, settings.unused))
         log_warnings(app, settings.warnings)
 

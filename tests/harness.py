@@ -325,6 +325,7 @@ def parse_partial(text: str) -> Any:
 
 PROGRAM = ccproxy.__file__
 COMPILED = os.path.join(tempfile.gettempdir(), "ccproxy-tests-compiled")
+STATE = os.path.join(tempfile.gettempdir(), "ccproxy-tests-state")     # of all programs alike
 PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 
@@ -335,7 +336,7 @@ def clean_environment(**more: str) -> Dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in taken
             and name.lower() not in PROXY_NAMES and name != "SSL_CERT_FILE"}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
-    return {**kept, "PYTHONPYCACHEPREFIX": COMPILED, **more}
+    return {**kept, "PYTHONPYCACHEPREFIX": COMPILED, "XDG_STATE_HOME": STATE, **more}
 
 
 STARTER = """import sys

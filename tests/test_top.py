@@ -223,6 +223,27 @@ def test_the_admin_key_is_shown_to_a_proxy_that_asks(make_proxy, monkeypatch, gi
     assert "adminKey" in run.stderr if code else "0 open streams" in run.stdout
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_admin_key_is_for_a_proxy_of_this_account(make_proxy, monkeypatch, tmp_path, ours):
+    """Without --url: what answers on the port may be anybody's."""
+    state = tmp_path / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    seen = []
+    monkeypatch.setattr(ccproxy.Wire, "peer_address", lambda wire: "10.0.0.1")
+    check = ccproxy.check_reader
+    monkeypatch.setattr(ccproxy, "check_reader", lambda fields, secrets, peer: (
+        seen.append(fields), check(fields, secrets, peer)))
+    proxy = make_proxy(adminKey=ADMIN)
+    if not ours:        # it says all but the proof
+        monkeypatch.setattr(ccproxy, "proof_entry", lambda app, nonce, port: {"proof": nonce})
+    run = top("--port", str(proxy.port), CC_ADMIN_KEY=ADMIN, XDG_STATE_HOME=str(state))
+    assert run.returncode == (0 if ours else 1), run.stderr
+    assert any("authorization" in fields for fields in seen) is ours
+    if not ours:
+        assert "no key was sent. Add --url http://127.0.0.1:%d" % proxy.port in run.stderr
+        assert len(run.stderr.splitlines()) == 1
+
+
 def test_the_admin_key_is_not_shown_to_one_that_does_not_ask(proxy, monkeypatch):
     seen = []
     admit = ccproxy.admit_reader
