@@ -10326,9 +10326,20 @@ CODEX_PATHS: Tuple[Path, ...] = (("model",), ("model_provider",), ("model_contex
 OPENCODE_PATHS: Tuple[Path, ...] = (("model",), ("small_model",), ("provider", "ccproxy"))
 
 
-def key_helper(windows: bool) -> str:
-    """The command by which Claude Code gets the key; it runs in the system's own shell."""
-    return "echo %%%s%%" % KEY_VARIABLE if windows else 'echo "${%s:-%s}"' % (KEY_VARIABLE, NO_KEY)
+def key_helper(windows: bool, needed: bool = True) -> str:
+    """The command by which Claude Code gets the key; it runs in the system's own shell.  Where one
+    is needed and there is none it fails: Claude Code shows why at once, while it repeats a request
+    that gets a 401 for minutes without a word."""
+    if not needed:
+        return "echo %%%s%%" % KEY_VARIABLE if windows else 'echo "${%s:-%s}"' % (
+            KEY_VARIABLE, NO_KEY)
+    told = "%s holds no key: %s %s=user_..., then start claude again" % (
+        KEY_VARIABLE, "set" if windows else "export", KEY_VARIABLE)
+    if windows:
+        return "if not defined %s (echo %s>&2& exit 1) else echo %%%s%%" % (
+            KEY_VARIABLE, told, KEY_VARIABLE)
+    return 'case "$%s" in ""|*...*) echo "%s" >&2; exit 1;; esac; printf "%%s\\n" "$%s"' % (
+        KEY_VARIABLE, told, KEY_VARIABLE)
 
 
 def claude_foreign(settings: Json) -> List[Path]:
@@ -10341,7 +10352,7 @@ def claude_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, 
     """Claude Code asks a helper for the key, which no login overrules."""
     entries: Dict[Path, Any] = dict.fromkeys(claude_foreign(settings), ENTRY_GONE)
     entries.update({("env", name): value for name, value in claude_models(target).items()})
-    return {**entries, ("apiKeyHelper",): key_helper(windows)}
+    return {**entries, ("apiKeyHelper",): key_helper(windows, target.key != NO_KEY)}
 
 
 def claude_paths(before: Json) -> List[Path]:

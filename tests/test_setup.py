@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 from typing import NamedTuple
@@ -134,7 +135,7 @@ def test_what_would_win_is_set_aside_and_the_rest_stays(home):
     got = settings_of("claude", home.read("claude"))
     assert "ANTHROPIC_AUTH_TOKEN" not in got["env"] and got["env"]["FOO"] == "bar"
     assert got["permissions"] == {"allow": ["Read"]}
-    assert got["apiKeyHelper"] == 'echo "${COMMANDCODE_KEY:-no-key}"'
+    assert got["apiKeyHelper"] == ccproxy.key_helper(False)
 
 
 def test_what_changed_since_survives_undo(home):
@@ -293,18 +294,29 @@ def test_help_has_an_example():
     assert "ccproxy.py setup claude --dry-run" in shown and "--undo" in shown
 
 
-@pytest.mark.parametrize("windows, helper", [
-    (False, 'echo "${COMMANDCODE_KEY:-no-key}"'), (True, "echo %COMMANDCODE_KEY%")])
-def test_the_key_helper_speaks_the_systems_shell(windows, helper):
-    assert ccproxy.key_helper(windows) == helper
+@pytest.mark.parametrize("windows, needed, helper", [
+    (False, False, 'echo "${COMMANDCODE_KEY:-no-key}"'), (True, False, "echo %COMMANDCODE_KEY%"),
+    (True, True, "if not defined COMMANDCODE_KEY (echo COMMANDCODE_KEY holds no key: set "
+     "COMMANDCODE_KEY=user_..., then start claude again>&2& exit 1) else echo %COMMANDCODE_KEY%")])
+def test_the_key_helper_speaks_the_systems_shell(windows, needed, helper):
+    assert ccproxy.key_helper(windows, needed) == helper
+
+
+MISSING = "COMMANDCODE_KEY holds no key: export COMMANDCODE_KEY=user_..., then start claude again\n"
 
 
 @POSIX
-def test_the_key_helper_gives_the_key_or_a_word(tmp_path):
-    for given, expected in (({"COMMANDCODE_KEY": "a'b$c"}, "a'b$c"), ({}, "no-key")):
-        done = subprocess.run(["sh", "-c", ccproxy.key_helper(False)], env=given, check=True,
-                              stdout=subprocess.PIPE, encoding="utf-8")
-        assert done.stdout == expected + "\n"
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh"])
+@pytest.mark.parametrize("given, expected", [
+    ("a'b$c\\n%s", (0, "a'b$c\\n%s\n", "")), (KEY, (0, KEY + "\n", "")), ("-n", (0, "-n\n", "")),
+    (None, (1, "", MISSING)), ("", (1, "", MISSING)), ("user_...", (1, "", MISSING))])
+def test_the_key_helper_gives_the_key_or_says_what_is_missing(shell, given, expected):
+    if shutil.which(shell) is None:
+        pytest.skip("there is no %s here" % shell)
+    done = subprocess.run([shutil.which(shell), "-c", ccproxy.key_helper(False)],
+                          env={} if given is None else {"COMMANDCODE_KEY": given},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 # The real programs.
