@@ -9510,6 +9510,7 @@ class Target(NamedTuple):
     models: Tuple[Model, ...] = ()      # that may be chosen besides
     folder: str = ""                    # of `Client.files`; "" where no file is written
     program: str = "python3 ccproxy.py"     # how this program was started, for hints
+    again: str = ""                     # the whole command that prints the same environment
 
 
 class Client(NamedTuple):
@@ -9731,9 +9732,9 @@ def environment_lines(name: str, target: Target, shell: Shell,
     KEY_VARIABLE."""
     client = CLIENTS[name]
     wanted = {**client.environment(target), **without_detour(variables)}
-    lines = ["# %s by way of ccproxy on %s; first set %s to your key (user_...)" % (
-        name, target.base, KEY_VARIABLE),
-             "# use: " + shell.use % ("%s env %s" % (target.program, name))]
+    lines = ["# %s by way of ccproxy on %s; first set %s to your key (user_...), or its "
+             "clientKey" % (name, target.base, KEY_VARIABLE),
+             "# use: " + shell.use % (target.again or "%s env %s" % (target.program, name))]
     lines += [shell.unset % one for one in foreign_names(client, variables) if one not in wanted]
     lines += [shell.setting % (one, shell.reference % KEY_VARIABLE if value == KEY_MARK
                                else shell.quoted(value)) for one, value in wanted.items()]
@@ -18858,11 +18859,39 @@ OWN_PROXY = {"host": "127.0.0.1", "port": "0", "drainSeconds": "1", "drainDelayS
 START_SECONDS = 60.0            # a quarter of one is common
 
 
-def ask_key() -> str:
-    """The key as a person types it, unseen.  Ends the program where nobody is there to ask."""
+def cli_login() -> Tuple[str, str]:
+    """(file, key) of the login of the vendor's own CLI on this machine; ("", "") for none."""
+    for name in CLI_FILES:
+        try:
+            keys = read_credentials([read_credentials_file(os.path.expanduser(name))])[1]
+        except ProxyError:          # mostly that there is no such file
+            continue
+        if keys:
+            return name, keys[0].key
+    return "", ""
+
+
+def no_key_words(invocation: Invocation, path: str) -> str:
+    """What to do where no key is set; `path` is where the vendor's CLI keeps its login."""
+    words = "set %s (export %s=user_..., or a proxy's clientKey)" % (KEY_VARIABLE, KEY_VARIABLE)
+    if not path:
+        return "no key: %s%s." % (words, "" if invocation.given.url else ", or try it with --demo")
+    return "Command Code's own CLI is logged in on this machine (%s). To use it: %s; or %s." \
+        % (path, own_command(invocation, "run %s --operator-keys loopback"
+                             % invocation.given.client), words)
+
+
+def ask_key(invocation: Invocation) -> str:
+    """The key as a person types it, unseen, or that of the vendor's CLI where the person agrees.
+    Ends the program where nobody is there to ask."""
+    path, key = ("", "") if invocation.given.url else cli_login()
     if not is_terminal(sys.stdin):
-        complain("no key: set %s (export %s=user_...), or try it with --demo." % (
-            KEY_VARIABLE, KEY_VARIABLE))
+        complain(no_key_words(invocation, path))
+    if path:
+        warn("Command Code's own CLI is logged in on this machine (%s). Use its key %s? [Y/n] " % (
+            path, key_name(key)))
+        if re.fullmatch("(y|yes)?\n", sys.stdin.readline().lower()):
+            return key
     import getpass
     try:
         return getpass.getpass("Command Code key (user_..., neither shown nor stored): ").strip()
@@ -18871,32 +18900,66 @@ def ask_key() -> str:
         return ""
 
 
-def find_key(settings: Settings, demo: bool) -> str:
-    """The key that the client is to send: the person's own, else what the operator's keys are
-    lent for."""
-    if demo:
+def lent_key(invocation: Invocation) -> str:
+    """What the proxy that is meant takes in place of a key, as far as these settings tell: the
+    clientKey, a mere word where it asks for no key, "" for nothing."""
+    operator = invocation.settings.operator
+    if invocation.given.demo:
         return NO_KEY
-    own = [os.environ[name].strip() for name in KEY_SOURCES if os.environ.get(name)]
-    lent = settings.operator.client_key or (NO_KEY if settings.operator.loopback else "")
-    if not settings.operator.keys:
-        lent = ""
-    key = next(filter(None, own), "") or lent or ask_key()
-    if key != lent and not parse_ring(key, KEY_VARIABLE):
-        complain("%s holds no Command Code key (user_...)." % KEY_VARIABLE)
+    lends = bool(operator.keys) and operator.loopback and not invocation.given.url
+    return operator.client_key or NO_KEY * lends
+
+
+def key_fault(invocation: Invocation, key: str) -> str:
+    """What is wrong with a key by its form, "" where only its proxy can tell: of another host's
+    proxy it may be the clientKey."""
+    kind = mistaken_key(key)
+    if not kind and not re.fullmatch("[ -~]*", key):
+        return "%s holds a character that no header takes: set it again." % KEY_VARIABLE
+    if not kind or key == lent_key(invocation) or (
+            invocation.given.url and not PLACEHOLDER.fullmatch(key)):
+        return ""
+    return "%s holds no Command Code key (user_...) but %s: set it to your own (commandcode.ai, " \
+        "settings, API keys)." % (KEY_VARIABLE, kind)
+
+
+def find_key(invocation: Invocation) -> str:
+    """The key that the client is to send: the person's own, else what the proxy takes instead."""
+    own = "" if invocation.given.demo else next(filter(None, (
+        os.environ.get(name, "").strip() for name in KEY_SOURCES)), "")
+    key = own or lent_key(invocation) or ask_key(invocation)
+    fault = key_fault(invocation, key)
+    if fault:
+        complain(fault)
     return key
 
 
-def find_proxy(settings: Settings, demo: bool) -> str:
-    """The address of a running proxy that would do just what one of these settings does, or ""."""
+def is_served_here(invocation: Invocation, key: str) -> bool:
+    """Whether a proxy of these settings has a key for a caller who sends this one."""
+    lent = key == lent_key(invocation) and bool(invocation.settings.operator.keys)
+    return lent or invocation.given.demo or bool(parse_ring(key, KEY_VARIABLE))
+
+
+def find_proxy(invocation: Invocation, key: str) -> str:
+    """The address of a running proxy of this account that would do just what one of these settings
+    does, or "".  (Where they know nothing of the key: of any, for it may be its clientKey.)"""
+    settings, demo = invocation.settings, invocation.given.demo
     config = settings.config
     if not config.port:
         return ""
     base = local_base(config)
-    health = read_health(base) or {}
+    health, proven = read_proven_health(base)
     wanted = {"status": "ok", "version": __version__,
-              "upstream": "demo" if demo else configured_upstream(config),
-              "operator_keys": len(settings.operator.keys)}
-    return base if {name: health.get(name) for name in wanted} == wanted else ""
+              "upstream": "demo" if demo else configured_upstream(config)}
+    if is_served_here(invocation, key):
+        wanted["operator_keys"] = len(settings.operator.keys)
+    if not wanted.items() <= (health or {}).items():
+        return ""
+    if demo or proven:          # the demo is sent no key
+        return base
+    warn("ccproxy: the ccproxy on %s %s, so it gets no key. To use it, add --url %s\n" % (
+        base, UNPROVEN, base))
+    return ""
 
 
 def own_proxy_command(invocation: Invocation) -> Tuple[List[str], Dict[str, str]]:
@@ -18980,11 +19043,33 @@ def target_of(invocation: Invocation, base: str, key: str) -> Target:
                                           if one.id != model.id), program=program_name())
 
 
+def proxy_base(invocation: Invocation) -> str:
+    """The address of the proxy that is meant: --url's, else where the settings say.  Raises
+    ProxyError `config`."""
+    return re.sub("/v1$", "", top_address(invocation.given.url, invocation.settings.config))
+
+
+def warn_of_key(invocation: Invocation) -> None:
+    """Tell where COMMANDCODE_KEY, to which `env` and `setup` refer, holds no key, or is not set
+    while the vendor's CLI has a login."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    path = "" if key or invocation.given.url or lent_key(invocation) else cli_login()[0]
+    told = no_key_words(invocation, path) if path else key_fault(invocation, key)
+    if told:
+        warn("ccproxy: %s\n" % told)
+
+
 def show_environment(invocation: Invocation) -> int:
     """The command `env`."""
-    target = target_of(invocation, local_base(invocation.settings.config), KEY_MARK)
-    shell = SHELLS[invocation.given.shell or shell_of(os.environ, sys.platform == "win32")]
-    lines = environment_lines(invocation.given.client, target._replace(models=()), shell,
+    import shlex
+    given = invocation.given
+    target = target_of(invocation, proxy_base(invocation), KEY_MARK)
+    flags = {"model": given.model, "url": given.url}
+    again = own_command(invocation, " ".join(["env", given.client, *(
+        "--%s=%s" % (name, shlex.quote(value)) for name, value in flags.items() if value)]))
+    warn_of_key(invocation)
+    shell = SHELLS[given.shell or shell_of(os.environ, sys.platform == "win32")]
+    lines = environment_lines(given.client, target._replace(models=(), again=again), shell,
                               os.environ)
     return 0 if say("".join(line + "\n" for line in lines)) else 1
 
@@ -19092,9 +19177,13 @@ def run_client(invocation: Invocation) -> int:
     if program is None:
         complain("%s is not installed; its package is %s." % (name, client.package), 127)
     hear_of_children()
-    target = target_of(invocation, "", find_key(invocation.settings, demo))
+    key = find_key(invocation)
+    target = target_of(invocation, "", key)
     end_by_signals()
-    base = find_proxy(invocation.settings, demo)
+    base = proxy_base(invocation) if invocation.given.url else find_proxy(invocation, key)
+    if not (base or is_served_here(invocation, key)):
+        complain("the key is no Command Code key (user_...), and no proxy of this account runs "
+                 "here that could take it as its clientKey: name one with --url.")
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):    # at the start
         if not base:
             log = held.enter_context(tempfile.TemporaryFile("a+b"))
@@ -19148,9 +19237,11 @@ def show_next_steps(invocation: Invocation, name: str, path: str, target: Target
     """What is left to do, and what would undo it."""
     show_feature(True, "%s: %s is led to %s, model %s" % (path, name, target.base,
                                                           target.model.id))
-    say("  The key: export %s=user_... where %s runs (it is in no file).\n"
-        "  The proxy: %s\n  Undo: %s\n" % (KEY_VARIABLE, name, own_command(invocation),
-                                           own_command(invocation, "setup %s --undo" % name)))
+    proxy = "another host's" if invocation.given.url else own_command(invocation)
+    say("  The key: export %s=user_... (or a clientKey) where %s runs; it is in no file.\n"
+        "  The proxy: %s\n  Undo: %s\n" % (KEY_VARIABLE, name, proxy, own_command(
+            invocation, "setup %s --undo" % name)))
+    warn_of_key(invocation)
     wins = [one for one in foreign_names(CLIENTS[name], os.environ) if one not in CLAUDE_NAMES]
     if wins and name == "claude":
         say("  Unset what wins over it here: %s\n" % " ".join(wins))
@@ -19186,8 +19277,8 @@ def set_up_client(invocation: Invocation) -> int:
     path, set_up, windows = settings_file(name), SET_UPS[name], sys.platform == "win32"
     if invocation.given.undo:
         return undo_setup(name, path, dry)
-    target = target_of(invocation, local_base(invocation.settings.config), KEY_MARK)._replace(
-        models=())
+    target = target_of(invocation, proxy_base(invocation), NO_KEY if lent_key(invocation) == NO_KEY
+                       else KEY_MARK)._replace(models=())
     old = read_file(path)
     mark, text = decode_settings(old, path)
     try:
@@ -19547,7 +19638,10 @@ def client_argument(names: Iterable[str]) -> Tuple[str, Json]:
     return "client", {"choices": list(names), "metavar": "|".join(names), "help": "the program"}
 
 
-MODEL_FLAG: Tuple[str, Json] = ("--model", {"help": "its model (default: defaultModel)"})
+CLIENT_FLAGS: Tuple[Tuple[str, Json], ...] = (
+    ("--model", {"help": "its model (default: defaultModel)"}),
+    ("--url", {"metavar": "URL", "help": "the proxy to use, such as another host's (default: as "
+               "host and port say)"}))
 
 USAGE_FLAGS: Tuple[Tuple[str, Json], ...] = (
     ("--since", {"default": "7d", "help": "from then on: 30m, 12h, 7d, 4w, or a date such as "
@@ -19558,14 +19652,14 @@ USAGE_FLAGS: Tuple[Tuple[str, Json], ...] = (
 
 COMMANDS: Dict[str, Command] = {
     "run": Command(run_client, "start a client by way of a running proxy, or of one of its own",
-                   'run claude --demo -p "Say hello."', (client_argument(CLIENTS), MODEL_FLAG),
+                   'run claude --demo -p "Say hello."', (client_argument(CLIENTS), *CLIENT_FLAGS),
                    REST_OPEN),
     "env": Command(show_environment, "print the environment with which a client comes here",
-                   "env claude --shell fish", (client_argument(CLIENTS), MODEL_FLAG, (
+                   "env claude --shell fish", (client_argument(CLIENTS), *CLIENT_FLAGS, (
                        "--shell", {"choices": sorted(SHELLS), "help": "for this shell (default: "
                                    "the one in use)"}))),
     "setup": Command(set_up_client, "write into a client's own settings what leads it here",
-                     "setup claude --dry-run", (client_argument(SET_UPS), MODEL_FLAG, (
+                     "setup claude --dry-run", (client_argument(SET_UPS), *CLIENT_FLAGS, (
                          "--undo", {"action": "store_true", "help": "bring them back"}), (
                          "--dry-run", {"action": "store_true", "help": "only say what would be "
                                        "done"}))),

@@ -14,7 +14,10 @@ import tempfile
 import urllib.request
 
 import pytest
-from harness import KEY, PROGRAM, call_program, ccproxy, clean_environment, command_of, wait_until
+from doctoring import CERTS, Clinic, tls_of
+from fake_upstream import pump, raw, stall, status
+from harness import (KEY, PROGRAM, call_program, ccproxy, clean_environment, command_of,
+                     full_listener, wait_until)
 
 SECRET = "user_5ecr3tPartOfAKey0123456789"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and fake programs are POSIX here")
@@ -27,6 +30,7 @@ import json, os, signal, socket, subprocess, sys, time
 def addresses(value):
     import re
     return re.findall(r"http://127[\w.:]+", value)
+os.environ.pop("CC_API_BASE")       # no address for a client
 given = json.dumps([sys.argv, dict(os.environ)])
 folder = os.environ.get("LLM_USER_PATH", "")
 extensions = [word for word in sys.argv if word.endswith("ccproxy.js")]
@@ -59,8 +63,8 @@ class Bench:
     """Fake programs on the PATH, and a folder for all they leave.  `python` stands for Python when a
     launcher starts its proxy: a compiled program, where the script would be compiled each time."""
 
-    def __init__(self, folder):
-        self.folder, self.report_path = folder, str(folder / "report.json")
+    def __init__(self, folder, api_base="http://127.0.0.1:9"):
+        self.folder, self.report_path, self.api_base = folder, str(folder / "report.json"), api_base
         self.python, self.before = str(folder / "python"), ""
         self.temporary = folder / "tmp"
         self.home = folder / "home"
@@ -77,6 +81,7 @@ class Bench:
     def environment(self, **more):
         given = {"PATH": "%s:/usr/bin:/bin" % (self.folder / "bin"), "HOME": str(self.home),
                  "TMPDIR": str(self.temporary), "FAKE_REPORT": self.report_path,
+                 "CC_API_BASE": self.api_base,
                  "XDG_CONFIG_HOME": str(self.home / ".config"), **more}
         kept = {name: value for name, value in clean_environment(**given).items()
                 if not re.match("ANTHROPIC|CLAUDE|OPENAI|LLM_|AIDER|CODEX|OPENCODE", name)
@@ -117,8 +122,16 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
+def bench(tmp_path, upstream):
+    return Bench(tmp_path, upstream.base)
+
+
+@pytest.fixture
+def clinic():
+    """An upstream that knows one key, user_good."""
+    fake = Clinic()
+    yield fake
+    fake.close()
 
 
 def own_proxies(report):
@@ -126,6 +139,25 @@ def own_proxies(report):
     rows = [line.split(None, 2) for line in report["ps"].splitlines()]
     parent = next(row[1] for row in rows if row[0] == str(report["pid"]))
     return [int(row[0]) for row in rows if row[1] == parent and "--while-stdin" in row[2]]
+
+
+class Relay:
+    """Another program's port, on which it passes all connections on to the proxy."""
+
+    def __init__(self, port):
+        import socket
+        import threading
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+
+        def serve():
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", port))
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=(one, other), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
 
 
 def is_gone(pid):
@@ -214,16 +246,27 @@ def test_a_proxy_of_another_upstream_is_not(bench, start_program):
     program = start_program("--demo", until="curl")
     done = bench.run("run", "claude", "--port", str(program.port), COMMANDCODE_KEY=KEY)
     assert done.returncode == 0, done.stderr
-    assert bench.report["health"]["upstream"] == "https://api.commandcode.ai/alpha/generate"
+    assert bench.report["health"]["upstream"] == bench.api_base + "/alpha/generate"
     check_alone(bench)
 
 
-@pytest.mark.parametrize("answer", [
-    b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", b"HTTP/1.1 500 No\r\n\r\n{", b"SSH-2.0-x\r\n"])
-def test_a_stranger_on_the_port_gets_no_key(bench, answer):
+def plain_answer(text):
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text.encode())
+
+
+@pytest.mark.parametrize("answer, told", [
+    (plain_answer("[]"), False), (b"HTTP/1.1 500 No\r\n\r\n{", False), (b"SSH-2.0-x\r\n", False),
+    ("", True), ('"proof": 5, ', True), ('"proof": "%s", ' % (64 * "0"), True),
+    ('"proof": "\\u00e9", ', True)])
+def test_a_stranger_on_the_port_gets_no_key(bench, answer, told):
     import socket
     import threading
     seen = []
+    if told:        # it says all that a ccproxy of these settings says, but cannot prove it
+        answer = plain_answer(
+            '{%s"status": "ok", "version": "%s", "upstream": "%s", "open_streams": 0, '
+            '"operator_keys": 0}' % (answer, ccproxy.__version__,
+                                     bench.api_base + "/alpha/generate"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         def serve():
             sock, _ = listener.accept()
@@ -236,6 +279,33 @@ def test_a_stranger_on_the_port_gets_no_key(bench, answer):
     assert done.returncode == 0, done.stderr
     assert bench.report["base"] != "http://127.0.0.1:%d" % port
     assert len(seen) == 1 and SECRET.encode() not in seen[0]
+    assert re.match(rb"GET /health\?nonce=[0-9a-f]{64} ", seen[0])
+    lines = done.stderr.splitlines()
+    assert len(lines) == told and all("--url http://127.0.0.1:%d" % port in line for line in lines)
+
+
+@pytest.mark.parametrize("spoil", ["", "another account", "another port", "an open file"])
+def test_a_running_proxy_proves_that_it_is_ours(bench, start_program, upstream, spoil):
+    state = bench.folder / "state"
+    program = start_program(environment={"XDG_STATE_HOME": str(state)})
+    port = program.port
+    if spoil == "another account":
+        state = bench.folder / "another"
+    elif spoil == "another port":       # a program that passes all on to the real one
+        relay = Relay(program.port)
+        port = relay.port
+    elif spoil == "an open file":
+        (state / "ccproxy" / "instance.key").chmod(0o644)
+    done = bench.run("run", "claude", "--port", str(port), COMMANDCODE_KEY=KEY,
+                     XDG_STATE_HOME=str(state))
+    base = "http://127.0.0.1:%d" % port
+    assert done.returncode == 0, done.stderr
+    assert (bench.report["base"] == base) is not bool(spoil)
+    assert done.stderr.count("cannot prove that it is run by this account") == bool(spoil)
+    assert ("other accounts" in done.stderr) == (spoil == "an open file")
+    assert KEY not in program.log
+    done = bench.run("run", "claude", "--url", base, COMMANDCODE_KEY=KEY, XDG_STATE_HOME=str(state))
+    assert (done.returncode, done.stderr) == (0, "") and bench.report["base"] == base
 
 
 def test_flags_reach_the_proxy_of_its_own_unseen(bench, upstream):
@@ -312,11 +382,115 @@ def test_the_key_comes_from_the_environment_or_is_lent(bench, given, expected):
 
 @pytest.mark.parametrize("given, told", [
     ({}, "no key: set COMMANDCODE_KEY"), ({"COMMANDCODE_API_KEYS": "user_o"}, "no key"),
-    ({"COMMANDCODE_KEY": "sk-5ecr3t"}, "holds no Command Code key")])
+    ({"COMMANDCODE_KEY": "sk-5ecr3t"}, "holds no Command Code key"),
+    ({"COMMANDCODE_KEY": "sk-ant-5ecr3t"}, "a key of Anthropic (sk-ant-...)"),
+    ({"COMMANDCODE_API_KEY": "", "COMMANDCODE_KEY": "AIza5ecr3t"}, "a key of Google (AIza...)"),
+    ({"COMMANDCODE_KEY": "user_..."}, "the placeholder of the README"),
+    ({"COMMANDCODE_KEY": "user_\u2026"}, "the placeholder of the README"),
+    ({"COMMANDCODE_KEY": "user_YOUR_KEY"}, "the placeholder of the README"),
+    ({"COMMANDCODE_KEY": "user_..."}, "commandcode.ai, settings, API keys"),
+    ({"COMMANDCODE_KEY": "user_a\nuser_5ecr3t"}, "a character that no header takes"),
+    ({"COMMANDCODE_KEY": "5ecr3t\u00e9"}, "a character that no header takes"),
+    ({"COMMANDCODE_KEY": "5ecr3t-clientkey"}, "name one with --url"),
+    ({"CC_CLIENT_KEY": "5ecr3t-clientkey"}, "name one with --url")])
 def test_without_a_key_it_says_what_to_do(bench, given, told):
     done = bench.run("run", "claude", **given)
     assert done.returncode == 2 and told in done.stderr and "5ecr3t" not in done.stderr
-    assert not os.path.exists(bench.report_path)
+    assert not os.path.exists(bench.report_path) and len(done.stderr.splitlines()) == 1
+    if given:       # env and setup say it, and do their work: the variable may be set later
+        shown = bench.call("env", "claude", **{"COMMANDCODE_KEY": "", **given})
+        assert shown.returncode == 0 and "5ecr3t" not in shown.stdout + shown.stderr
+        assert told in shown.stderr or "--url" in told or "no key" in told
+        assert shown.stderr or "COMMANDCODE_KEY" not in given or "clientkey" in given["COMMANDCODE_KEY"]
+
+
+def log_in(bench, key=SECRET, name=".commandcode"):
+    path = bench.home / name / "auth.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"apiKey": key}))
+
+
+@pytest.mark.parametrize("folder", [".commandcode", ".config/commandcode"])
+def test_the_login_of_the_vendors_own_client_is_offered(bench, folder):
+    log_in(bench, name=folder)
+    done = bench.run("run", "claude", "--log-level", "warning")
+    step = re.search(r"To use it: .*(run claude --operator-keys loopback[^;]*);", done.stderr)
+    assert done.returncode == 2 and "no key" not in done.stderr and SECRET not in done.stderr
+    assert "~/%s/auth.json" % folder in done.stderr and "--log-level=warning" in step[1]
+    for command in ("env", "setup"):
+        shown = bench.call(command, "claude")
+        assert shown.returncode == 0 and "~/%s/auth.json" % folder in shown.stderr
+        assert SECRET not in shown.stdout + shown.stderr
+    done = bench.run(*shlex.split(step[1]))     # the next step works as it is said
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bench.report["env"]["ANTHROPIC_AUTH_TOKEN"] == ccproxy.NO_KEY
+    assert bench.report["health"]["operator_keys"] == 1
+
+
+def test_a_login_is_for_no_other_host(bench):
+    log_in(bench)
+    done = bench.run("run", "claude", "--url", "http://127.0.0.1:9")
+    assert "no key: set COMMANDCODE_KEY" in done.stderr and "auth.json" not in done.stderr
+    assert "--demo" not in done.stderr
+    for command in ("env", "setup"):
+        for given in (("--url", "http://127.0.0.1:9"), ("--demo",), ("--operator-keys", "loopback")):
+            assert bench.call(command, "claude", *given).stderr == ""
+
+
+@pytest.mark.parametrize("text", ["{", '{"apiKey": "sk-x"}', "[]", "\0"])
+def test_a_login_that_is_none(bench, text):
+    log_in(bench)
+    (bench.home / ".commandcode" / "auth.json").write_text(text)
+    done = bench.run("run", "claude")
+    assert done.returncode == 2 and "no key: set COMMANDCODE_KEY" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="there is no bash here")
+@pytest.mark.parametrize("answer, used", [("\n", True), ("y\n", True), ("n\n", False)])
+def test_a_person_is_asked_whether_the_login_may_be_used(bench, answer, used):
+    log_in(bench)
+    terminal = Terminal(bench.environment(), bench.folder)
+    try:
+        terminal.send(bench.script("run", "codex"))
+        terminal.read_until("(~/.commandcode/auth.json). Use its key %s? [Y/n] "
+                            % ccproxy.key_name(SECRET))
+        terminal.send(answer)
+        if not used:
+            terminal.read_until("Command Code key (user_")
+            terminal.send(KEY + "\n")
+        terminal.read_until("the client speaks")
+    finally:
+        terminal.close()
+    assert bench.report["env"]["COMMANDCODE_KEY"] == (SECRET if used else KEY)
+
+
+TEAM = "a-team's-clientKey"
+
+
+@pytest.fixture
+def team(start_program, clinic, tmp_path):
+    """A proxy with an operator's key, for who has the clientKey."""
+    return start_program("--api-base", clinic.base, until="note", environment={
+        "COMMANDCODE_API_KEYS": "user_good", "CC_CLIENT_KEY": TEAM})
+
+
+@pytest.mark.parametrize("given", [{"COMMANDCODE_KEY": TEAM}, {"CC_CLIENT_KEY": TEAM},
+                                   {"BRIDGE_API_KEY": TEAM}, {"COMMANDCODE_KEY": "user_good"}])
+@pytest.mark.parametrize("path", ["", "/", "/v1/"])
+def test_another_hosts_proxy_is_used_with_its_client_key(bench, team, given, path):
+    base = "http://127.0.0.1:%d" % team.port
+    done = bench.run("run", "claude", "--url", base + path, XDG_STATE_HOME=str(bench.folder),
+                     **given)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bench.report["base"] == base and own_proxies(bench.report) == []
+    assert bench.report["env"]["ANTHROPIC_AUTH_TOKEN"] == "".join(given.values())
+
+
+def test_a_client_key_is_for_a_proxy_of_this_account_too(bench, team):
+    bench.api_base = team.request("GET", "/health").json["upstream"][:-len("/alpha/generate")]
+    done = bench.run("run", "claude", "--port", str(team.port), COMMANDCODE_KEY=TEAM)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bench.report["base"] == "http://127.0.0.1:%d" % team.port
 
 
 @pytest.mark.parametrize("name", ["codex", "llm", "pi"])
@@ -326,6 +500,19 @@ def test_a_planted_key_is_seen_nowhere(bench, name):
     report = bench.report
     assert SECRET in report["env"].values()
     assert SECRET not in done.stdout + done.stderr + report["ps"] + json.dumps(report["files"])
+
+
+@pytest.mark.parametrize("arguments, step", [
+    ((), "env claude)"), (("--demo",), "env claude --demo"),
+    (("--port", "3000"), "env claude --port=3000"),
+    (("--url", "https://team.example/v1", "--model", "kimi"),
+     "env claude --model=kimi --url=https://team.example/v1")])
+def test_env_says_how_it_was_asked(bench, arguments, step):
+    shown = bench.call("env", "claude", *arguments)
+    assert (shown.returncode, shown.stderr) == (0, "") and step in shown.stdout
+    assert "first set COMMANDCODE_KEY to your key (user_...), or its clientKey\n" in shown.stdout
+    base = "https://team.example" if "--url" in arguments else "http://127.0.0.1:3000"
+    assert "export ANTHROPIC_BASE_URL='%s'\n" % base in shown.stdout
 
 
 def test_env_shows_no_planted_key(bench):

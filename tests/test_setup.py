@@ -319,6 +319,42 @@ def test_the_key_helper_gives_the_key_or_says_what_is_missing(shell, given, expe
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
+@POSIX
+@pytest.mark.parametrize("arguments, environment, needed", [
+    ((), {}, True), (("--demo",), {}, False),
+    (("--operator-keys", "loopback"), {"COMMANDCODE_API_KEYS": KEY}, False),
+    (("--operator-keys", "loopback"), {}, True),
+    (("--client-key", "c"), {"COMMANDCODE_API_KEYS": KEY}, True),
+    (("--url", "http://team.example:1/"), {"COMMANDCODE_API_KEYS": KEY,
+                                            "CC_OPERATOR_KEYS": "loopback"}, True)])
+def test_the_key_helper_asks_for_a_key_where_the_proxy_does(home, arguments, environment, needed):
+    assert home.run("claude", *arguments, **environment).returncode == 0
+    helper = settings_of("claude", home.read("claude"))["apiKeyHelper"]
+    done = subprocess.run(["sh", "-c", helper], env={}, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        (1, "", MISSING) if needed else (0, ccproxy.NO_KEY + "\n", ""))
+
+
+@every_client
+@pytest.mark.parametrize("url", ["https://team.example:8443/x", "https://team.example:8443/x/v1/"])
+def test_clients_are_led_to_another_hosts_proxy(home, name, url):
+    done = home.run(name, "--url", url, COMMANDCODE_KEY="a-team's-clientKey")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert LED[name](settings_of(name, home.read(name))) == "https://team.example:8443/x"
+    assert "The proxy: another host's" in done.stdout and "clientKey" in done.stdout
+    assert home.run(name, "--undo").returncode == 0 and home.names() == []
+
+
+@pytest.mark.parametrize("key, told", [
+    ("", ""), ("user_...", "the placeholder of the README"),
+    ("xai-5ecr3t", "a key of xAI (xai-...)"), (KEY, ""), ("a-clientKey", "")])
+def test_a_setup_says_what_is_wrong_with_the_key(home, key, told):
+    done = home.run("claude", COMMANDCODE_KEY=key)
+    assert done.returncode == 0 and told in done.stderr and bool(told) == bool(done.stderr)
+    assert "5ecr3t" not in done.stdout + done.stderr
+
+
 # The real programs.
 
 
