@@ -149,6 +149,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SERVICE
     SELFTEST
     A PROXY AT HAND
+    BEFORE A CLIENT STARTS
     LAUNCHERS
     SETUP
     COMMAND LINE
@@ -13979,13 +13980,15 @@ def give_back(app: App, call: UpstreamCall) -> None:
 
 
 def ask_url(url: str, context: Optional[ssl.SSLContext], seconds: float, fields: Fields,
-            body: Optional[bytes] = None) -> Tuple[int, Fields, bytes]:
+            body: Optional[bytes] = None, direct: bool = False) -> Tuple[int, Fields, bytes]:
     """GET, or POST of a body, without following redirects (blocks): status, headers by lower-case
-    name, body.  By urllib's handlers for proxies and TLS alone.  Raises OSError."""
+    name, body.  By urllib's handlers for proxies (`direct`: none) and TLS alone.  Raises OSError,
+    of urllib's URLError where no connection came about."""
     import http.client
     import urllib.request
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(),
+    for handler in (urllib.request.ProxyHandler({} if direct else None),
+                    urllib.request.HTTPHandler(),
                     urllib.request.HTTPSHandler(context=context)):
         opener.add_handler(handler)
     request = urllib.request.Request(url, body, {
@@ -17420,9 +17423,9 @@ def show_feature(works: Optional[bool], name: str) -> None:
     say("%s %s\n" % (paint(mark, colour), name))
 
 
-def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
-    """What blocking work gives.  Raises what it raises, and TimeoutError when it takes longer: a
-    name server or a slow sender keeps to no timeout of a socket."""
+def start_work(work: Callable[[], Any]) -> Callable[[float], Any]:
+    """Begin blocking work in a thread; what is returned waits so many seconds for its result.
+    That raises what the work raises, and TimeoutError when it takes longer."""
     import queue
     import threading
     done: "queue.Queue[Any]" = queue.Queue()
@@ -17433,14 +17436,23 @@ def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
         except Exception as error:      # raised again in the thread that waits
             done.put((None, error))
 
+    def wait(seconds: float) -> Any:
+        try:
+            result, failure = done.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError("no answer within " + counted(seconds, "second")) from None
+        if failure is not None:
+            raise failure
+        return result
+
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, failure = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError("no answer within " + counted(seconds, "second")) from None
-    if failure is not None:
-        raise failure
-    return result
+    return wait
+
+
+def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
+    """What blocking work gives.  Raises what it raises, and TimeoutError when it takes longer: a
+    name server or a slow sender keeps to no timeout of a socket."""
+    return start_work(work)(seconds)
 
 
 def plain_reason(error: Exception) -> str:
@@ -18068,7 +18080,8 @@ def check_tls(scene: Scene) -> List[Finding]:
             scene.origin.authority, plain_reason(error)), "Check firewall and proxy settings")]
 
 
-def ask_upstream(scene: Scene, path: str, key: str = "") -> Tuple[int, bytes]:
+def ask_upstream(scene: Scene, path: str, key: str = "",
+                 seconds: float = 10.0) -> Tuple[int, bytes]:
     """(status, body) of a GET to the upstream; its Date is kept.  Raises OSError."""
     origin, config = scene.origin, scene.settings.config
     fields = {"accept": "application/json"}
@@ -18078,7 +18091,7 @@ def ask_upstream(scene: Scene, path: str, key: str = "") -> Tuple[int, bytes]:
                        else config.cli_version})
     context = ssl.create_default_context() if origin.scheme == "https" else None
     status, told, body = ask_url("%s://%s%s%s" % (
-        origin.scheme, origin.authority, origin.base, path), context, 10.0, fields)
+        origin.scheme, origin.authority, origin.base, path), context, seconds, fields)
     scene.date, scene.heard = told.get("date", scene.date), time.time()
     return status, body
 
@@ -18116,6 +18129,7 @@ def check_clock(scene: Scene) -> List[Finding]:
 # one cross.
 
 MAX_ASKED_KEYS = 32
+NEW_KEY = "Make a new one at commandcode.ai, settings, API keys"
 
 
 def own_keys(settings: Settings, notes: List[str]) -> Tuple[RingKey, ...]:
@@ -18164,8 +18178,7 @@ def key_finding(account: Account) -> Finding:
     shown = key_words(account.key)
     known = account_state(account.key, account.state, Routing(), time.time())
     if known.word == "refused":
-        return Finding(False, "%s is refused (%d)" % (shown, account.status),
-                       "Make a new one at commandcode.ai, settings, API keys")
+        return Finding(False, "%s is refused (%d)" % (shown, account.status), NEW_KEY)
     if account.status == 200:
         why = ", but " + UNFIT_WORDS[known.reason] if known.reason else ""
         return Finding(True, "%s is accepted%s" % (shown, why))
@@ -18245,13 +18258,10 @@ DOCTOR_CHECKS = (
 
 def run_check(check: Check, scene: Scene) -> List[Finding]:
     """What a check finds; that it takes too long, or cannot be made, is a finding too."""
-    show_progress("checking: %s\u2026" % check.name)
     try:
         return list(with_deadline(check.seconds, lambda: check.run(scene)))
     except (OSError, ValueError, RecursionError, ProxyError) as error:
         return [Finding(False, plain_reason(error), "Try again")]
-    finally:
-        show_progress("")
 
 
 def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
@@ -18260,8 +18270,10 @@ def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
     sound = True
     for check in DOCTOR_CHECKS:
         cause = next((failed[name] for name in check.needs if name in failed), None)
+        show_progress("checking: %s\u2026" % check.name)
         findings = run_check(check, scene) if cause is None else [
             Finding(None, "not tried: see %s" % cause)]
+        show_progress("")
         wrong = any(finding.works is False for finding in findings)
         sound = sound and not wrong
         if wrong or cause is not None:
@@ -19027,6 +19039,106 @@ def end_proxy(process: Any, log: Any) -> None:
         sys.stderr.write("ccproxy: %s\n" % printable(line, 1000))
 
 
+# === BEFORE A CLIENT STARTS =================================================
+# The upstream and the key are asked about: where one of them is at fault, most
+# clients try again for minutes without a word.
+
+AHEAD_SECONDS = 4.5             # in all; half of one is common.  Then the client starts anyway
+STEP_SECONDS = 3.0              # for DNS, for a connection, for an answer
+
+
+def find_way_fault(scene: Scene, names: Iterable[str]) -> Optional[Finding]:
+    """The first thing that the doctor's checks of these names find wrong."""
+    found = (finding._replace(words="%s: %s" % (check.name, finding.words))
+             for check in DOCTOR_CHECKS if check.name in names
+             for finding in run_check(check._replace(seconds=STEP_SECONDS), scene))
+    return next((finding for finding in found if finding.works is False), None)
+
+
+def ask_with_key(scene: Scene, key: RingKey) -> Finding:
+    """Whether the upstream can be reached and accepts a key, by one question.  Raises OSError."""
+    import urllib.error
+    host = scene.origin.authority
+    try:
+        status, _ = ask_upstream(scene, ACCOUNT_PATHS[0], key.key, STEP_SECONDS)
+    except urllib.error.URLError as error:
+        certificate = isinstance(error.reason, ssl.SSLError)
+        return (certificate and find_way_fault(scene, ("authorities", "tls"))) or Finding(
+            False, "no connection to %s: %s" % (host, plain_reason(error)),
+            "Check the network and apiBase")
+    if status == 401:
+        return Finding(False, "%s is refused (401)" % key_words(key), NEW_KEY)
+    return Finding(True if status == 200 else None, "%s answers %d to a question about %s" % (
+        host, status, key_words(key)))
+
+
+def ask_with_keys(scene: Scene, keys: Iterable[RingKey]) -> Finding:
+    """The same for several keys, of which one will do.  Raises OSError."""
+    found = find_way_fault(scene, ("proxy", "network", "names"))
+    for key in keys if found is None else ():
+        found = ask_with_key(scene, key)
+        if found.advice != NEW_KEY:
+            break
+    return found or Finding(True, "")
+
+
+def judge_usage(base: str, status: int, answer: Json) -> Optional[Finding]:
+    """What a proxy's /v1/usage says of the key that asks; None where the upstream is silent."""
+    rows = answer.get("keys")
+    if status != 200 or not isinstance(rows, list):
+        told = inner_object(answer, "error").get("message", "is it a ccproxy?")
+        return Finding(False if status in (401, 403) else None, "%s answers %d: %s" % (
+            base, status, told), "Set %s to a key that it takes" % KEY_VARIABLE)
+    states = {str(row.get("state")) for row in rows if isinstance(row, dict)}
+    if states == {"refused"}:
+        return Finding(False, "the upstream refused the key (401)", NEW_KEY)
+    return None if states <= {"refused", "unknown"} else Finding(True, "")
+
+
+def ask_proxy(base: str, key: str) -> Optional[Finding]:
+    """Whether a proxy takes the key, and the upstream took it; None where the upstream is silent.
+    Raises OSError, ValueError."""
+    import urllib.error
+    origin = parse_origin(base)
+    context = ssl.create_default_context() if origin.scheme == "https" else None
+    try:
+        status, _, body = ask_url(base + "/v1/usage", context, STEP_SECONDS, {
+            "authorization": "Bearer " + key}, direct=bool(LOOPBACK.fullmatch(origin.host)))
+    except urllib.error.URLError as error:
+        return Finding(False, "no proxy answers on %s: %s" % (base, plain_reason(error)),
+                       "Start it, or correct --url")
+    answer = json.loads(body)
+    return judge_usage(base, status, answer if isinstance(answer, dict) else {})
+
+
+def look_ahead(invocation: Invocation, base: str, key: str) -> Finding:
+    """Whether a client has a chance: asked through the proxy where one runs already, and of the
+    upstream where that does not tell and is this account's.  Raises OSError, ValueError."""
+    settings = invocation.settings
+    if invocation.given.demo:
+        return Finding(True, "")
+    found = ask_proxy(base, key) if base else None
+    if found is None and not invocation.given.url:
+        scene = Scene(settings, parse_origin(settings.config.api_base))
+        found = ask_with_keys(scene, parse_ring(key, KEY_VARIABLE) or settings.operator.keys)
+    return found or Finding(True, "")
+
+
+def end_check(wait: Callable[[float], Finding], name: str) -> None:
+    """Tell what was found, and end the program where the client has no chance."""
+    show_progress("asking about the key \u2026")
+    try:
+        finding = wait(AHEAD_SECONDS)
+    except (OSError, ValueError, RecursionError, ProxyError) as error:
+        finding = Finding(None, "whether the key works is not known: " + plain_reason(error))
+    show_progress("")
+    if finding.works is False:
+        complain("%s. %s." % (finding.words.rstrip("."), finding.advice), 1)
+    if finding.works is None:
+        warn("ccproxy: warning: %s; %s starts all the same.\n" % (printable(
+            finding.words, 400), name))
+
+
 # === LAUNCHERS ==============================================================
 # `env` prints what a client needs to come here; `run` starts the client so, with
 # a proxy of its own where none runs yet.
@@ -19185,10 +19297,12 @@ def run_client(invocation: Invocation) -> int:
         complain("the key is no Command Code key (user_...), and no proxy of this account runs "
                  "here that could take it as its clientKey: name one with --url.")
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):    # at the start
+        checked = start_work(partial(look_ahead, invocation, base, key))
         if not base:
             log = held.enter_context(tempfile.TemporaryFile("a+b"))
             process, base = start_proxy(invocation, log)
             held.callback(end_proxy, process, log)
+        end_check(checked, name)
         target = target._replace(base=base)
         if client.files(target):
             target = target._replace(folder=held.enter_context(

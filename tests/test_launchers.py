@@ -303,7 +303,7 @@ def test_a_running_proxy_proves_that_it_is_ours(bench, start_program, upstream, 
     assert (bench.report["base"] == base) is not bool(spoil)
     assert done.stderr.count("cannot prove that it is run by this account") == bool(spoil)
     assert ("other accounts" in done.stderr) == (spoil == "an open file")
-    assert KEY not in program.log
+    assert KEY not in program.log and ("/v1/usage" in program.log) is not bool(spoil)
     done = bench.run("run", "claude", "--url", base, COMMANDCODE_KEY=KEY, XDG_STATE_HOME=str(state))
     assert (done.returncode, done.stderr) == (0, "") and bench.report["base"] == base
 
@@ -491,6 +491,156 @@ def test_a_client_key_is_for_a_proxy_of_this_account_too(bench, team):
     done = bench.run("run", "claude", "--port", str(team.port), COMMANDCODE_KEY=TEAM)
     assert (done.returncode, done.stderr) == (0, "")
     assert bench.report["base"] == "http://127.0.0.1:%d" % team.port
+
+
+@pytest.mark.parametrize("key", ["wrong", "sk-other", "user_bad"])
+def test_a_proxy_that_refuses_the_key_is_told_before_the_client_starts(bench, team, key):
+    done = bench.run("run", "claude", "--url", "http://127.0.0.1:%d" % team.port,
+                     COMMANDCODE_KEY=key)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and key not in done.stderr
+    assert "answers 401" in done.stderr or "refused the key" in done.stderr
+    assert not os.path.exists(bench.report_path)
+
+
+@pytest.mark.parametrize("url, told", [
+    ("http://127.0.0.1:9", "no proxy answers on http://127.0.0.1:9"), ("ftp://x", "--url: must be"),
+    ("http://a:b@c", "--url: must hold only"), ("x", "--url: must be")])
+def test_an_address_where_no_proxy_is(bench, url, told):
+    done = bench.run("run", "claude", "--url", url, COMMANDCODE_KEY=KEY)
+    assert done.returncode in (1, 2) and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_another_program_at_the_address(bench, upstream):
+    """What it answers tells nothing of the key."""
+    (bench.folder / "bin" / "claude").write_text("#!/bin/sh\n")
+    done = bench.run("run", "claude", "--url", upstream.base, COMMANDCODE_KEY=KEY)
+    assert done.returncode == 0 and "starts all the same" in done.stderr, done.stderr
+    upstream.side_script = status(404, {"error": "no"})
+    done = bench.run("run", "claude", "--url", upstream.base, COMMANDCODE_KEY=KEY)
+    assert done.returncode == 0 and "answers 404: is it a ccproxy?" in done.stderr, done.stderr
+
+
+# What is asked before the client starts.
+
+
+def whoami_keys(fake):
+    return [(one.field("authorization") or "")[len("Bearer "):] for one in fake.side_requests
+            if one.line.startswith("GET /alpha/whoami ")]
+
+
+@pytest.mark.parametrize("given, asked", [
+    ({"COMMANDCODE_KEY": "user_good"}, ["user_good"]),
+    ({"COMMANDCODE_KEY": "user_bad,user_good"}, ["user_bad", "user_good"]),
+    ({"COMMANDCODE_API_KEYS": "user_good,user_bad", "CC_CLIENT_KEY": "lent"}, ["user_good"])])
+def test_the_upstream_is_asked_one_question(bench, clinic, given, asked):
+    bench.api_base = clinic.base
+    done = bench.run("run", "claude", **given)
+    assert (done.returncode, done.stderr) == (0, "") and whoami_keys(clinic) == asked
+    assert len(clinic.side_requests) == len(asked)
+
+
+def test_a_running_proxy_asks_in_our_place(bench, clinic, start_program):
+    program = start_program("--api-base", clinic.base)
+    bench.api_base = clinic.base
+    for _ in range(2):
+        done = bench.run("run", "claude", "--port", str(program.port), COMMANDCODE_KEY="user_good")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert bench.report["base"] == "http://127.0.0.1:%d" % program.port
+    assert whoami_keys(clinic) == ["user_good"]     # its figures are known for minutes
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("given", [
+    {"COMMANDCODE_KEY": "user_bad"}, {"COMMANDCODE_KEY": "user_bad,user_worse"},
+    {"COMMANDCODE_API_KEYS": "user_bad", "CC_CLIENT_KEY": "lent"}])
+def test_a_refused_key_is_told_before_the_client_starts(
+        bench, clinic, start_program, given, running):
+    bench.api_base = clinic.base
+    port = start_program("--api-base", clinic.base, environment=given).port if running else 0
+    done = bench.run("run", "claude", "--port", str(port), **given)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "refused" in done.stderr and "commandcode.ai, settings, API keys" in done.stderr
+    assert "user_bad" not in done.stderr and not os.path.exists(bench.report_path)
+    assert os.listdir(bench.temporary) == []
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("base, told", [
+    ("http://127.0.0.1:9", "no connection to 127.0.0.1:9: Connection refused"),
+    ("https://a.ccproxy.invalid", "DNS knows a.ccproxy.invalid")])
+def test_no_way_to_the_upstream_is_told_before_the_client_starts(
+        bench, start_program, base, told, running):
+    bench.api_base = base
+    port = start_program("--api-base", base).port if running else 0
+    done = bench.run("run", "claude", "--port", str(port), COMMANDCODE_KEY=KEY)
+    assert done.returncode == 1 and told in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not os.path.exists(bench.report_path)
+    assert bench.run("run", "claude", "--demo").returncode == 0     # which needs none
+
+
+def test_without_a_network_it_says_so(bench):
+    unshare = shutil.which("unshare")
+    if not unshare or subprocess.run([unshare, "-n", "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no network namespaces here")
+    bench.api_base = "https://api.commandcode.ai"
+    up = "ip link set lo up; exec " if shutil.which("ip") else "exec "
+    done = subprocess.run(
+        [unshare, "-n", "sh", "-c", up + shlex.join(bench.command("run", "claude"))], timeout=60,
+        env=bench.environment(COMMANDCODE_KEY=KEY), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    assert done.returncode == 1 and "there is no network" in done.stderr, done.stderr
+    assert not os.path.exists(bench.report_path)
+
+
+def test_a_connection_that_does_not_come_about(bench):
+    bench.before = "\nccproxy.STEP_SECONDS = 0.3"
+    with full_listener() as (host, port):
+        bench.api_base = "http://%s:%d" % (host, port)
+        done = bench.run("run", "claude", COMMANDCODE_KEY=KEY)
+    assert done.returncode == 1 and "timed out" in done.stderr, done.stderr
+
+
+def test_a_name_server_that_does_not_answer(bench):
+    bench.before = ("\nccproxy.STEP_SECONDS = 0.3\n"
+                    "ccproxy.socket.getaddrinfo = lambda *_, **__: ccproxy.time.sleep(60)")
+    bench.api_base = "https://a.example"
+    done = bench.run("run", "claude", "--port", "0", COMMANDCODE_KEY=KEY)
+    assert (done.returncode, done.stderr) == (
+        1, "ccproxy: names: no answer within 0.3 seconds. Try again.\n")
+
+
+def test_a_certificate_that_is_not_trusted(bench, tmp_path):
+    fake = Clinic(tls=tls_of("other.pem"))
+    try:
+        bench.api_base = "https://localhost:%d" % fake.port
+        done = bench.run("run", "claude", COMMANDCODE_KEY="user_good",
+                         SSL_CERT_FILE=os.path.join(CERTS, "ca.pem"))
+    finally:
+        fake.close()
+    assert done.returncode == 1 and "tls: " in done.stderr, done.stderr
+    assert "mismatch" in done.stderr
+
+
+@pytest.mark.parametrize("script, told", [
+    (stall(seconds=5.0), "timed out"), (status(500, {"error": "x"}), "answers 500"),
+    (status(403, {"error": "x"}), "answers 403"), (raw(b"no http\r\n\r\n"), "malformed HTTP")])
+def test_a_question_without_an_answer_keeps_nobody_waiting(bench, upstream, script, told):
+    upstream.side_script = script
+    bench.before = "\nccproxy.STEP_SECONDS = 0.3"
+    done = bench.run("run", "claude", COMMANDCODE_KEY=KEY)
+    assert (done.returncode, done.stdout) == (0, "the client speaks\n"), done.stderr
+    assert told in done.stderr and "claude starts all the same" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_all_questions_together_take_a_few_seconds_at_most(bench, upstream, start_program, running):
+    port = start_program().port if running else 0
+    upstream.side_script = stall(seconds=5.0)
+    bench.before = "\nccproxy.AHEAD_SECONDS = 0.3"
+    done = bench.run("run", "claude", "--port", str(port), COMMANDCODE_KEY=KEY)
+    assert (done.returncode, done.stdout) == (0, "the client speaks\n"), done.stderr
+    assert "no answer within 0.3 seconds; claude starts all the same" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["codex", "llm", "pi"])
