@@ -471,7 +471,13 @@ def error_extras(error: ProxyError) -> Json:
 
 BOOLEAN_WORDS = {"1": True, "true": True, "yes": True, "on": True,
                  "0": False, "false": False, "no": False, "off": False}
-LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVELS = ("debug", "info", "warning", "error", "silent")
+OTHER_LEVELS = {"trace": "debug", "warn": "warning", "fatal": "error"}     # pino's words
+ALERT_VARIABLES = "COMMANDCODE_BALANCE_ALERT_"
+ALERT_SWITCH = ALERT_VARIABLES + "ENABLED"
+MULTIPLIER = "COMMANDCODE_MAX_TOTAL_IN_FLIGHT_MULTIPLIER"       # requests per operator's key
+SPAN_UNITS = {"ms|msecs?|milliseconds?": 0.001, "s|secs?|seconds?": 1, "m|mins?|minutes?": 60,
+              "h|hrs?|hours?": 3600, "d|days?": 86_400}         # in seconds
 
 
 class Option(NamedTuple):
@@ -481,7 +487,7 @@ class Option(NamedTuple):
     kind: str
     default: Any
     help: str
-    env: Tuple[str, ...] = ()       # besides CC_ and the name in upper snake case
+    env: Tuple[str, ...] = ()       # besides CC_ and the name in upper snake case; ..._MS: in ms
     choices: Tuple[Any, ...] = ()
     at_start: bool = False          # a change counts from the next start on
 
@@ -522,7 +528,7 @@ OPTIONS = (
     Option("upstreamConnectSeconds", "seconds", 10, "time to connect to the upstream", (),
            (0.01, 3600)),
     Option("upstreamIdleSeconds", "seconds", 300, "an upstream silent for this long is given up",
-           (), (0.01, 86_400)),
+           ("COMMANDCODE_TIMEOUT_MS",), (0.01, 86_400)),
     Option("drainSeconds", "seconds", 30, "how long running answers may go on after SIGTERM", (),
            (0, 86_400)),
     Option("drainDelaySeconds", "seconds", 0, "how long after SIGTERM requests are still taken, "
@@ -537,13 +543,13 @@ OPTIONS = (
            "another key is free, any number on a single key)",
            ("COMMANDCODE_MAX_IN_FLIGHT_PER_CREDENTIAL",), (0, 100_000)),
     Option("maxTotalInFlight", "int", 0, "requests at once in all (0: any number); more get a "
-           "503", ("COMMANDCODE_MAX_TOTAL_IN_FLIGHT",), (0, 1_000_000)),
+           "503", ("COMMANDCODE_MAX_TOTAL_IN_FLIGHT", MULTIPLIER), (0, 1_000_000)),
     Option("keyCooldownSeconds", "seconds", 60, "how long a key of a ring is passed over after "
-           "429, 5xx or a timeout", (), (0, 86_400)),
+           "429, 5xx or a timeout", ("COMMANDCODE_CREDENTIAL_COOLDOWN_MS",), (0, 86_400)),
     Option("accountRefreshSeconds", "seconds", 300, "how old a ring's account figures may "
-           "become", (), (10, 86_400)),
-    Option("accountTimeoutSeconds", "seconds", 10, "time to ask for an account's figures", (),
-           (0.01, 600)),
+           "become", ("COMMANDCODE_BILLING_REFRESH_MS",), (10, 86_400)),
+    Option("accountTimeoutSeconds", "seconds", 10, "time to ask for an account's figures",
+           ("COMMANDCODE_BILLING_TIMEOUT_MS",), (0.01, 600)),
     Option("clientKey", "secret", "", "callers that present this use the operator's keys",
            ("BRIDGE_API_KEY",)),
     Option("operatorKeys", "choice", "off", "loopback: without a clientKey, callers on this "
@@ -551,11 +557,13 @@ OPTIONS = (
     Option("credentialsFile", "str", "", "JSON file of the operator's keys, mode 0600",
            ("COMMANDCODE_CREDENTIALS_FILE",)),
     Option("minCurrentBalance", "number", 0, "alert when the account of an operator's key holds "
-           "less (USD; 0: no alert)", (), (0, 1_000_000)),
+           "less (USD; 0: no alert)",
+           ("COMMANDCODE_BALANCE_ALERT_MIN_CURRENT_BALANCE", ALERT_SWITCH), (0, 1_000_000)),
     Option("minExpiringBalance", "number", 0, "alert when less of it is left that expires (USD)",
-           (), (0, 1_000_000)),
+           ("COMMANDCODE_BALANCE_ALERT_MIN_EXPIRING_BALANCE",), (0, 1_000_000)),
     Option("maxRequiredDailyBurn", "number", 0, "alert when more must be spent a day, or credit "
-           "expires (USD)", (), (0, 1_000_000)),
+           "expires (USD)", ("COMMANDCODE_BALANCE_ALERT_MAX_REQUIRED_DAILY_BURN",),
+           (0, 1_000_000)),
     Option("accountAlerts", "bool", True, "alert when an operator's key is refused, and when none "
            "of them is usable"),
     Option("windowAlert", "number", 90, "alert from this percentage of a usage window on that an "
@@ -571,12 +579,13 @@ OPTIONS = (
     Option("errorRateAlertSeconds", "seconds", 300, "the time in which they are counted", (),
            (1, 3600)),
     Option("alertIntervalSeconds", "seconds", 300, "how often accounts are asked for alerts",
-           (), (10, 86_400)),
+           ("COMMANDCODE_BALANCE_ALERT_INTERVAL_MS",), (10, 86_400)),
     Option("alertRepeatSeconds", "seconds", 21_600, "how often an alert that stands is told again "
-           "(0: never)", (), (0, 30 * 86_400)),
+           "(0: never)", ("COMMANDCODE_BALANCE_ALERT_REPEAT_MS",), (0, 30 * 86_400)),
     Option("alertWebhookUrl", "secret", "", "where alerts are posted as JSON; kept secret, as it "
-           "may hold one", (), ("http://", "https://")),
-    Option("alertWebhookToken", "secret", "", "sent there as Authorization: Bearer"),
+           "may hold one", ("COMMANDCODE_BALANCE_ALERT_WEBHOOK_URL",), ("http://", "https://")),
+    Option("alertWebhookToken", "secret", "", "sent there as Authorization: Bearer",
+           ("COMMANDCODE_BALANCE_ALERT_WEBHOOK_BEARER",)),
     Option("rateLimitMax", "int", 0, "POST requests of one caller per rateLimitWindow (0: any "
            "number); more get a 429", ("RATE_LIMIT_MAX",), (0, 1_000_000)),
     Option("rateLimitWindow", "seconds", 60, "that window", ("RATE_LIMIT_WINDOW",), (1, 86_400)),
@@ -596,6 +605,19 @@ OPTIONS = (
 # Options of earlier versions: `help` says what to do instead.  A source that still sets one gets
 # a warning, whatever the value is.
 REMOVED_OPTIONS = (Option("workers", "removed", None, "see README, several processes"),)
+
+
+def read_variable(option: Option, name: str, environment: Mapping[str, str]) -> Optional[str]:
+    """An environment variable's text, with its unit if that is not the option's; None where it does
+    not count: unset, empty, or of commandcode-bridge's alerts where those are switched off."""
+    text = environment.get(name)
+    switch = environment.get(ALERT_SWITCH, "") if name.startswith(ALERT_VARIABLES) else ""
+    if not text or BOOLEAN_WORDS.get(switch.lower()) is False:
+        return None
+    if name == ALERT_SWITCH and text.lower() in BOOLEAN_WORDS:
+        return "1"              # the limit that they have where no other is set
+    is_bare = re.fullmatch(r"seconds \w+_MS *[0-9.]+ *", "%s %s %s" % (option.kind, name, text))
+    return text.strip() + "ms" if is_bare else text
 
 
 # === CONFIG (pure) ==========================================================
@@ -660,12 +682,10 @@ def local_address(host: str, port: int) -> str:
 
 
 def read_span(given: str) -> Any:
-    """Seconds of `1 minute`, `90s`, `500 ms`, as other bridges write spans; else as it is."""
-    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h)[a-z]*", given.strip().lower())
-    if not found or not re.fullmatch("ms|s|m|h|sec(ond)?s?|min(ute)?s?|hours?",
-                                     re.sub("[0-9 ]", "", found[0])):
-        return given
-    return int(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2]]
+    """Seconds of `1 minute`, `1.5h`, `500 ms`, as other bridges write spans; else as it is."""
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([a-z]{1,12})", given.strip().lower())
+    return next((round(float(found[1]) * seconds, 9) for words, seconds in SPAN_UNITS.items()
+                 if re.fullmatch(words, found[2])), given) if found else given
 
 
 def read_number(option: Option, given: Any) -> Any:
@@ -728,6 +748,7 @@ def read_host(option: Option, given: Any) -> str:
 
 def read_choice(option: Option, given: Any) -> str:
     value = read_string(option, given).lower()
+    value = OTHER_LEVELS.get(value, value)
     if value not in option.choices:
         raise ValueError("must be one of: " + ", ".join(option.choices))
     return value
@@ -811,7 +832,9 @@ def read_value(option: Option, given: Any, source: str) -> Any:
         raise ProxyError("config", "%s: %s is nested too deeply" % (source, option.name),
                          param=option.name) from None
     except ValueError as error:
-        shown = "" if option.kind == "secret" else " (it is %s)" % json.dumps(given)[:100]
+        text = json.dumps(given)
+        text = text if len(text) <= 100 else re.sub(r"[\w-]*\Z", "...", text[:100])    # no cut key
+        shown = "" if option.kind == "secret" else " (it is %s)" % text
         raise ProxyError("config", "%s: %s %s%s" % (source, option.name, error, shown),
                          param=option.name) from None
 
@@ -861,7 +884,7 @@ def read_config(flags: Mapping[str, str], environment: Mapping[str, str],
     values, sources = {}, {}
     for option in OPTIONS:
         places = [(flag_name(option), flags.get(option.name))]
-        places += [("environment " + name, environment.get(name) or None)
+        places += [("environment " + name, read_variable(option, name, environment))
                    for name in environment_names(option)]
         places.append((file_name, entries.get(option.name)))
         source, given = next(((where, value) for where, value in places if value is not None),
@@ -12872,6 +12895,7 @@ def redact_traceback(record: logging.LogRecord) -> bool:
 def open_log(config: Config) -> logging.Logger:
     """The log, with asyncio's own warnings in it.  Raises ProxyError for a file that cannot be
     written."""
+    logging.addLevelName(logging.CRITICAL + 1, "SILENT")
     log = logging.getLogger("ccproxy")
     handler: logging.Handler = logging.StreamHandler()
     if config.log_file:

@@ -44,7 +44,8 @@ def value_of(name, given):
     ("maxBodyBytes", "--max-body-bytes", {"CC_MAX_BODY_BYTES", "REQUEST_BODY_LIMIT_BYTES"},
      64 * 1024 * 1024),
     ("upstreamConnectSeconds", "--upstream-connect-seconds", {"CC_UPSTREAM_CONNECT_SECONDS"}, 10),
-    ("upstreamIdleSeconds", "--upstream-idle-seconds", {"CC_UPSTREAM_IDLE_SECONDS"}, 300),
+    ("upstreamIdleSeconds", "--upstream-idle-seconds", {"CC_UPSTREAM_IDLE_SECONDS",
+                                                       "COMMANDCODE_TIMEOUT_MS"}, 300),
     ("allowedModels", "--allowed-models", {"CC_ALLOWED_MODELS", "COMMANDCODE_ALLOWED_MODELS"}, []),
     ("allowUnknownModels", "--allow-unknown-models",
      {"CC_ALLOW_UNKNOWN_MODELS", "COMMANDCODE_ALLOW_UNKNOWN_MODELS"}, True),
@@ -123,10 +124,75 @@ def test_every_option_can_come_from_every_source(option):
     by_flag = getattr(read(flags={option.name: text})[0], attribute)
     assert by_flag != option.default
     for name in ccproxy.environment_names(option):
-        assert getattr(read(environment={name: text})[0], attribute) == by_flag
+        told = "%g" % (1000 * float(text)) if option.kind == "seconds" and name.endswith("_MS") \
+            else text
+        assert getattr(read(environment={name: told})[0], attribute) == by_flag
     config, sources = read(entries={option.name: by_flag})
     assert getattr(config, attribute) == by_flag
     assert sources[option.name] == "the file"
+
+
+# Variables of other bridges.
+
+ALERT = "COMMANDCODE_BALANCE_ALERT_"
+
+
+@pytest.mark.parametrize("environment, name, value, source", [
+    ({"COMMANDCODE_BILLING_REFRESH_MS": "300000"}, "accountRefreshSeconds", 300,
+     "COMMANDCODE_BILLING_REFRESH_MS"),
+    ({"COMMANDCODE_BILLING_TIMEOUT_MS": "1500"}, "accountTimeoutSeconds", 1.5,
+     "COMMANDCODE_BILLING_TIMEOUT_MS"),
+    ({"COMMANDCODE_CREDENTIAL_COOLDOWN_MS": "60000"}, "keyCooldownSeconds", 60,
+     "COMMANDCODE_CREDENTIAL_COOLDOWN_MS"),
+    ({"COMMANDCODE_TIMEOUT_MS": "120000"}, "upstreamIdleSeconds", 120, "COMMANDCODE_TIMEOUT_MS"),
+    ({"COMMANDCODE_TIMEOUT_MS": "120000", "CC_UPSTREAM_IDLE_SECONDS": "7"}, "upstreamIdleSeconds",
+     7, "CC_UPSTREAM_IDLE_SECONDS"),                    # our own name counts in seconds, and first
+    ({"COMMANDCODE_TIMEOUT_MS": "2 minutes"}, "upstreamIdleSeconds", 120, "COMMANDCODE_TIMEOUT_MS"),
+    ({ALERT + "INTERVAL_MS": "60000"}, "alertIntervalSeconds", 60, ALERT + "INTERVAL_MS"),
+    ({ALERT + "REPEAT_MS": "3600000"}, "alertRepeatSeconds", 3600, ALERT + "REPEAT_MS"),
+    ({ALERT + "WEBHOOK_URL": "https://h/x"}, "alertWebhookUrl", "https://h/x",
+     ALERT + "WEBHOOK_URL"),
+    ({ALERT + "WEBHOOK_BEARER": "word"}, "alertWebhookToken", "word", ALERT + "WEBHOOK_BEARER"),
+    ({ALERT + "ENABLED": "true"}, "minCurrentBalance", 1, ALERT + "ENABLED"),
+    ({ALERT + "ENABLED": "1", ALERT + "MIN_CURRENT_BALANCE": "5"}, "minCurrentBalance", 5,
+     ALERT + "MIN_CURRENT_BALANCE"),
+    ({ALERT + "ENABLED": "1", ALERT + "MIN_CURRENT_BALANCE": "0"}, "minCurrentBalance", 0,
+     ALERT + "MIN_CURRENT_BALANCE"),
+    ({ALERT + "ENABLED": "on", "CC_MIN_CURRENT_BALANCE": "3"}, "minCurrentBalance", 3,
+     "CC_MIN_CURRENT_BALANCE"),
+    ({ALERT + "ENABLED": "false", ALERT + "MIN_CURRENT_BALANCE": "1"}, "minCurrentBalance", 0, ""),
+    ({ALERT + "ENABLED": "False", ALERT + "MIN_EXPIRING_BALANCE": "1"}, "minExpiringBalance", 0, ""),
+    ({ALERT + "ENABLED": "0", ALERT + "MAX_REQUIRED_DAILY_BURN": "1"}, "maxRequiredDailyBurn", 0,
+     ""),
+    ({ALERT + "ENABLED": "off", ALERT + "WEBHOOK_URL": "https://h/x"}, "alertWebhookUrl", "", ""),
+    ({ALERT + "MAX_REQUIRED_DAILY_BURN": "2.5"}, "maxRequiredDailyBurn", 2.5,
+     ALERT + "MAX_REQUIRED_DAILY_BURN"),
+    ({"RATE_LIMIT_WINDOW": "1 minute"}, "rateLimitWindow", 60, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "60"}, "rateLimitWindow", 60, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "1.5 Hours"}, "rateLimitWindow", 5400, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "90s"}, "rateLimitWindow", 90, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "2000 ms"}, "rateLimitWindow", 2, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "10 mins"}, "rateLimitWindow", 600, "RATE_LIMIT_WINDOW"),
+    ({"RATE_LIMIT_WINDOW": "1 day"}, "rateLimitWindow", 86_400, "RATE_LIMIT_WINDOW"),
+    ({"LOG_LEVEL": "warn"}, "logLevel", "warning", "LOG_LEVEL"),
+    ({"LOG_LEVEL": "trace"}, "logLevel", "debug", "LOG_LEVEL"),
+    ({"LOG_LEVEL": "FATAL"}, "logLevel", "error", "LOG_LEVEL"),
+    ({"LOG_LEVEL": "silent"}, "logLevel", "silent", "LOG_LEVEL")])
+def test_variables_of_another_bridge(environment, name, value, source):
+    config, sources = read(environment=environment)
+    assert getattr(config, ccproxy.snake_case(name)) == value
+    assert sources[name] == ("environment " + source if source else "default")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("COMMANDCODE_TIMEOUT_MS", "soon"), ("COMMANDCODE_TIMEOUT_MS", "-1"),
+    ("COMMANDCODE_TIMEOUT_MS", "1e3"), ("COMMANDCODE_TIMEOUT_MS", "9" * 400),
+    ("COMMANDCODE_BILLING_REFRESH_MS", "300"), ("COMMANDCODE_BALANCE_ALERT_ENABLED", "perhaps"),
+    ("RATE_LIMIT_WINDOW", "a minute"), ("RATE_LIMIT_WINDOW", "500 ms"), ("LOG_LEVEL", "loud")])
+def test_bad_variables_of_another_bridge_name_themselves(name, text):
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        read(environment={name: text})
+    assert caught.value.message.startswith("environment %s: " % name)
 
 
 # The option `models`.
