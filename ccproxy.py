@@ -2378,7 +2378,8 @@ PLACEHOLDER = re.compile(        # also U+2026 in UTF-8, as a header is read
     "user_(your|my|the)?[-_]?((command|code|api)[-_]?)*(key|token)([-_]?here)?", re.I)
 VENDOR_KEYS = {     # how keys of other vendors begin
     "sk-ant-": "Anthropic", "sk-or-": "OpenRouter", "sk-": "OpenAI or the like", "gsk_": "Groq",
-    "AIza": "Google", "xai-": "xAI", "ghp_": "GitHub"}
+    "AIza": "Google", "xai-": "xAI", "ghp_": "GitHub", "github_pat_": "GitHub",
+    "hf_": "Hugging Face"}
 
 
 def mistaken_key(given: str) -> str:
@@ -2608,6 +2609,7 @@ FORWARDED = re.compile("via|forwarded|x-forwarded.*|x-original-.*|x-real-ip|x-en
                        "cf-.*|(x-|true-|fly-|x-cluster-)client-ip")     # what proxies add
 CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
 CLI_FILES = ("~/.commandcode/auth.json", "~/.config/commandcode/auth.json")
+OPERATOR_KEY = re.compile(KEY_PATTERN.pattern + "|(?!user_)[A-Za-z0-9._~+/-]{8,512}")
 
 
 @dataclass(frozen=True)
@@ -2649,6 +2651,10 @@ CREDENTIAL_MEMBERS: Tuple[Tuple[str, str, Any, Callable[[Any], bool], str], ...]
         isinstance(one, str) for one in value), "a list of model ids"))
 
 
+ROW_NAMES = {"api_key": "apiKey", "key": "apiKey", "token": "apiKey", "name": "id",
+             "allowed_models": "allowedModels", "max_in_flight": "maxInFlight"}
+
+
 def credential_members(row: Json, source: str, place: str) -> Json:
     """The members besides key and id, by our names.  Raises ProxyError `config`."""
     known: Json = {}
@@ -2660,15 +2666,31 @@ def credential_members(row: Json, source: str, place: str) -> Json:
     return known
 
 
+def operator_key_fault(key: Any) -> str:
+    """Why a text cannot be an operator's key, "" when it can.  Command Code's keys begin with
+    user_; others are accepted, but for those that another vendor is known by."""
+    key = key.strip() if isinstance(key, str) else ""
+    kind = mistaken_key(key)
+    return "holds no Command Code key but " + kind if kind else (
+        "" if OPERATOR_KEY.fullmatch(key) else "must have an apiKey")
+
+
+def own_names(row: Json) -> Json:
+    """A row with the other spellings that commandcode-bridge takes under our names."""
+    return {ROW_NAMES.get(name, name): row[name]        # ours come last and count
+            for name in sorted(row, key=lambda name: name not in ROW_NAMES)}
+
+
 def read_credential(row: Any, source: str, place: str) -> Tuple[RingKey, bool]:
     """One row: {"id", "apiKey", "weight", "enabled", "maxInFlight", "allowedModels"} or a key
     alone; and whether it is enabled.  Raises ProxyError `config`, never with the key in it."""
     row = {"apiKey": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise credential_fault(source, place, "must be an object or a key")
-    key, name = row.get("apiKey", row.get("key")), row.get("id", "")
-    if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key.strip()):
-        raise credential_fault(source, place, "must have an apiKey that begins with user_")
+    row = own_names(row)
+    key, name, fault = row.get("apiKey"), row.get("id", ""), operator_key_fault(row.get("apiKey"))
+    if fault:
+        raise credential_fault(source, place, fault + "; Command Code's keys begin with user_")
     if not isinstance(name, str) or KEY_LIKE.search(name):
         raise credential_fault(source, place, "must have an id that is a name")
     known = credential_members(row, source, place)
@@ -2746,6 +2768,13 @@ def check_operator(operator: Operator, host: str) -> str:
                          % (operator.source, host), param="clientKey")
     return "" if operator.loopback else (
         "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
+
+
+def odd_key_warnings(operator: Operator) -> List[str]:
+    """A warning that names the keys that are not like Command Code's."""
+    odd = [key.name or key.shown for key in operator.keys if not key.key.startswith("user_")]
+    return ["%s: Command Code's keys begin with user_, not so: %s" % (
+        operator.source, ", ".join(odd[:8]) + ", ..." * (len(odd) > 8))] if odd else []
 
 
 def presents_client_key(fields: Fields, client_key: str,
@@ -2883,7 +2912,7 @@ def refuse_taken(rows: List[Any], name: Any, index: int, source: str) -> None:
 def add_credential(rows: List[Any], body: Json, source: str) -> str:
     """Put a new key behind the others; its id.  Raises ProxyError 400, 409."""
     given = body.get("apiKey")
-    if not isinstance(given, str) or not KEY_PATTERN.fullmatch(given.strip()):
+    if operator_key_fault(given):
         raise ProxyError("invalid", "apiKey must be a Command Code key (user_...).",
                          param="apiKey")
     check_key_changes({name: value for name, value in body.items() if name != "apiKey"})
@@ -2908,7 +2937,7 @@ def change_credential(rows: List[Any], name: str, body: Json, source: str) -> st
     check_key_changes(body)
     if "id" in body:
         refuse_taken(rows, body["id"], index, source)
-    row = {"apiKey": rows[index]} if isinstance(rows[index], str) else {**rows[index]}
+    row = {"apiKey": rows[index]} if isinstance(rows[index], str) else own_names(rows[index])
     row.update(body)
     rows[index] = {name: value for name, value in row.items()
                    if value is not None or name not in KEY_CHANGES}
@@ -12769,7 +12798,7 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     return Settings(config, sources, flags, file_name, entries, operator,
                     check_operator(operator, config.host), given,
                     warnings=(*removed_warnings(flags, os.environ, entries),
-                              *variable_warnings(os.environ)))
+                              *variable_warnings(os.environ), *odd_key_warnings(operator)))
 
 
 def config_path(given: Optional[str]) -> str:
@@ -15912,6 +15941,7 @@ async def edit_keys(app: App, exchange: Exchange, status: int,
                          "(COMMANDCODE_CREDENTIALS_FILE).", status=409)
     try:
         name, app.operator = await change_in_turn(app, lambda: write_keys(config, edit))
+        log_warnings(app, odd_key_warnings(app.operator))
         watch_again(app)
         entries = [entry for entry in await key_entries(app, exchange) if entry["id"] == name]
     except ProxyError as error:

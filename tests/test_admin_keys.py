@@ -53,6 +53,15 @@ def test_all_keys_are_shown_also_those_switched_off(place):
     assert {"weight", "reason", "account", "through_proxy", "max_in_flight"} <= set(one)
 
 
+def test_a_key_without_user_is_warned_about(place):
+    proxy, _ = place
+    key = "cmd_5ecr3tNew0123456789abc"
+    answer = change(place, "POST", "", {"id": "new", "apiKey": key})
+    assert answer.status == 201 and answer.json["key"] == shown(key)
+    assert "WARNING" in proxy.log.getvalue() and "begin with user_, not so: new" in proxy.log.getvalue()
+    assert key not in proxy.log.getvalue() + str(answer)
+
+
 def test_a_life_of_a_key(place):
     """Added, used at once, renamed, limited, switched off, taken out."""
     proxy, path = place

@@ -50,6 +50,25 @@ def test_a_row_is_changed(name, body, row):
     assert back == row["id"] and row in after and len(after) == 2
 
 
+def test_other_spellings_of_a_row_become_ours():
+    rows = [{"name": "a", "api_key": ONE, "max_in_flight": 2, "note": "kept"}]
+    assert edit(json.dumps(rows), ccproxy.change_credential, "a", {"maxInFlight": None, "id": "b"}) == (
+        "b", [{"id": "b", "apiKey": ONE, "note": "kept"}])
+
+
+@pytest.mark.parametrize("key, taken", [
+    ("cmd_key_1234567890", True), ("sk-1234567890123456", False), ("user_...", False), ("a b", False),
+    ("", False), (5, False)])
+def test_which_keys_can_be_added(key, taken):
+    body = {"id": "n", "apiKey": key}
+    if taken:
+        assert edit("", ccproxy.add_credential, body) == ("n", {"credentials": [body]})
+        return
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        edit("", ccproxy.add_credential, body)
+    assert caught.value.status == 400 and caught.value.param == "apiKey"
+
+
 def test_a_bare_key_becomes_a_row():
     assert edit(json.dumps([ONE, TWO]), ccproxy.change_credential, SHOWN, {"id": "x"}) == (
         "x", [{"apiKey": ONE, "id": "x"}, TWO])

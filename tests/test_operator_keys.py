@@ -137,7 +137,9 @@ BAD = {
     "an unknown name": '{"keys": ["%s"]}' % A, "words around": "my key is %s" % A,
     "deep": "[" * 20000, "too many": ",".join(
         "user_%d%s" % (number, SECRET) for number in range(257)),
-    "a key as a name": "%s=%s" % (A, B)}
+    "a key as a name": "%s=%s" % (A, B), "a placeholder": "user_...", "too short": "abc",
+    **{"of " + prefix: "%s%s" % (prefix, SECRET) for prefix in (
+        "sk-ant-", "gsk_", "AIza", "xai-", "ghp_", "github_pat_")}}
 
 
 @pytest.mark.parametrize("place", [FILE, ALL, MANY, ONE])
@@ -147,6 +149,41 @@ def test_bad_credentials_end_the_start(tmp_path, place, name):
     code, out, err = run_main(environment={place: text})
     assert (code, out) == (2, "") and len(err.splitlines()) == 1 and len(err) < 1100
     assert ("keys.json" if place == FILE else place) in err and not leaks(err)
+
+
+@pytest.mark.parametrize("prefix, vendor", [
+    ("sk-", "OpenAI"), ("gsk_", "Groq"), ("AIza", "Google"), ("xai-", "xAI"), ("ghp_", "GitHub")])
+def test_another_vendors_key_is_told_by_its_vendor(prefix, vendor):
+    code, _, err = run_main(environment={ONE: prefix + SECRET})
+    assert code == 2 and vendor in err and "begin with user_" in err and not leaks(err)
+
+
+STRANGE = "cmd_key_" + SECRET
+
+
+@pytest.mark.parametrize("text, named", [
+    (STRANGE, ccproxy.key_name(STRANGE)), ("work=" + STRANGE, "work"),
+    (json.dumps([A, {"id": "work", "apiKey": STRANGE}]), "work"),
+    (json.dumps({"credentials": [{"name": "work", "api_key": STRANGE}]}), "work"),
+    (json.dumps({"credentials": [{"name": "work", "token": STRANGE + "/+~."}]}), "work")])
+def test_a_key_without_user_is_accepted_with_a_warning(tmp_path, text, named):
+    name = write(tmp_path / "keys.json", text)
+    code, out, err = run_main(environment={FILE: name})
+    assert code == 0 and len(err.splitlines()) == 1 and not leaks(out, err)
+    assert "begin with user_" in err and named in err and "keys.json" in err
+    with mock.patch.dict(os.environ, clean_environment(), clear=True):
+        key = ccproxy.read_settings({"credentialsFile": name}, None).operator.keys[-1]
+    assert key.key.startswith(STRANGE) and STRANGE not in repr(key)
+
+
+def test_the_other_spellings_of_a_row(tmp_path):
+    name = write(tmp_path / "keys.json", [{
+        "name": "n", "token": A, "allowed_models": ["X/y"], "max_in_flight": 3},
+        {"id": "i", "name": "n", "apiKey": B, "key": C}])
+    first, second = read_operator(tmp_path, {}, credentialsFile=name).keys
+    assert (first.key, first.name, first.allowed_models, first.max_in_flight) == (
+        A, "n", ("x/y",), 3)
+    assert (second.key, second.name) == (B, "i")        # our own names win
 
 
 @pytest.mark.parametrize("case", ["missing", "folder", "binary", "a key", "JSON"])
@@ -186,6 +223,25 @@ def test_the_whole_program_ends_so():
         done = run_program(*arguments, environment=environment)
         assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
         assert not leaks(done.stderr)
+
+
+def test_a_key_without_user_is_sent_and_never_shown(upstream, tmp_path):
+    """Not even where the upstream repeats it."""
+    upstream.scripts = [stream(text_answer("x")), status(401, {"error": {
+        "message": "bad key " + STRANGE, "code": STRANGE}}, "connection: close\r\n")]
+    program = Program("--api-base", upstream.base, "--client-key", CLIENT, "--log-level", "debug",
+                      environment={ONE: STRANGE})
+    try:
+        answers = [program.post(CHAT, {"authorization": "Bearer " + CLIENT}, None)
+                   for _ in range(2)]
+        answers.append(program.request("GET", ADMIN, None, {"authorization": "Bearer " + CLIENT},
+                                       None))
+        _, log = program.stop()
+    finally:
+        program.close()
+    assert [answer.status for answer in answers] == [200, 502, 200]
+    assert upstream.requests[0].field("authorization") == "Bearer " + STRANGE
+    assert not leaks(log, *answers) and ccproxy.key_name(STRANGE) in log
 
 
 @pytest.mark.parametrize("as_flag", [True, False])
