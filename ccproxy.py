@@ -45,6 +45,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     KEY RINGS (pure)
     OPERATOR KEYS (pure)
     OPERATOR KEY CHANGES (pure)
+    OTHER BRIDGES (pure)
     PROMPT (pure)
     EVENTS (pure)
     GRAMMAR (pure)
@@ -2948,6 +2949,113 @@ def remove_credential(rows: List[Any], name: str, source: str) -> str:
     """Take a key's row out; its id.  Raises ProxyError 404."""
     index = find_row(rows, name, source)
     return id_of(read_credential(rows.pop(index), source, "")[0])
+
+
+# === OTHER BRIDGES (pure) ===================================================
+# What people bring along from another bridge: the rest of commandcode-bridge's
+# credentials file, which counts below the config file; variables that are not
+# read here, each with what does its work; and `.env` files.
+
+MAX_WARNINGS = 8        # about one file
+FILE_MEMBERS = {
+    "server.host": "host", "server.port": "port", "routing.policy": "routingPolicy",
+    "routing.fallbackPolicy": "fallbackPolicy", "bridgeApiKey": "clientKey", "models": "models",
+    "routing.maxInFlightPerCredential": "maxInFlightPerKey",
+    "routing.maxTotalInFlight": "maxTotalInFlight",
+    "routing.billingRefreshMs": "accountRefreshSeconds",
+    "routing.credentialCooldownMs": "keyCooldownSeconds"}
+READ_ELSEWHERE = re.compile(        # or not ours to read: the CLI's names, a page's texts
+    r"apiKey|userId|userName|(credentials|apiKeys)(\.(id|apiKey|%s))?|models\.(id|enabled|label|"
+    r"provider|family|aliases|notes|contextWindow)" % "|".join(
+        [*ROW_NAMES, *(row[1] for row in CREDENTIAL_MEMBERS)]))
+OTHER_VARIABLES = (     # a pattern of names, and what to do instead
+    ("COMMANDCODE_ROUTER_.*", "put HAProxy or nginx in front (README, Several processes or hosts)"),
+    ("BRIDGE_ENV_FILE", "use --env-file FILE"), ("BRIDGE_BASE_URL", "use doctor --generate --url"),
+    ("PROXY_API_KEY", "set clientKey (BRIDGE_API_KEY)"), ("CC_MAX_BODY_MB", "set maxBodyBytes"),
+    ("CC_API_KEY|CMD_API_KEY|COMMAND_CODE_API_KEY", "set COMMANDCODE_API_KEY"),
+    ("COMMANDCODE_VERSION", "set cliVersion (COMMANDCODE_CLI_VERSION)"),
+    ("ROTATION_MODE|CC_KEY_SELECTION_STRATEGY", "set routingPolicy"),
+    ("CC_STREAM_IDLE_MS|CC_NONSTREAM_IDLE_MS", "set upstreamIdleSeconds"),
+    ("CC_MAX_INFLIGHT", "set maxTotalInFlight"), ("CMD_ZDR", "the header x-cmd-zdr is never sent"),
+    ("CC_UPSTREAM_PROXY", "set HTTPS_PROXY"), ("CORS_ALLOW_ORIGIN", "set corsOrigin (CORS_ORIGIN)"))
+ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(?:\s*'([^']*)'|\s*"((?:"""
+                      r"""[^"\\]|\\.)*)"|(?!\s*['"])([^\0]*?))(?:\s+#.*|\s*)""")
+
+
+def other_variables(environment: Mapping[str, str]) -> Dict[str, List[str]]:
+    """The variables of OTHER_VARIABLES that are set, under the warning about them."""
+    found = [(instead, sorted(name for name in environment if environment[name]
+                              and re.fullmatch(pattern, name)))
+             for pattern, instead in OTHER_VARIABLES]
+    return {"environment %s%s: not read here; %s" % (
+        ", ".join(names[:4]), ", ..." * (len(names) > 4), instead): names
+            for instead, names in found if names}
+
+
+def row_members(name: str, row: Any) -> List[Tuple[str, Any]]:
+    """(path, value) of what a row of a credentials file holds; also a model's switch whole."""
+    inside = row if isinstance(row, dict) else {}
+    switch: Json = {"id": inside.get("id"), "enabled": inside.get("enabled")}
+    whole = [(name, switch)] if name == "models" else [(name, row)] * (row is not inside)
+    return whole + [("%s.%s" % (name, part), given) for part, given in inside.items()]
+
+
+def file_members(value: Json) -> List[Tuple[str, Any]]:
+    """The same of a whole file, without what is read elsewhere and what is null."""
+    rows = [(name, row) for name, inner in value.items() if inner is not None
+            for row in (inner if isinstance(inner, list) else [inner])]
+    return [member for name, row in rows for member in row_members(name, row)
+            if member[1] is not None and not READ_ELSEWHERE.fullmatch(member[0])]
+
+
+def read_file_member(name: str, given: Any, source: str) -> Tuple[str, Any]:
+    """(option, value) of a member.  Raises ProxyError `config`, also for one that is unknown."""
+    if name not in FILE_MEMBERS:
+        raise credential_fault(source, printable(name, 64), {
+            "routing.maxTotalInFlightMultiplier": "is not used (set maxTotalInFlight)"}.get(
+                name, "is not understood"))
+    option = next(option for option in OPTIONS if option.name == FILE_MEMBERS[name])
+    if name == "models":
+        given = [given]
+    elif name.endswith("Ms") and is_number(given, int, float) and 0 <= given < 1e15:
+        given = given / 1000
+    return option.name, read_value(option._replace(name=name), given, source)
+
+
+def file_entries(text: str, source: str) -> Tuple[Json, List[str]]:
+    """(options, warnings) of what a credentials file holds besides its keys.  What is not
+    understood is named and passed over.  Raises ProxyError `config` for what is not JSON."""
+    text = text.strip().lstrip("\ufeff")
+    value = decode_credentials(text, source) if text.startswith("{") else {}
+    entries: Json = {}
+    switches: Json = {}                 # the last of a model counts
+    problems: Dict[str, None] = {}      # each once
+    for name, given in file_members(value):
+        try:
+            option, entries[option] = read_file_member(name, given, source)
+            switches.update({row["id"].lower(): row for row in entries.get("models", ())})
+        except ProxyError as error:
+            problems[redact(error.message) + "; it does not count"] = None
+    entries.update({"models": list(switches.values())} if switches else {})
+    more = len(problems) - MAX_WARNINGS
+    return entries, [*list(problems)[:MAX_WARNINGS],
+                     *["%s: %d more like these" % (source, more)] * (more > 0)]
+
+
+def parse_env_file(text: str, source: str) -> Dict[str, str]:
+    """The variables of a `.env` file: NAME=value with or without `export`, quotes and comments.
+    Raises ProxyError `config` that names the line and shows nothing of it."""
+    found: Dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
+        parts = ENV_LINE.fullmatch(line)
+        if parts is not None:
+            name, plain, escaped, bare = parts.groups()
+            found[name] = (plain or "") + (bare or "").strip() + re.sub(r'\\([nrt"\\$])', (
+                lambda one: {"n": "\n", "r": "\r", "t": "\t"}.get(one[1], one[1])), escaped or "")
+        elif line and not line.startswith("#"):
+            raise ProxyError("config", "%s, line %d: must be NAME=value; a value in quotes ends on "
+                             "its line" % (source, number))
+    return found
 
 
 # === PROMPT (pure) ==========================================================
@@ -12761,6 +12869,10 @@ def random_hex(digits: int) -> str:
 # runs, so all that is wrong with it is a ProxyError, and nothing ends here.
 
 
+PATH_OPTIONS = ("logFile", "usageDb", "credentialsFile")
+FROM_ENV_FILE = "CCPROXY_ENV_FILE"      # a variable: the names of those that --env-file gave
+
+
 @dataclass(frozen=True)
 class Settings:
     """A configuration and all that it was read from."""
@@ -12774,7 +12886,8 @@ class Settings:
     unused: str = ""                    # why the operator's keys lie unused
     given: Optional[str] = None         # --config
     fault: str = ""                     # what is wrong, where all is at its default therefore
-    warnings: Tuple[str, ...] = ()      # about removed options that are still set
+    warnings: Tuple[str, ...] = ()      # about what is set and does not count
+    env_file: str = ""                  # --env-file
 
     @property
     def path(self) -> str:
@@ -12782,10 +12895,17 @@ class Settings:
         return config_path(self.given) if self.file_name else ""
 
 
-def read_settings(flags: Dict[str, str], given: Optional[str]) -> Settings:
-    """All settings, read whole and checked.  `given` is --config.  Raises ProxyError `config`."""
-    file_name, entries = read_config_file(given)
-    return check_settings(flags, entries, file_name, given)
+def read_settings(flags: Dict[str, str], given: Optional[str], env_file: str = "") -> Settings:
+    """All settings, read whole and checked.  `given` is --config.  Raises ProxyError `config`, and
+    leaves the environment as it was then."""
+    before = dict(os.environ)
+    try:
+        load_env_file(env_file)
+        file_name, entries = read_config_file(given)
+        return replace(check_settings(flags, entries, file_name, given), env_file=env_file)
+    except ProxyError:
+        set_environment(before)
+        raise
 
 
 def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
@@ -12793,12 +12913,59 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     """The settings that these entries of a config file make, with everything checked that the
     start asks for.  Raises ProxyError `config`."""
     config, sources = read_config(flags, os.environ, entries, file_name)
+    config = place_paths(config, sources, file_name)
+    path = config.credentials_file
+    text = read_credentials_file(path)[1] if path else None
+    more, strange = file_entries(text or "", path)
+    for name in [name for name in more if sources[name] == "default"]:
+        config, sources[name] = config._replace(**{snake_case(name): more[name]}), path
     check_admin_key(config)
-    operator = read_operator(config)
+    operator = read_operator(config, text)
+    if sources["maxTotalInFlight"] == "environment " + MULTIPLIER:
+        config = config._replace(max_total_in_flight=config.max_total_in_flight
+                                 * len(operator.keys))
+    others = other_variables(os.environ)
+    unknown = sorted(set(os.environ).difference(*others.values()))
     return Settings(config, sources, flags, file_name, entries, operator,
                     check_operator(operator, config.host), given,
-                    warnings=(*removed_warnings(flags, os.environ, entries),
-                              *variable_warnings(os.environ), *odd_key_warnings(operator)))
+                    warnings=(*removed_warnings(flags, os.environ, entries), *strange, *others,
+                              *variable_warnings(unknown), *odd_key_warnings(operator)))
+
+
+def place_paths(config: Config, sources: Dict[str, str], file_name: str) -> Config:
+    """The configuration with its paths as they are opened: `~` is the home folder, and those of
+    the config file count from its folder (others from the working directory)."""
+    folder = os.path.dirname(os.path.abspath(file_name))
+    for name in PATH_OPTIONS:
+        path = os.path.expanduser(getattr(config, snake_case(name)))
+        if path not in ("", "auto") and sources[name] == file_name:
+            path = os.path.normpath(os.path.join(folder, path))
+        config = config._replace(**{snake_case(name): path})
+    return config
+
+
+def set_environment(wanted: Mapping[str, str]) -> None:
+    """Make the environment hold these variables alone."""
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update(wanted)
+
+
+def load_env_file(path: str) -> None:
+    """Put a `.env` file's variables into the environment, below those that are there; what the
+    reading before put there goes, in a restarted program too.  Raises ProxyError `config`."""
+    if not path:
+        return
+    try:
+        with open(path, "rb") as file:
+            text = os.fsdecode(file.read(MIB))
+    except OSError as error:
+        raise ProxyError("config", "--env-file %s: %s" % (path, error.strerror)) from None
+    fresh = parse_env_file(text, path)
+    earlier = os.environ.get(FROM_ENV_FILE, "").split()
+    kept = {name: value for name, value in os.environ.items() if name not in earlier}
+    fresh = {name: value for name, value in fresh.items() if name not in kept}
+    set_environment({**kept, **fresh, FROM_ENV_FILE: " ".join(fresh)})
 
 
 def config_path(given: Optional[str]) -> str:
@@ -12806,11 +12973,11 @@ def config_path(given: Optional[str]) -> str:
     return given or os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
-def read_what_holds(flags: Dict[str, str], given: Optional[str]) -> Settings:
+def read_what_holds(flags: Dict[str, str], given: Optional[str], env_file: str = "") -> Settings:
     """All settings; where they are wrong, what is, and those without the config file, else the
     defaults: for who is to say so."""
     try:
-        return read_settings(flags, given)
+        return read_settings(flags, given, env_file)
     except ProxyError as error:
         fault = error.message
     try:
@@ -15566,7 +15733,8 @@ def apply_settings(app: App, settings: Settings) -> List[str]:
 
 def settings_files(settings: Settings) -> List[str]:
     """The files whose content the settings are."""
-    return [path for path in (settings.path, settings.config.credentials_file) if path]
+    return [path for path in (settings.path, settings.config.credentials_file, settings.env_file)
+            if path]
 
 
 def file_marks(paths: Iterable[str]) -> Dict[str, Any]:
@@ -15616,7 +15784,7 @@ def reload_settings(app: App) -> None:
     if settings is None:
         return
     try:
-        fresh = read_settings(settings.flags, settings.given)
+        fresh = read_settings(settings.flags, settings.given, settings.env_file)
         check_fresh(app, fresh)
     except ProxyError as error:
         app.log.error("the configuration stays as it is: %s", printable(error.message, 1000))
@@ -15683,7 +15851,7 @@ def check_program() -> None:
 def check_address(app: App) -> None:
     """Whether another address, where the config names one now, can be had.  Raises ProxyError."""
     settings = app.settings
-    fresh = read_settings(settings.flags, settings.given).config
+    fresh = read_settings(settings.flags, settings.given, settings.env_file).config
     if (fresh.host, fresh.port) == (app.config.host, app.config.port):
         return
     try:
@@ -15807,7 +15975,8 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
             raise ProxyError("config", "%s: is not UTF-8" % settings.path) from None
         entries = decode_entries(text, settings.path) if text.strip() else {}
         merged = merge_entries(entries, changes)
-        made.append(check_settings(settings.flags, merged, settings.path, settings.given))
+        made.append(replace(check_settings(settings.flags, merged, settings.path, settings.given),
+                            env_file=settings.env_file))
         check_fresh(app, made[0])
         return old if list(merged.items()) == list(entries.items()) else encode_json_file(merged)
 
@@ -17373,13 +17542,18 @@ def program_name() -> str:
                     for word in words)
 
 
+def given_files(given: Any) -> List[Tuple[str, str]]:
+    """(flag, path) of the files that the command line names."""
+    return [(flag, path) for flag, path in (
+        ("--config", given.config), ("--env-file", given.env_file)) if path]
+
+
 def own_command(invocation: Invocation, words: str = "") -> str:
     """A command of this program with the settings of this one, as a person can type it: its name
     and the flags that it was started with.  Secrets are left out."""
     import shlex
     given, options = invocation.given, {option.name: option for option in OPTIONS}
-    flags = ["--config=" + given.config] if given.config else []
-    flags += ["--demo"] if given.demo else []
+    flags = ["%s=%s" % pair for pair in given_files(given)] + ["--demo"] * given.demo
     flags += ["%s=%s" % (flag_name(options[name]), value)
               for name, value in invocation.settings.flags.items()
               if name in options and options[name].kind != "secret"]
@@ -18571,7 +18745,6 @@ def show_top(invocation: Invocation) -> int:
 
 OUTER_VARIABLES = CREDENTIAL_VARIABLES + (
     "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
-PATH_OPTIONS = ("logFile", "usageDb", "credentialsFile")
 
 
 def service_manager() -> str:
@@ -18607,22 +18780,18 @@ def written_folders(settings: Settings) -> Tuple[str, ...]:
     """Folders in which the configuration lets the proxy write."""
     config = settings.config
     database = config.usage_db if config.usage_db != "auto" else usage_path(config)
-    paths = {"logFile": config.log_file, "usageDb": os.path.expanduser(database)}
+    paths = [config.log_file, database]
     if config.admin_key:        # then /admin changes these two, by a new file beside the old
-        paths.update(config=settings.path, credentialsFile=config.credentials_file)
-    folders = set()
-    for name, path in paths.items():
-        if path:        # relative ones of the file count from the service's folder: the home
-            base = os.getcwd() if name in settings.flags else os.path.expanduser("~")
-            folders.add(os.path.dirname(os.path.realpath(os.path.join(base, path))))
-    return tuple(sorted(folders))
+        paths += [settings.path, config.credentials_file]
+    return tuple(sorted({os.path.dirname(os.path.realpath(path)) for path in paths if path}))
 
 
 def describe_service(invocation: Invocation, manager: str) -> Service:
     """What is to be installed, by the settings and the command line."""
     given, settings = invocation.given, invocation.settings
     command = [sys.executable, os.path.abspath(__file__)]
-    command += ["--config", absolute_path(given.config)] if given.config else []
+    for flag, path in given_files(given):
+        command += [flag, absolute_path(path)]
     command += ["--demo"] if given.demo else []
     folders = {"systemd": user_folder("XDG_CONFIG_HOME", "~/.config", "systemd", "user"),
                "launchd": os.path.expanduser("~/Library/LaunchAgents"), "windows": ""}
@@ -18640,7 +18809,7 @@ def unseen_variables(settings: Settings) -> List[str]:
              if source.startswith("environment ")}
     names.update(name for name in os.environ if name.upper() in OUTER_VARIABLES
                  and os.environ[name])
-    return sorted(names)
+    return sorted(names.difference(os.environ.get(FROM_ENV_FILE, "").split()))
 
 
 def read_own_file(path: str) -> Optional[bytes]:
@@ -19034,7 +19203,8 @@ def own_proxy_command(invocation: Invocation) -> Tuple[List[str], Dict[str, str]
     settings = invocation.settings
     command = [sys.executable, os.path.abspath(__file__), "--while-stdin"]
     command += ["--demo"] if invocation.given.demo else []
-    command += ["--config", os.path.abspath(settings.given)] if settings.given else []
+    for flag, path in given_files(invocation.given):
+        command += [flag, os.path.abspath(path)]
     flags = {**settings.flags, **OWN_PROXY}
     removed = {name for option in REMOVED_OPTIONS for name in environment_names(option)}
     kept = {name: value for name, value in os.environ.items() if name not in removed}
@@ -19494,6 +19664,8 @@ OTHER_WORDS = {     # words that may stand first and are no commands of their ow
 COMMON_FLAGS: Tuple[Tuple[str, Json], ...] = (
     ("--config", {"metavar": "FILE", "help": "the config file (default: config.json beside "
                   "ccproxy.py, if there is one)"}),
+    ("--env-file", {"metavar": "FILE", "default": "", "help": "a .env file: counts below "
+                    "the environment itself"}),
     ("--demo", {"action": "store_true", "help": "answer from inside the program, with any key or "
                 "none"}))
 SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
@@ -19504,7 +19676,7 @@ SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
                        "programs that start this one"}),
     ("--version", {"action": "version", "version": "ccproxy " + __version__}),
     ("--watch", {"action": "store_true", "help": "start again, without losing a request, when "
-                 "ccproxy.py, the config file or credentialsFile changes"}),
+                 "ccproxy.py, the config file, credentialsFile or the --env-file changes"}),
     ("--help-all", {"action": "store_true", "help": "show every option"}))
 NO_VALUE = {"action": "help"}
 MAIN_OPTIONS = ("port", "host", "upstream", "defaultModel", "allowedModels", "credentialsFile",
@@ -19856,7 +20028,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     name, flags, given, rest = read_arguments_of(sys.argv[1:] if argv is None else argv)
     try:
         lenient = bool(name) and COMMANDS[name].lenient
-        settings = (read_what_holds if lenient else read_settings)(flags, given.config)
+        settings = (read_what_holds if lenient else read_settings)(flags, given.config,
+                                                                   given.env_file)
         if name or given.check:         # else they are logged
             for text in settings.warnings:
                 warn("ccproxy: warning: %s\n" % text)

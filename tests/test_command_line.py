@@ -93,6 +93,12 @@ def test_the_shipped_file_holds_the_defaults(empty):
     assert shipped and all(defaults[name][0] == value for name, value in shipped.items())
 
 
+def test_the_shipped_file_leaves_room_for_a_credentials_file():
+    """What stands in it counts above what commandcode-bridge's file says."""
+    with open(os.path.join(os.path.dirname(PROGRAM), "config.json"), encoding="utf-8") as file:
+        assert not set(ccproxy.FILE_MEMBERS.values()) & set(json.load(file))
+
+
 def test_flags(empty):
     flags = [word for name, (_, text, _) in OPTIONS.items() for word in (kebab(name), text)]
     found = checked("--config", empty, *flags)
@@ -119,8 +125,10 @@ def test_the_file(tmp_path):
     path.write_text(json.dumps({name: value for name, (_, _, value) in OPTIONS.items()}),
                     encoding="utf-8-sig")
     found = checked("--config", str(path))
+    values = {name: value for name, (_, _, value) in OPTIONS.items()}
+    values["logFile"] = str(tmp_path / "some.log")      # it counts from the file's folder
     assert {name: found[name] for name in OPTIONS} == {
-        name: (value, str(path)) for name, (_, _, value) in OPTIONS.items()}
+        name: (value, str(path)) for name, value in values.items()}
 
 
 def test_the_order(tmp_path):

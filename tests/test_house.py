@@ -38,7 +38,7 @@ BUDGETS = {
     "DEMO UPSTREAM": 350, "SELFTEST": 350, "PAGE STYLE": 300, "PAGE MARKUP": 300,
     "PAGE WORDS": 300, "PAGE SCRIPT": 300, "PAGE FRAME": 300, "PAGE CHARTS": 300,
     "PAGE REQUESTS": 300, "PAGE SETTINGS": 300, "PAGE KEYS": 300, "PAGE CLIENTS": 300,
-    "COMMAND LINE": 450}
+    "COMMAND LINE": 450, "SETTINGS": 330, "SERVICE": 300}
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
