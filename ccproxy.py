@@ -10333,6 +10333,8 @@ class Service(NamedTuple):
     stop_seconds: float = 30.0          # how long it may take to stop
     log_file: str = ""                  # where launchd puts what it prints
     user: int = 0                       # launchd's domain
+    base: str = ""                      # where it will answer; "" where that is not known
+    account: str = ""                   # in a unit of the system's manager: its line about it
 
 
 class Step(NamedTuple):
@@ -10354,14 +10356,15 @@ def systemd_word(word: str, dollars_too: bool = True) -> str:
 
 
 def unit_text(service: Service, namespaces: bool = True) -> str:
-    """The systemd user unit.  Only what works there: a user's manager has no privileges, so mounts
+    """The systemd unit.  Only what works in a user's too: that manager has no privileges, so mounts
     need PrivateUsers, and where the kernel refuses that, `namespaces` False leaves them out."""
     program, *arguments = service.command
+    account = [service.account, "StateDirectory=ccproxy", "Environment=XDG_STATE_HOME=%S"]
     # No MemoryDenyWriteExecute: ctypes makes a callback when it is imported (before 3.12), and
     # that needs such memory; it is how libzstd is reached.
     lines = [
         "# " + SERVICE_MARK, "[Unit]", "Description=ccproxy, Command Code for any client", "",
-        "[Service]", "Type=exec",
+        "[Service]", "Type=exec", *account * bool(service.account),
         "ExecStart=" + " ".join([systemd_word(program, False), *map(systemd_word, arguments)]),
         "ExecReload=/bin/kill -HUP $MAINPID",
         "EnvironmentFile=-" + service.environment_file.replace("%", "%%"),
@@ -10374,7 +10377,8 @@ def unit_text(service: Service, namespaces: bool = True) -> str:
         "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",  # the last: getaddrinfo's
         "PrivateUsers=yes", "ProtectSystem=strict", "ProtectHome=read-only",
         *("ReadWritePaths=" + systemd_word("-" + path, False) for path in service.writes),
-        "PrivateTmp=yes", "", "[Install]", "WantedBy=default.target", ""]
+        "PrivateTmp=yes", "", "[Install]",
+        "WantedBy=%s.target" % ("default", "multi-user")[bool(service.account)], ""]
     used = [*service.command, *service.writes]
     left_out = () if namespaces else NAMESPACE_RULES
     if namespaces and any((path + "/").startswith(TEMPORARY) for path in used):
@@ -10406,25 +10410,26 @@ def windows_line(words: Iterable[str]) -> str:
     return " ".join(map(windows_word, words))
 
 
-def systemctl(*words: str, tolerant: bool = False) -> Step:
-    return Step("run", ("systemctl", "--user", *words), tolerant=tolerant)
+def manager_step(service: Service, program: str, *words: str, tolerant: bool = False) -> Step:
+    return Step("run", (program, *["--user"] * (not service.account), *words), tolerant=tolerant)
 
 
 def systemd_steps(service: Service, action: str, rest: Tuple[str, ...]) -> List[Step]:
     """What an action does where systemd runs."""
     unit = SERVICE_NAME + ".service"
     path = service.folder + "/" + unit
+    run = partial(manager_step, service, "systemctl")
+    lasts = "It starts " + ("with this machine" if service.account else
+                            "when you log in; to have it run without that: loginctl enable-linger")
     steps = {
-        "install": [Step("write", (path,), unit_text(service)), systemctl("daemon-reload"),
-                    systemctl("enable", unit), systemctl("restart", unit),
-                    Step("tell", text="It runs while you are logged in; to keep it running without "
-                                      "that: loginctl enable-linger")],
-        "uninstall": [systemctl("disable", "--now", unit, tolerant=True), Step("remove", (path,)),
-                      systemctl("daemon-reload")],
-        "status": [systemctl("status", "--no-pager", unit, *rest)],
-        "logs": [Step("run", ("journalctl", "--user", "--no-pager", "-u", unit,
-                              *(rest or ("-n", "100"))))],
-        "restart": [systemctl("restart", unit)]}
+        "install": [Step("write", (path,), unit_text(service)), run("daemon-reload"),
+                    run("enable", unit), run("restart", unit), Step("tell", text=lasts)],
+        "uninstall": [run("disable", "--now", unit, tolerant=True), Step("remove", (path,)),
+                      run("daemon-reload")],
+        "status": [run("status", "--no-pager", unit, *rest)],
+        "logs": [manager_step(service, "journalctl", "--no-pager", "-u", unit,
+                              *(rest or ("-n", "100")))],
+        "restart": [run("restart", unit)]}
     return steps[action]
 
 
@@ -18743,6 +18748,9 @@ def show_top(invocation: Invocation) -> int:
 # given to `install` become part of the service, settings of the environment do
 # not: they are named, for the service will not see them.
 
+SERVICE_SECONDS = 20.0      # for the service to answer; a slow machine takes four
+SYSTEM_PLACES = ("/etc/systemd/system", "/etc/ccproxy/environment")
+ENDED_STATES = ("failed", "dead", "auto-restart")       # of a systemd unit
 OUTER_VARIABLES = CREDENTIAL_VARIABLES + (
     "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
@@ -18786,6 +18794,26 @@ def written_folders(settings: Settings) -> Tuple[str, ...]:
     return tuple(sorted({os.path.dirname(os.path.realpath(path)) for path in paths if path}))
 
 
+def enter_account() -> str:
+    """A system unit's line about its account: this program's owner, or for root's one that systemd
+    makes.  From now on paths count as they do there."""
+    import pwd
+    owner = pwd.getpwuid(os.stat(__file__).st_uid)
+    os.environ.update(HOME=owner.pw_dir, XDG_STATE_HOME="/var/lib")
+    return "User=" + owner.pw_name if owner.pw_uid else "DynamicUser=yes"
+
+
+def enter_service(settings: Settings, environment_file: str) -> Settings:
+    """The settings as the service will have them: from now on this process has its variables, those
+    of its own file, in place of this shell's.  Raises ProxyError `config`."""
+    names = {*CREDENTIAL_VARIABLES, *(name for one in OPTIONS for name in environment_names(one))}
+    own = parse_env_file((read_file(environment_file) or b"").decode("utf-8", "replace"),
+                         environment_file)
+    set_environment({**{name: value for name, value in os.environ.items() if name not in names},
+                     **own})
+    return read_settings(settings.flags, settings.given, settings.env_file)
+
+
 def describe_service(invocation: Invocation, manager: str) -> Service:
     """What is to be installed, by the settings and the command line."""
     given, settings = invocation.given, invocation.settings
@@ -18793,14 +18821,20 @@ def describe_service(invocation: Invocation, manager: str) -> Service:
     for flag, path in given_files(given):
         command += [flag, absolute_path(path)]
     command += ["--demo"] if given.demo else []
+    account = enter_account() if given.system else ""
     folders = {"systemd": user_folder("XDG_CONFIG_HOME", "~/.config", "systemd", "user"),
                "launchd": os.path.expanduser("~/Library/LaunchAgents"), "windows": ""}
+    folder, environment_file = SYSTEM_PLACES if given.system else (
+        folders[manager], user_folder("XDG_CONFIG_HOME", "~/.config", "ccproxy", "environment"))
+    if given.action == "install":
+        settings = enter_service(settings, environment_file)
+    config = settings.config
     return Service(
-        (*command, *service_flags(settings)), folders[manager],
-        user_folder("XDG_CONFIG_HOME", "~/.config", "ccproxy", "environment"),
-        written_folders(settings), settings.config.drain_seconds
-        + settings.config.drain_delay_seconds,
-        os.path.expanduser("~/Library/Logs/ccproxy.log"), os.getuid() if os.name == "posix" else 0)
+        (*command, *service_flags(settings)), folder, environment_file,
+        written_folders(settings), config.drain_seconds + config.drain_delay_seconds,
+        os.path.expanduser("~/Library/Logs/ccproxy.log"), getattr(os, "getuid", int)(),
+        local_address(config.host, config.port) if config.port and manager != "windows" else "",
+        account)
 
 
 def unseen_variables(settings: Settings) -> List[str]:
@@ -18849,9 +18883,6 @@ def run_step(step: Step) -> int:
                                stderr=subprocess.DEVNULL if step.tolerant else None)
     except KeyboardInterrupt:       # out of `logs -- -f`
         return 130
-    except OSError as error:
-        raise ProxyError("config", "%s: %s (--dry-run shows what it would be asked)" % (
-            step.words[0], error.strerror)) from None
 
 
 STEP_KINDS: Dict[str, Callable[[Step], int]] = {
@@ -18868,13 +18899,67 @@ def run_steps(steps: List[Step]) -> int:
     return 0
 
 
-def lacks_namespaces() -> bool:
-    """Whether the service did not start because the kernel refuses namespaces to users."""
+def ask_manager(step: Step) -> str:
+    """What a command of the service manager prints; "" where there is none."""
     import subprocess
-    shown = subprocess.run(
-        ["systemctl", "--user", "show", "--property=ExecMainStatus", "--value",
-         SERVICE_NAME + ".service"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    return shown.stdout.strip() in [b"%d" % status for status in NO_NAMESPACES]
+    try:
+        return subprocess.run(step.words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL).stdout.decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def unit_property(service: Service, name: str) -> str:
+    return ask_manager(manager_step(service, "systemctl", "show", "--property=" + name, "--value",
+                                    SERVICE_NAME + ".service"))
+
+
+def lacks_namespaces(service: Service) -> bool:
+    """Whether the service did not start because the kernel refuses namespaces to users."""
+    return unit_property(service, "ExecMainStatus") in map(str, NO_NAMESPACES)
+
+
+def lacks_bus(service: Service) -> bool:
+    """Whether systemctl --user has no way to the user's manager: that tells of any unit."""
+    return service_manager() == "systemd" and not (
+        service.account or unit_property(service, "LoadState"))
+
+
+def carry_out(invocation: Invocation, service: Service, steps: List[Step]) -> int:
+    """Carry out steps until one fails, and say where that is for want of a bus; the exit status."""
+    status = run_steps(steps)
+    if status and lacks_bus(service):
+        warn("ccproxy: this login has no bus of systemd's user manager (su and sudo give none): "
+             "log in as this user, or take a unit of the system: sudo %s\n" % own_command(
+                 invocation, "service %s --system" % invocation.given.action))
+    return status
+
+
+def first_error(service: Service, since: float, length: int) -> str:
+    """The first line about an error in the journal, or on macOS in what its file grew by."""
+    told = ask_manager(Step("run", (
+        "journalctl", "--no-pager", "--output=cat", "--since=@%d" % since,
+        "_PID=" + (unit_property(service, "ExecMainPID") or "0"))))
+    told += (read_file(service.log_file) or b"")[length:].decode("utf-8", "replace")
+    found = re.search("(?m)^ccproxy: .*|.* ERROR .*|.*Error:.*|.*can't open.*", told)
+    line = found[0] if found else (told.strip() or "there is no line of it").splitlines()[-1]
+    return printable(re.sub("^ccproxy: ", "", line), 500)
+
+
+def await_service(service: Service, began: float) -> bool:
+    """Whether a service that was started since then answers in time.  A ccproxy that has been on
+    its port for longer is another one."""
+    if not service.base:
+        return True
+    state, deadline = "", time.time() + SERVICE_SECONDS
+    say("waiting for it on %s\n" % service.base)
+    while time.time() < deadline and state not in ENDED_STATES:
+        health, state = read_health(service.base), unit_property(service, "SubState")
+        if health and (not state or health.get("uptime_seconds", 0) < time.time() - began):
+            say("it answers\n")
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def check_manager(steps: List[Step]) -> None:
@@ -18886,13 +18971,16 @@ def check_manager(steps: List[Step]) -> None:
                              "would be asked)" % step.words[0])
 
 
-def install_service(service: Service, manager: str) -> int:
+def start_service(invocation: Invocation, service: Service, steps: List[Step]) -> int:
     """Install and start; under systemd without namespaces where there are none to be had."""
+    import contextlib
     for folder in service.writes:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    steps = SERVICE_MANAGERS[manager](service, "install", ())
-    status = run_steps(steps)
-    if status and manager == "systemd" and lacks_namespaces():
+    if not service.account:
+        with contextlib.suppress(OSError, ValueError):
+            read_instance_key()         # which a user's service may read, but not make
+    status = carry_out(invocation, service, steps)
+    if status and service_manager() == "systemd" and lacks_namespaces(service):
         say("this system gives users no namespaces: installed without %s\n"
             % " ".join(NAMESPACE_RULES))
         plain = steps[0]._replace(text=unit_text(service, namespaces=False))
@@ -18900,20 +18988,34 @@ def install_service(service: Service, manager: str) -> int:
     return status
 
 
+def install_service(invocation: Invocation, service: Service, steps: List[Step]) -> int:
+    """Install, start and see it answer, or show why it does not; the exit status."""
+    began, length = time.time(), len(read_file(service.log_file) or b"")
+    status = start_service(invocation, service, steps)
+    if (status and lacks_bus(service)) or (not status and await_service(service, began)):
+        return status
+    warn("ccproxy: the service does not run: %s\n(It stays installed: `service logs` tells more, "
+         "`service restart` tries again.)\n" % first_error(service, began, length))
+    return status or 1
+
+
 def run_service(invocation: Invocation) -> int:
     """The command `service`."""
     given, manager = invocation.given, service_manager()
+    changes = not given.dry_run and given.action in ("install", "uninstall", "restart")
+    if given.system and (manager != "systemd" or (changes and os.geteuid())):
+        raise ProxyError("config", "--system needs systemd and root: sudo " + own_command(
+            invocation, "service %s --system" % given.action))
+    unseen = unseen_variables(invocation.settings) if given.action == "install" else []
     service = describe_service(invocation, manager)
     steps = SERVICE_MANAGERS[manager](service, given.action, tuple(invocation.rest))
-    unseen = unseen_variables(invocation.settings) if given.action == "install" else []
-    if not given.dry_run:
-        check_manager(steps)
     if given.dry_run:
+        steps += [Step("wait", (service.base,))] * bool(service.base and given.action == "install")
         status = 0 if say("".join(map(step_text, steps))) else 1
-    elif given.action == "install":
-        status = install_service(service, manager)
     else:
-        status = run_steps(steps)
+        check_manager(steps)
+        work = install_service if given.action == "install" else carry_out
+        status = work(invocation, service, steps)
     if unseen:
         place = "as NAME=value lines into %s (mode 0600)" % service.environment_file \
             if manager == "systemd" else "into config.json"
@@ -20017,6 +20119,8 @@ COMMANDS: Dict[str, Command] = {
                        "Windows", "service install --port 8080 --dry-run",
                        (("action", {"choices": SERVICE_ACTIONS, "metavar": "|".join(
                            SERVICE_ACTIONS), "help": "what to do with it"}),
+                        ("--system", {"action": "store_true", "help": "as a unit of the system's "
+                                      "manager (systemd), which needs root"}),
                         ("--dry-run", {"action": "store_true", "help": "print what would be done, "
                                        "and do nothing"})), REST_MARKED),
     "selftest": Command(lambda invocation: run_selftest(make_app(invocation.settings)),

@@ -87,6 +87,23 @@ def test_the_unit():
     assert found["Install"] == [("WantedBy", "default.target")]
 
 
+@pytest.mark.parametrize("account", ["User=me", "DynamicUser=yes"])
+def test_a_unit_of_the_system(account):
+    one = entries(ccproxy.unit_text(SERVICE._replace(account=account)))
+    assert tuple(account.split("=")) in one["Service"]
+    assert ("StateDirectory", "ccproxy") in one["Service"]
+    assert ("Environment", "XDG_STATE_HOME=%S") in one["Service"]
+    assert one["Install"] == [("WantedBy", "multi-user.target")]
+    assert not {"User", "DynamicUser", "StateDirectory"} & {
+        name for name, _ in entries(ccproxy.unit_text(SERVICE))["Service"]}
+    service = SERVICE._replace(account=account, folder="/etc/systemd/system")
+    for action in ccproxy.SERVICE_ACTIONS:
+        steps = ccproxy.systemd_steps(service, action, ())
+        assert not any("--user" in step.words for step in steps)
+        assert action in ("status", "logs", "restart") or any(
+            step.words == ("/etc/systemd/system/ccproxy.service",) for step in steps)
+
+
 def test_a_unit_without_namespaces():
     whole, plain = ccproxy.unit_text(SERVICE), ccproxy.unit_text(SERVICE, namespaces=False)
     left_out = set(whole.splitlines()) - set(plain.splitlines())
@@ -104,17 +121,19 @@ def test_what_lies_in_tmp_is_not_hidden(known, private):
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
 @pytest.mark.parametrize("namespaces", [True, False])
-def test_systemd_accepts_it(tmp_path, namespaces):
+@pytest.mark.parametrize("account", ["", "User=root", "DynamicUser=yes"])
+def test_systemd_accepts_it(tmp_path, namespaces, account):
     """Every directive is known and every value understood: not a word of complaint."""
     program = tmp_path / "it's 100% \"my\" $program.py"
     program.write_text("")
-    service = SERVICE._replace(command=(sys.executable, str(program), *ODD[2:]))
+    service = SERVICE._replace(command=(sys.executable, str(program), *ODD[2:]), account=account)
+    scope = [] if account else ["--user"]
     path = tmp_path / "ccproxy.service"
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
 
     def verify(text):
         path.write_text(text)
-        done = subprocess.run(["systemd-analyze", "verify", "--user", str(path)], env=environment,
+        done = subprocess.run(["systemd-analyze", "verify", *scope, str(path)], env=environment,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
         if "Failed to initialize manager" in done.stdout:
             pytest.skip("systemd-analyze does not work here")
