@@ -151,6 +151,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     SELFTEST
     A PROXY AT HAND
     BEFORE A CLIENT STARTS
+    TRIAL ANSWER
     LAUNCHERS
     SETUP
     COMMAND LINE
@@ -18497,11 +18498,12 @@ def run_check(check: Check, scene: Scene) -> List[Finding]:
         return [Finding(False, plain_reason(error), "Try again")]
 
 
-def run_checks(scene: Scene, show: Callable[[Check, Finding], None]) -> bool:
+def run_checks(scene: Scene, show: Callable[[Check, Finding], None],
+               checks: Tuple[Check, ...] = ()) -> bool:
     """Make all checks and show each finding as it comes; whether nothing is wrong."""
     failed: Dict[str, str] = {}         # name of a check -> of the one that is the cause
     sound = True
-    for check in DOCTOR_CHECKS:
+    for check in checks or DOCTOR_CHECKS:
         cause = next((failed[name] for name in check.needs if name in failed), None)
         show_progress("checking: %s\u2026" % check.name)
         findings = run_check(check, scene) if cause is None else [
@@ -18524,18 +18526,18 @@ def show_finding(check: Check, finding: Finding) -> None:
     show_feature(finding.works, "%-16s%s%s" % (check.name, finding.words, advice))
 
 
-def run_doctor(invocation: Invocation) -> int:
+def run_doctor(invocation: Invocation, checks: Tuple[Check, ...] = ()) -> int:
     """The command `doctor`."""
     settings = invocation.settings
     scene = Scene(settings, parse_origin(settings.config.api_base))
     if not invocation.given.json:
-        return 0 if run_checks(scene, show_finding) else 1
+        return 0 if run_checks(scene, show_finding, checks) else 1
     rows: List[Json] = []
 
     def keep(check: Check, finding: Finding) -> None:
         rows.append({"check": check.name, **finding._asdict()})
 
-    sound = run_checks(scene, keep)
+    sound = run_checks(scene, keep, checks)
     said = say(json.dumps({"sound": sound, "version": __version__, "checks": rows}, indent=1)
                + "\n")
     return 0 if sound and said else 1
@@ -19213,9 +19215,10 @@ def no_key_words(invocation: Invocation, path: str) -> str:
     words = "set %s (export %s=user_..., or a proxy's clientKey)" % (KEY_VARIABLE, KEY_VARIABLE)
     if not path:
         return "no key: %s%s." % (words, "" if invocation.given.url else ", or try it with --demo")
+    client = getattr(invocation.given, "client", "")
     return "Command Code's own CLI is logged in on this machine (%s). To use it: %s; or %s." \
-        % (path, own_command(invocation, "run %s --operator-keys loopback"
-                             % invocation.given.client), words)
+        % (path, own_command(invocation, ("run " + client if client else "doctor --generate")
+                             + " --operator-keys loopback"), words)
 
 
 def ask_key(invocation: Invocation) -> str:
@@ -19277,25 +19280,35 @@ def is_served_here(invocation: Invocation, key: str) -> bool:
     return lent or invocation.given.demo or bool(parse_ring(key, KEY_VARIABLE))
 
 
+def proxy_base(invocation: Invocation) -> str:
+    """The address of the proxy that is meant: --url's, else where the settings say.  Raises
+    ProxyError `config`."""
+    return re.sub("/v1$", "", top_address(invocation.given.url, invocation.settings.config))
+
+
 def find_proxy(invocation: Invocation, key: str) -> str:
-    """The address of a running proxy of this account that would do just what one of these settings
-    does, or "".  (Where they know nothing of the key: of any, for it may be its clientKey.)"""
+    """The address of --url's proxy, else of a running one of this account that would do just what
+    one of these settings does, or "".  (Where they know nothing of the key: of any, for it may be
+    its clientKey.)  Ends the program where one of our own would have no use for the key."""
     settings, demo = invocation.settings, invocation.given.demo
     config = settings.config
-    if not config.port:
-        return ""
-    base = local_base(config)
-    health, proven = read_proven_health(base)
+    if invocation.given.url:
+        return proxy_base(invocation)
+    base = local_base(config) if config.port else ""
+    health, proven = read_proven_health(base) if base else (None, False)
     wanted = {"status": "ok", "version": __version__,
               "upstream": "demo" if demo else configured_upstream(config)}
-    if is_served_here(invocation, key):
+    served = is_served_here(invocation, key)
+    if served:
         wanted["operator_keys"] = len(settings.operator.keys)
-    if not wanted.items() <= (health or {}).items():
-        return ""
-    if demo or proven:          # the demo is sent no key
-        return base
-    warn("ccproxy: the ccproxy on %s %s, so it gets no key. To use it, add --url %s\n" % (
-        base, UNPROVEN, base))
+    if wanted.items() <= (health or {}).items():
+        if demo or proven:          # the demo is sent no key
+            return base
+        warn("ccproxy: the ccproxy on %s %s, so it gets no key. To use it, add --url %s\n" % (
+            base, UNPROVEN, base))
+    if not served:
+        complain("the key is no Command Code key (user_...), and no proxy of this account runs "
+                 "here that could take it as its clientKey: name one with --url.")
     return ""
 
 
@@ -19465,6 +19478,97 @@ def end_check(wait: Callable[[float], Finding], name: str) -> None:
             finding.words, 400), name))
 
 
+# === TRIAL ANSWER ===========================================================
+# `doctor --generate`: one short answer, asked for as a client does, with the key
+# at hand and through the proxy that runs or one of our own.
+
+TRIAL_SECONDS = 120.0
+TRIAL_PATH = "/v1/chat/completions"
+TRIAL_BODY = json.dumps({       # room for some thinking, which comes before the first word
+    "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 512,
+    "messages": [{"role": "user", "content": "Reply with the word OK only."}]})
+
+
+def read_stream(answer: Any, began: float) -> Json:
+    """What a streamed answer told, and when its first token came."""
+    seen: Json = {}
+    for line in answer:
+        told = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+        seen.update(told)
+        for choice in told.get("choices", ()):
+            if choice["delta"].get("content") or choice["delta"].get("reasoning_content"):
+                seen.setdefault("first", time.monotonic() - began)
+            seen["whole"] = choice["finish_reason"]
+    return seen if seen.get("whole") or "error" in seen else {
+        "error": {"message": "the answer stopped before its end"}}
+
+
+def send_trial(base: str, path: str, key: str) -> Json:
+    """The answer to TRIAL_BODY, its `status`, the seconds `spent`.  Raises OSError, ValueError."""
+    import http.client
+    origin, began = parse_origin(base), time.monotonic()
+    kind = http.client.HTTPSConnection if origin.scheme == "https" else http.client.HTTPConnection
+    connection = kind(origin.host, origin.port, timeout=TRIAL_SECONDS)
+    try:
+        connection.request("POST", origin.base + path, TRIAL_BODY, {
+            "content-type": "application/json", "authorization": "Bearer " + key})
+        answer = connection.getresponse()
+        seen = read_stream(answer, began) if answer.status == 200 and path == TRIAL_PATH \
+            else json.loads(answer.read(MIB))
+        return {**seen, "status": answer.status, "spent": time.monotonic() - began}
+    except (http.client.HTTPException, LookupError, TypeError, AttributeError) as error:
+        raise OSError("malformed answer: %s" % type(error).__name__) from None
+    finally:
+        connection.close()
+
+
+def try_answer(base: str, key: str, tolerant: bool, scene: Scene) -> List[Finding]:
+    """What became of one short answer.  What /explain refuses, the proxy refuses; an error behind
+    that is the upstream's own word, but where there was no connection or no answer in time."""
+    explained = send_trial(base, "/explain" + TRIAL_PATH, key)
+    seen = explained if "error" in explained else send_trial(base, TRIAL_PATH, key)
+    words = "%d from %s" % (seen["status"], base)
+    if "error" in seen:
+        message = printable(str(seen["error"].get("message")), 300).rstrip(".")
+        passed = tolerant and seen is not explained and seen["status"] != 504 and \
+            not message.startswith("No connection")
+        words += ", an error of the upstream: " if passed else ": "
+        return [Finding(passed, words + message, "See Errors in the README" * (not passed))]
+    usage, spent = seen.get("usage", {}), seen["spent"]
+    return [Finding(True, "%s, model %s, %s tokens in, %s out, first token after %s, all after %s"
+                    % (words, seen.get("model"), usage.get("prompt_tokens"), usage.get(
+                        "completion_tokens"), short_span(seen.get("first", spent)),
+                       short_span(spent)))]
+
+
+def forgive(check: Check) -> Check:
+    """A check by which an upstream that answers with an error is no fault of this machine's."""
+    return check._replace(run=lambda scene: [
+        finding._replace(works=finding.works or None) for finding in check.run(scene)])
+
+
+def examine(invocation: Invocation) -> int:
+    """The command `doctor`, with one short answer where it is asked for."""
+    import contextlib
+    import tempfile
+    given, switch = invocation.given, os.environ.get("SMOKE_ACCEPT_UPSTREAM_ERRORS", "")
+    if invocation.settings.fault or not (given.generate or given.accept_upstream_errors):
+        return run_doctor(invocation)       # which tells the fault
+    tolerant = given.accept_upstream_errors or BOOLEAN_WORDS.get(switch.lower(), False)
+    key = find_key(invocation)
+    base = find_proxy(invocation, key)
+    with contextlib.ExitStack() as held:
+        if not base:
+            log = held.enter_context(tempfile.TemporaryFile("a+b"))
+            process, base = start_proxy(invocation, log)
+            held.callback(end_proxy, process, log)
+        trial = Check("answer", partial(try_answer, base, key, tolerant),
+                      () if given.demo or given.url else ("tls",), TRIAL_SECONDS)
+        return run_doctor(invocation, tuple(
+            forgive(check) if tolerant and check.name in ("upstream", "keys") else check
+            for check in DOCTOR_CHECKS) + (trial,))
+
+
 # === LAUNCHERS ==============================================================
 # `env` prints what a client needs to come here; `run` starts the client so, with
 # a proxy of its own where none runs yet.
@@ -19479,12 +19583,6 @@ def target_of(invocation: Invocation, base: str, key: str) -> Target:
     model = resolve_model(invocation.given.model or "default", models, config, [])
     return Target(base, key, model, tuple(one for one in listed_models(models, config)
                                           if one.id != model.id), program=program_name())
-
-
-def proxy_base(invocation: Invocation) -> str:
-    """The address of the proxy that is meant: --url's, else where the settings say.  Raises
-    ProxyError `config`."""
-    return re.sub("/v1$", "", top_address(invocation.given.url, invocation.settings.config))
 
 
 def warn_of_key(invocation: Invocation) -> None:
@@ -19618,10 +19716,7 @@ def run_client(invocation: Invocation) -> int:
     key = find_key(invocation)
     target = target_of(invocation, "", key)
     end_by_signals()
-    base = proxy_base(invocation) if invocation.given.url else find_proxy(invocation, key)
-    if not (base or is_served_here(invocation, key)):
-        complain("the key is no Command Code key (user_...), and no proxy of this account runs "
-                 "here that could take it as its clientKey: name one with --url.")
+    base = find_proxy(invocation, key)
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):    # at the start
         checked = start_work(partial(look_ahead, invocation, base, key))
         if not base:
@@ -20107,8 +20202,12 @@ COMMANDS: Dict[str, Command] = {
                                        "done"}))),
     "models": Command(show_models, "list the models: context, output, vision, efforts, plan",
                       "models --json", (JSON_FLAG,)),
-    "doctor": Command(run_doctor, "find out why something does not work, and what to do",
-                      "doctor --json", (JSON_FLAG,), lenient=True),
+    "doctor": Command(examine, "find out why something does not work, and what to do",
+                      "doctor --json", (JSON_FLAG, CLIENT_FLAGS[1], (
+                          "--generate", {"action": "store_true", "help": "ask for one short answer "
+                                         "too, with the key at hand"}),
+                       ("--accept-upstream-errors", {"action": "store_true", "help": "the same; an "
+                        "error that the upstream answers is a success here"})), lenient=True),
     "top": Command(show_top, "watch a running proxy: what runs, what ran, errors, tokens", "top",
                    (("--url", {"metavar": "URL", "help": "where it is (default: as host and port "
                                "say); wants its adminKey where it is another machine"}),
