@@ -3738,6 +3738,8 @@ def get(holder: Json, name: str, expected: str, path: str = "") -> Any:
 
 def read_cache(holder: Json, path: str) -> Optional[Json]:
     """cache_control as the upstream takes it."""
+    if "cache_control" not in holder:
+        return None             # nearly always
     given = get(holder, "cache_control", "an object", path)
     if not given or given.get("type") != "ephemeral":
         return None
@@ -4590,7 +4592,9 @@ def read_allowed_tools(given: Json, notes: List[str], path: str) -> Choice:
 
 def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
     """System texts in order, without Claude Code's billing line; other parts leave a note."""
-    texts = []
+    texts: List[Text] = []
+    if content is None:
+        return texts
     for part in read_content(content, path, notes):
         if not isinstance(part, Text):
             add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
@@ -4630,13 +4634,14 @@ def lift_leading_system(prompt: Prompt) -> None:
     anything, the last one is the user's."""
     if "system" not in [turn.role for turn in prompt.turns]:
         return                  # nearly always
-    if not any(turn.parts for turn in prompt.turns if turn.role != "system"):
+    if not [turn for turn in prompt.turns if turn.parts and turn.role != "system"]:
         prompt.turns = [turn for turn in prompt.turns if turn.parts]
         prompt.turns[-1] = prompt.turns[-1]._replace(role="user")
         add_note(prompt.notes, "repaired", "the last system message is sent as the user's")
-    first = next(index for index, turn in enumerate(prompt.turns) if turn.role != "system")
-    for turn in prompt.turns[:first]:
-        prompt.system += turn.parts     # type: ignore[arg-type]
+    first = 0
+    while prompt.turns[first].role == "system":
+        prompt.system += prompt.turns[first].parts      # type: ignore[arg-type]
+        first += 1
     prompt.turns = [turn._replace(parts=join_texts(turn.parts)) if turn.role == "system" else turn
                     for turn in prompt.turns[first:]]
 
@@ -4855,6 +4860,9 @@ def openrouter_reasoning(body: Json) -> Json:
     return given
 
 
+THINKING_FIELDS = frozenset(("reasoning_effort", "reasoning", "output_config", "thinking"))
+
+
 def read_effort_word(body: Json) -> Optional[str]:
     """reasoning_effort, reasoning.effort or output_config.effort."""
     effort = get(body, "reasoning_effort", "a string")
@@ -4868,6 +4876,8 @@ def read_effort_word(body: Json) -> Optional[str]:
 def read_any_effort(body: Json) -> Optional[str]:
     """The effort that is named, or what a budget amounts to; none where OpenRouter's
     reasoning.enabled is false, medium (its default) where it is true."""
+    if THINKING_FIELDS.isdisjoint(body):
+        return None             # often
     effort, reasoning = read_effort_word(body), openrouter_reasoning(body)
     thinking = get(body, "thinking", "an object") or {}
     budget = get(thinking, "budget_tokens", "a number", "thinking") or 0
@@ -4883,6 +4893,8 @@ def read_any_effort(body: Json) -> Optional[str]:
 def read_any_budget(body: Json) -> Optional[int]:
     """thinking.budget_tokens where thinking was asked for, 0 where that was left open; or
     reasoning.max_tokens."""
+    if THINKING_FIELDS.isdisjoint(body):
+        return None             # often
     budget, reasoning = 0.0, openrouter_reasoning(body)
     if read_thinking_kind(body) in ("enabled", "adaptive"):
         budget = get(body["thinking"], "budget_tokens", "a number", "thinking") or 0
@@ -5270,9 +5282,14 @@ def image_tokens(image: Image) -> int:
 
 def images_of(prompt: Prompt) -> List[Image]:
     """All pictures of a prompt."""
-    parts = [part for turn in prompt.turns for part in turn.parts]
-    shown = [part for part in parts if isinstance(part, Image)]
-    return shown + [image for part in parts if isinstance(part, Result) for image in part.images]
+    shown: List[Image] = []
+    for turn in prompt.turns:
+        for part in turn.parts:
+            if isinstance(part, Image):
+                shown.append(part)
+            elif isinstance(part, Result):
+                shown += part.images
+    return shown
 
 
 def part_texts(part: Part) -> List[str]:
@@ -7147,11 +7164,13 @@ def chat_frames(reply: Reply, event: Event) -> bytes:
 def chat_body(reply: Reply) -> Json:
     """The whole answer as one chat completion; a call that was cut off is left out."""
     calls = [block for block in reply.of_kind(TOOL) if block.whole]
-    said = {member: "".join(block.text for block in reply.of_kind(kind))
-            for kind, member in CHAT_MEMBERS.items()}
-    message: Json = {"role": "assistant", **{name: text for name, text in said.items()
-                                             if text or name == "content"}}
-    if not said["content"] and (calls or said["refusal"]):
+    said: Dict[str, List[str]] = {"content": []}
+    for block in reply.blocks:
+        text = block.text if block.kind != TOOL else ""
+        if text:
+            said.setdefault(CHAT_MEMBERS[block.kind], []).append(text)
+    message: Json = {"role": "assistant", **{name: "".join(texts) for name, texts in said.items()}}
+    if not said["content"] and (calls or "refusal" in said):
         message["content"] = None
     if calls:
         message["tool_calls"] = [chat_call(block, call_text(block)) for block in calls]
@@ -13784,7 +13803,7 @@ class Wire(asyncio.BufferedProtocol):
         self.end()
 
     def pause_writing(self) -> None:
-        self.blocked_since = asyncio.get_running_loop().time()
+        self.blocked_since = time.monotonic()
         self.call(self.on_block, True)
 
     def resume_writing(self) -> None:
@@ -13813,7 +13832,7 @@ class Wire(asyncio.BufferedProtocol):
 
     async def wait(self, deadline: float) -> None:
         """Wait to be woken.  Raises asyncio.TimeoutError after the deadline (loop time)."""
-        self.waiter = asyncio.get_running_loop().create_future()
+        self.waiter = asyncio.Future()
         self.deadline = deadline
         try:
             await self.waiter
@@ -13874,7 +13893,7 @@ class Wire(asyncio.BufferedProtocol):
         """Send what was written, then close; the sweep aborts what takes too long."""
         self.on_data = self.on_end = self.on_block = self.guard = None
         if self.transport is not None and not self.closed_at:
-            self.closed_at = asyncio.get_running_loop().time()
+            self.closed_at = time.monotonic()
             self.transport.close()
 
     def abort(self, fault: Optional[Exception] = None) -> None:
@@ -14140,7 +14159,7 @@ async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
         wire.write(spec.payload)                # too large to be copied
     seconds = app.config.upstream_idle_seconds
     try:
-        head = await read_response_head(wire, asyncio.get_running_loop().time() + seconds)
+        head = await read_response_head(wire, time.monotonic() + seconds)
     except asyncio.TimeoutError:
         raise ProxyError("late", "The upstream did not answer within %s "
                          "(upstreamIdleSeconds)." % counted(seconds, "second")) from None
@@ -14180,7 +14199,7 @@ async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
 
 async def read_short_body(app: App, call: UpstreamCall) -> bytes:
     """What an error answer says, as far as it comes in time and is not too long."""
-    deadline = asyncio.get_running_loop().time() + app.limits.error_body
+    deadline = time.monotonic() + app.limits.error_body
     body = b""
     try:
         while not call.body.done and len(body) < MAX_ERROR_BODY_BYTES:
@@ -14197,7 +14216,7 @@ async def read_short_body(app: App, call: UpstreamCall) -> bytes:
 def give_back(app: App, call: UpstreamCall) -> None:
     """Return a call's connection to the pool if its answer is complete, else hang up."""
     if call.body.done and not call.body.rest and call.head.keep_alive:
-        app.pool.give(call.wire, asyncio.get_running_loop().time(), app.limits.pool_size)
+        app.pool.give(call.wire, time.monotonic(), app.limits.pool_size)
     else:
         call.wire.abort()
 
@@ -14241,8 +14260,7 @@ def models_url(origin: Origin) -> str:
 
 async def refresh_models(app: App) -> None:
     """Ask the upstream for its list of models; on failure the known one stays for a minute."""
-    loop = asyncio.get_running_loop()
-    app.models_due = loop.time() + app.config.model_refresh_interval_ms / 1000
+    app.models_due = time.monotonic() + app.config.model_refresh_interval_ms / 1000
     url = models_url(app.origin)
     try:
         context = tls_context(app) if app.origin.scheme == "https" else None
@@ -14255,7 +14273,7 @@ async def refresh_models(app: App) -> None:
         app.models = models
         app.log.debug("model list: %d models", len(models.listed))
     except (OSError, ValueError, RecursionError) as error:
-        app.models_due = loop.time() + min(60.0, app.config.model_refresh_interval_ms / 1000)
+        app.models_due = time.monotonic() + min(60.0, app.config.model_refresh_interval_ms / 1000)
         app.log.debug("model list not refreshed: %s", printable(str(error), 200))
 
 
@@ -14264,7 +14282,7 @@ def keep_models_fresh(app: App) -> Optional["asyncio.Task[Any]"]:
     if app.models_task is not None and not app.models_task.done():
         return app.models_task
     if not app.config.use_provider_models or \
-            asyncio.get_running_loop().time() < app.models_due:
+            time.monotonic() < app.models_due:
         return None
     app.models_task = spawn(app, refresh_models(app))
     return app.models_task
@@ -14418,13 +14436,12 @@ async def await_figures(app: App, keys: Iterable[RingKey], seconds: float, wait:
 
 async def await_all_figures(app: App, keys: Tuple[RingKey, ...], seconds: float) -> None:
     """Ask for all figures that are older than that, a few at a time, within the time for one."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + app.config.account_timeout_seconds
+    deadline = time.monotonic() + app.config.account_timeout_seconds
     for at in range(0, len(keys), MAX_REFRESHES):
         started = [start_refresh(app, key, seconds) for key in keys[at:at + MAX_REFRESHES]]
         waited = [task for task in started if task is not None]
         if waited:
-            await asyncio.wait(waited, timeout=max(0.0, deadline - loop.time()))
+            await asyncio.wait(waited, timeout=max(0.0, deadline - time.monotonic()))
 
 
 # === ALERT WATCH ============================================================
@@ -14584,7 +14601,7 @@ class Relay:
         self.framed = True              # chunked; else (HTTP/1.0) the end is the connection's
         self.call: Optional[UpstreamCall] = None
         self.opened = False             # the response head went out
-        self.clock = asyncio.get_running_loop().time
+        self.clock = time.monotonic
         self.sent = self.heard = self.clock()
         self.first = 0.0                # loop time of the first frame, or of a plain answer's line
         self.lines = 0
@@ -14597,8 +14614,7 @@ class Relay:
 
     def attach(self, call: UpstreamCall) -> None:
         """Let a call's answer flow, beginning with what already came behind its head."""
-        loop = asyncio.get_running_loop()
-        self.done, self.over = loop.create_future(), loop.create_future()
+        self.done, self.over = asyncio.Future(), asyncio.Future()
         self.call, self.heard = call, self.clock()
         wire = call.wire
         wire.on_data, wire.on_end, wire.guard = self.receive, self.end, self.client.guard
@@ -14759,8 +14775,8 @@ async def run_call(relay: Relay, record: Dict[str, Any]) -> None:
     """One attempt, up to the end of its answer.  Raises ProxyError when it failed."""
     try:
         call = await open_call(relay.app, relay.spec)
-        trace_id = printable(hide(call.head.fields.get("x-trace-id", ""), relay.answer.secrets),
-                             64) or None
+        told = call.head.fields.get("x-trace-id")
+        trace_id = printable(hide(told, relay.answer.secrets), 64) if told else None
         record["trace"] = trace_id
         relay.attach(call)
         await relay.done
@@ -15057,10 +15073,9 @@ async def body_pieces(app: App, exchange: Exchange, most: int) -> Any:
     wire, limits = exchange.wire, app.limits
     reader = open_body(exchange.head.framing, "", client_fault)
     exchange.body_begun = True
-    loop = asyncio.get_running_loop()
-    began, size = loop.time(), 0
+    began, size = time.monotonic(), 0
     while not reader.done:
-        now = loop.time()
+        now = time.monotonic()
         if now - began > limits.body_grace and size < (now - began) * limits.body_rate:
             raise ProxyError("slow_client", "The body came too slowly.")
         try:
@@ -15124,13 +15139,14 @@ async def discard_body(app: App, exchange: Exchange) -> bool:
 def make_record(exchange: Exchange, now: float, total: float) -> Record:
     """What is kept of a generating request; `now` is loop time."""
     known, agent = exchange.record, exchange.head.fields.get("user-agent", "")
+    notes, error = known.get("notes"), known.get("error")
     return Record(
         time.time() - (now - exchange.started), known["api"], client_family(agent),
         printable(known.get("asked", ""), 200), printable(known.get("model", ""), 200),
         known.get("key", ""), known.get("status", 499), known.get("stream", False),
         known.get("in"), known.get("out"), known.get("cached"), known.get("reasoning"),
         read_cost(known.get("cost")), known.get("first"), total, known.get("retries", 0),
-        redact(known.get("notes", "")), printable(known.get("error", ""), 500),
+        redact(notes) if notes else "", printable(error, 500) if error else "",
         known.get("trace") or "")
 
 
@@ -15138,7 +15154,7 @@ def keep_record(app: App, exchange: Exchange) -> None:
     """Remember a generating request that is over, and tell whoever listens."""
     if "api" not in exchange.record or exchange.record.get("quiet") or exchange.dry_run:
         return
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     now = clock()
     total = now - exchange.started
     if exchange.finishing is None or exchange.finishing.done():
@@ -15156,9 +15172,9 @@ def keep_record(app: App, exchange: Exchange) -> None:
 
 def publish_record(app: App, record: Record) -> None:
     app.recent.append(record)
+    guard = guarded(app)
     for listener in app.listeners:
-        with guarded(app):
-            listener(record)
+        guard.run(listener, record)
 
 
 # === ITEM MEMORY ============================================================
@@ -15275,10 +15291,10 @@ def new_answer(app: App, exchange: Exchange, face: Face, prompt: Prompt,
                upstream: UpstreamFormat) -> Answer:
     """An empty answer to a prompt."""
     secrets = secrets_of(app, exchange)
+    echo = conceal(prompt.echo, secrets) if prompt.echo else {}
     reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model, secrets),
                   int(time.time()), include_usage=prompt.include_usage,
-                  carry_thinking=prompt.carry_thinking, echo=conceal(prompt.echo, secrets),
-                  remember=prompt.remember)
+                  carry_thinking=prompt.carry_thinking, echo=echo, remember=prompt.remember)
     reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
     answer = Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
     answer.secrets = secrets
@@ -15314,12 +15330,14 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         answer.comment_end = comment_end(fields.get("user-agent", ""))
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
-    exchange.record.update(asked=hide(prompt.asked, answer.secrets),
-                           model=hide(prompt.model, answer.secrets), stream=prompt.stream)
+    asked = hide(prompt.asked, answer.secrets)
+    exchange.record.update(asked=asked, model=asked if prompt.model == prompt.asked else hide(
+        prompt.model, answer.secrets), stream=prompt.stream)
     refuse_notes(exchange, face, body, notes)
-    routing = read_routing(app.config, fields, prompt.model, upstream.path)._replace(
-        names=names_of(prompt.model, {name for key in keys for name in key.allowed_models},
-                       app.models, app.config))
+    routing = read_routing(app.config, fields, prompt.model, upstream.path)
+    allowed = {name for key in keys for name in key.allowed_models}
+    if allowed:
+        routing = routing._replace(names=names_of(prompt.model, allowed, app.models, app.config))
     conversation = prompt.session if len(keys) == 1 else \
         derive_session(anchor_of(keys).key, named, first)
     ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec,
@@ -15328,11 +15346,17 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
                prompt.no_answer)
 
 
+def shown_notes(job: Job) -> str:
+    """The value of x-ccproxy-notes for an answer, as far as it has come."""
+    notes = job.notes + job.answer.reply.notes
+    return hide(format_notes(notes), job.answer.secrets) if notes else ""
+
+
 def answer_fields(job: Job) -> List[Tuple[str, str]]:
     """The headers that every answer carries: its id, and what was changed on the way."""
     reply = job.answer.reply
     fields = [("x-request-id", reply.id), ("request-id", reply.id)]
-    notes = hide(format_notes(job.notes + reply.notes), job.answer.secrets)
+    notes = shown_notes(job)
     job.answer.noted = len(reply.notes)
     return fields + ([("x-ccproxy-notes", notes)] if notes else [])
 
@@ -15450,8 +15474,9 @@ def note_fields(exchange: Exchange) -> List[Tuple[str, str]]:
 
 def count_caller(app: App, caller: Caller) -> None:
     """Count a POST against its caller's limit.  Raises ProxyError 429."""
-    count_request(app.rates, caller.digest, app.config.rate_limit_max,
-                  app.config.rate_limit_window, time.time())
+    if app.config.rate_limit_max:
+        count_request(app.rates, caller.digest, app.config.rate_limit_max,
+                      app.config.rate_limit_window, time.time())
 
 
 def admit(app: App, caller: Caller) -> None:
@@ -15521,7 +15546,7 @@ async def respond_empty(app: App, exchange: Exchange, job: Job) -> None:
         empty_frames(answer)
         fields = [*answer_fields(job), ("x-ccproxy-key", exchange.record["key"])]
         await respond_json(app, exchange, 200, answer.body(), fields)
-    record_notes(exchange, job)
+    exchange.record["notes"] = shown_notes(job)
 
 
 async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> None:
@@ -15563,7 +15588,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
             finishing = True
             exchange.finishing = spawn(app, finish_answer(relay))
     except ProxyError as error:
-        record_notes(exchange, job)
+        exchange.record["notes"] = shown_notes(job)
         if not relay.opened:
             raise
         conceal_error(app, exchange, error)
@@ -15577,16 +15602,11 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         remember_items(app, anchor_of(caller.keys).key, job.answer.reply)
 
 
-def record_notes(exchange: Exchange, job: Job) -> None:
-    notes = format_notes(job.notes + job.answer.reply.notes)
-    exchange.record["notes"] = hide(notes, job.answer.secrets)
-
-
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
     """What the log line tells of an answer."""
     learn_usage(app, job.answer.reply)
     record, reply = exchange.record, job.answer.reply
-    record_notes(exchange, job)
+    exchange.record["notes"] = shown_notes(job)
     if relay.first:
         record["first"] = relay.first - exchange.started
     if reply.usage is not None:
@@ -15650,6 +15670,7 @@ async def serve_dashboard(app: App, exchange: Exchange) -> None:
     await respond(app, exchange, 200, app.page.body, app.page.fields)
 
 
+EXPLAIN_PATH = re.compile("/+explain/")
 PATH_PREFIX = re.compile(r"^(/explain)?(/anthropic|/openai|/api(?=/v1(/|$)))?(?=/|$)"
                          r"((/v1)+(?=/|$))?")
 # A base URL that names the endpoint already, and the path that its client adds to it.
@@ -16185,7 +16206,7 @@ def open_descriptors() -> Optional[int]:
 def read_gauges(app: App) -> Counts:
     """How things stand; what is not known is left out.  The label `worker` is of versions with
     several processes, and dashboards ask for it."""
-    known = {("uptime_seconds", "1"): round(asyncio.get_running_loop().time() - app.started, 3),
+    known = {("uptime_seconds", "1"): round(time.monotonic() - app.started, 3),
              ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
              ("client_connections",): app.clients,
              ("upstream_idle_connections",): len(app.pool.idle),
@@ -16241,7 +16262,7 @@ def live_entry(app: App, exchange: Exchange, seconds: float) -> Json:
 
 def live_entries(app: App) -> List[Json]:
     """The generating requests that run, the longest first."""
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     running = [one for one in app.exchanges
                if "api" in one.record and not one.record.get("quiet") and not one.dry_run]
     running.sort(key=lambda one: one.started)
@@ -16254,7 +16275,7 @@ def state_entry(app: App) -> Json:
         "version": __version__, "status": "draining" if app.leaving else "ok",
         "upstream": {"kind": "demo" if app.demo else app.config.upstream,
                      "address": upstream_address(app)},
-        "uptime_seconds": round(asyncio.get_running_loop().time() - app.started, 1),
+        "uptime_seconds": round(time.monotonic() - app.started, 1),
         "open_streams": len(app.relays), "in_flight": app.in_flight, "clients": app.clients,
         "admin_key": bool(app.config.admin_key), "operator_keys": len(app.operator.keys),
         "live": live_entries(app), "alerts": app.alerts}
@@ -16346,7 +16367,7 @@ async def feed_follower(app: App, follower: Follower) -> None:
             await wire.wait(0.0)
         else:
             try:
-                await wire.wait(asyncio.get_running_loop().time() + app.limits.silence)
+                await wire.wait(time.monotonic() + app.limits.silence)
             except asyncio.TimeoutError:
                 follower.frames.append(comment_frame("nothing new"))
 
@@ -16727,7 +16748,8 @@ def proof_entry(app: App, nonce: str, port: int) -> Json:
 # are raised and shown in one place (SERVER).
 
 
-ALL_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+ALL_METHODS = ", ".join(METHODS)
 
 
 class Route(NamedTuple):
@@ -16869,7 +16891,7 @@ async def serve_ollama_show(app: App, exchange: Exchange) -> None:
 
 async def serve_health(app: App, exchange: Exchange) -> None:
     """How the proxy is; to a nonce, whose it is.  Raises ProxyError 400."""
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     nonce = read_nonce(exchange.head)
     await respond_json(app, exchange, 503 if app.leaving else 200, {
         "status": "draining" if app.leaving else "ok", "version": __version__,
@@ -16976,6 +16998,7 @@ ROUTES = {
 ONE_MODEL = Route({"GET": serve_model})
 ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
 ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key}, private=True)
+PLAIN_PATHS = frozenset(ROUTES) | {"/v1" + path for path in ROUTES}
 PREFIXES = {"/models/": ONE_MODEL, "/responses/": ONE_RESPONSE, "/admin/keys/": ONE_KEY}
 
 
@@ -17007,15 +17030,23 @@ def find_route(head: RequestHead) -> Route:
     return route
 
 
+def record_request(app: App, exchange: Exchange) -> None:
+    """Remember what was asked for; the methods and paths that are ours hold no secret."""
+    method, path = exchange.head.method, exchange.head.path
+    if method not in METHODS or path not in PLAIN_PATHS:
+        secrets = secrets_of(app, exchange)
+        method = hide(method, secrets)
+        path = hide(unquote(path[:4 * MAX_LOG_VALUE]), secrets)
+    exchange.record.update(method=method, path=path)
+
+
 def serve_request(app: App, exchange: Exchange) -> Awaitable[None]:
     """Find a request's route and method and start it.  Raises ProxyError 404 or 405."""
     head = exchange.head
     exchange.face = face_of_path(head)
-    exchange.dry_run = re.match("/+explain/", head.path) is not None or \
+    exchange.dry_run = EXPLAIN_PATH.match(head.path) is not None or \
         is_asked(head, "x-ccproxy-dry-run")
-    secrets = secrets_of(app, exchange)
-    exchange.record.update(method=hide(head.method, secrets),
-                           path=hide(unquote(head.path[:4 * MAX_LOG_VALUE]), secrets))
+    record_request(app, exchange)
     if head.method == "CONNECT":
         raise ProxyError("not_implemented", "CONNECT: this is not a proxy of that kind.")
     if head.method == "OPTIONS":
@@ -17042,15 +17073,15 @@ TLS_HANDSHAKE = b"\x16\x03"     # how a ClientHello's record begins (RFC 8446 5.
 
 async def read_request_head(app: App, wire: Wire, first: bool) -> Optional[RequestHead]:
     """The next request's head; None when the client left or stayed silent instead."""
-    limits, loop = app.limits, asyncio.get_running_loop()
+    limits = app.limits
     if not wire.buffer:
         wait = limits.first_request if first else limits.keep_alive
         try:
-            if not await wire.fill(loop.time() + wait):
+            if not await wire.fill(time.monotonic() + wait):
                 return None
         except asyncio.TimeoutError:
             return None
-    deadline, seen, skipped = loop.time() + limits.head, 0, 0
+    deadline, seen, skipped = time.monotonic() + limits.head, 0, 0
     while True:
         if wire.buffer[:2] == TLS_HANDSHAKE:
             raise client_fault("it begins with a TLS handshake. This port speaks plain HTTP: use "
@@ -17101,15 +17132,14 @@ NO_HEAD = RequestHead("", "", "", 1, {}, Framing(False, 0), False)     # until o
 
 async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     """One request and its answer, whatever goes wrong; None when no request came."""
-    loop = asyncio.get_running_loop()
-    exchange = Exchange(wire, NO_HEAD, loop.time(), False)
+    exchange = Exchange(wire, NO_HEAD, time.monotonic(), False)
     try:
         with guarded(app, raise_internal, ProxyError, ConnectionError):
             head = await read_request_head(app, wire, first)
             if head is None:
                 return None
             wire.fresh = False
-            exchange.head, exchange.started = head, loop.time()
+            exchange.head, exchange.started = head, time.monotonic()
             exchange.keep = head.keep_alive and not app.leaving
             app.exchanges.add(exchange)
             await serve_request(app, exchange)
@@ -17172,23 +17202,19 @@ def log_level_of(status: int, quiet: bool, failed: bool) -> int:
     return logging.DEBUG if quiet and status < 400 else logging.INFO
 
 
-UNLOGGED = ("asked", "reasoning")       # kept of a request, but not in its line
+UNLOGGED = ("asked", "reasoning", "quiet", "status", "error")   # told elsewhere or not at all
 
 
 def log_exchange(app: App, exchange: Exchange) -> None:
     """One line for one request."""
-    record = {name: value for name, value in exchange.record.items() if name not in UNLOGGED}
-    if not record:
-        return
-    quiet, status = record.pop("quiet", False), record.pop("status", 0)
-    level = log_level_of(status, quiet, "error" in record)
-    if app.log.isEnabledFor(level):
-        total = asyncio.get_running_loop().time() - exchange.started
-        if "api" in record:
-            record = {name: value for name, value in record.items()
-                      if name not in ("method", "path")}
-        error = record.pop("error", None)
-        app.log.log(level, "%d %s", status, log_line({**record, "total": total, "error": error}))
+    known = exchange.record
+    status = known.get("status", 0)
+    level = log_level_of(status, known.get("quiet", False), "error" in known)
+    if known and app.log.isEnabledFor(level):
+        left_out = UNLOGGED + ("method", "path") if "api" in known else UNLOGGED
+        fields = {name: value for name, value in known.items() if name not in left_out}
+        fields["total"] = time.monotonic() - exchange.started
+        app.log.log(level, "%d %s", status, log_line({**fields, "error": known.get("error")}))
 
 
 async def linger(app: App, wire: Wire) -> None:
@@ -17198,7 +17224,7 @@ async def linger(app: App, wire: Wire) -> None:
     """
     if wire.ended or not wire.transport.can_write_eof():
         return
-    deadline = asyncio.get_running_loop().time() + app.limits.linger
+    deadline = time.monotonic() + app.limits.linger
     try:
         wire.transport.write_eof()
     except OSError:         # it has just gone
@@ -17256,10 +17282,9 @@ def look_at_each(app: App, things: List[Any], look: Callable[[Any], None],
 
 async def sweep(app: App) -> None:
     """Look at every deadline, again and again."""
-    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(app.limits.sweep)
-        now = loop.time()
+        now = time.monotonic()
         look_at_each(app, list(app.wires), lambda wire: wire.expire(now), Wire.abort)
         look_at_each(app, list(app.relays), lambda relay: relay.tick(now), Relay.crash)
         app.pool.prune(now - app.limits.pool_idle)
@@ -17296,14 +17321,13 @@ async def end_idle(app: App, hurry: asyncio.Event) -> None:
     """Let idle client connections go, but those whose request is on its way: what the system has
     got already is read first, and a new connection has a moment to say what it came for.  So has
     every one in a restart: its next answer tells the client to come anew, and nobody is lost."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + app.limits.first_grace
+    deadline = time.monotonic() + app.limits.first_grace
     for _ in range(3):          # turns: ready sockets are read, and their tasks wake
         await asyncio.sleep(0)
     for wire in idle_wires(app):
         if not (wire.fresh or wire.buffer or app.restarting):
             wire.abort()
-    while idle_wires(app) and not hurry.is_set() and loop.time() < deadline:
+    while idle_wires(app) and not hurry.is_set() and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     for wire in idle_wires(app):
         wire.abort()
@@ -17311,16 +17335,15 @@ async def end_idle(app: App, hurry: asyncio.Event) -> None:
 
 async def wait_for_exchanges(app: App, seconds: float, hurry: asyncio.Event) -> None:
     """Wait until no request runs, the time is over, or there is a hurry."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
-    while app.exchanges and not hurry.is_set() and loop.time() < deadline:
+    deadline = time.monotonic() + seconds
+    while app.exchanges and not hurry.is_set() and time.monotonic() < deadline:
         await asyncio.sleep(min(0.05, app.limits.sweep))
 
 
 async def listen(app: App) -> Any:
     """Open the listening socket.  Raises OSError."""
     loop = asyncio.get_running_loop()
-    app.started, app.ending = loop.time(), loop.create_future()
+    app.started, app.ending = time.monotonic(), loop.create_future()
     server = await open_listener(app, app.config.host, app.config.port,
                                  lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
     spawn(app, keep_running(app, sweep))
@@ -17341,7 +17364,7 @@ async def listen(app: App) -> Any:
 
 async def serve_demo_call(app: App, wire: Wire, head: RequestHead) -> None:
     """One demo request and its answer, chunk by chunk."""
-    exchange = Exchange(wire, head, asyncio.get_running_loop().time(), True)
+    exchange = Exchange(wire, head, time.monotonic(), True)
     pieces = [piece async for piece in body_pieces(app, exchange, app.config.max_body_bytes)]
     release_body(app, exchange)
     answer = demo_answer(json.loads(b"".join(pieces)))
