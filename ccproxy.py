@@ -10511,22 +10511,33 @@ CLAUDE_NAMES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS
 CODEX_PATHS: Tuple[Path, ...] = (("model",), ("model_provider",), ("model_context_window",),
                                  ("model_providers", "ccproxy"))
 OPENCODE_PATHS: Tuple[Path, ...] = (("model",), ("small_model",), ("provider", "ccproxy"))
+# A command of POSIX sh.  It asks the proxy only as a child of Claude Code, which sets the address;
+# the key is in no command line.  Where curl is missing or slow, the key counts as good.
+KEY_HELPER = """\
+case "$KEY" in ""|*...*) echo "KEY holds no keyAGAIN" >&2; exit 1;; esac; \
+if [ "$ANTHROPIC_BASE_URL" ]; then said=$(printf "Authorization: Bearer %s" "$KEY" | { \
+curl -q -s -m 4 --noproxy 127.0.0.1,localhost -H @- -w '"state":"%{http_code}"' \
+"$ANTHROPIC_BASE_URL/v1/usage"; } 2>/dev/null); case $? in 6|7) echo "no proxy answers at \
+$ANTHROPIC_BASE_URL: start ccproxy there, then start claude again" >&2; exit 1;; esac; \
+case "$(printf %s "$said" | grep -o '"state":"[a-z0-9]*"' | sort -u | tr -d '"\\n')" in \
+state:401*|state:200state:refused) echo "KEY holds a key that is refused (commandcode.ai, \
+settings, API keys shows yours)AGAIN" >&2; exit 1;; esac; fi; printf "%s\\n" "$KEY"\
+"""
 
 
 def key_helper(windows: bool, needed: bool = True) -> str:
     """The command by which Claude Code gets the key; it runs in the system's own shell.  Where one
-    is needed and there is none it fails: Claude Code shows why at once, while it repeats a request
-    that gets a 401 for minutes without a word."""
+    is needed and there is none, or the proxy calls it refused, it fails: Claude Code shows why at
+    once, while it repeats a request that gets a 401, or no answer, for minutes without a word."""
     if not needed:
         return "echo %%%s%%" % KEY_VARIABLE if windows else 'echo "${%s:-%s}"' % (
             KEY_VARIABLE, NO_KEY)
-    told = "%s holds no key: %s %s=user_..., then start claude again" % (
-        KEY_VARIABLE, "set" if windows else "export", KEY_VARIABLE)
+    again = ": %s %s=user_..., then start claude again" % (
+        "set" if windows else "export", KEY_VARIABLE)
     if windows:
-        return "if not defined %s (echo %s>&2& exit 1) else echo %%%s%%" % (
-            KEY_VARIABLE, told, KEY_VARIABLE)
-    return 'case "$%s" in ""|*...*) echo "%s" >&2; exit 1;; esac; printf "%%s\\n" "$%s"' % (
-        KEY_VARIABLE, told, KEY_VARIABLE)
+        return "if not defined %s (echo %s holds no key%s>&2& exit 1) else echo %%%s%%" % (
+            KEY_VARIABLE, KEY_VARIABLE, again, KEY_VARIABLE)
+    return KEY_HELPER.replace("KEY", KEY_VARIABLE).replace("AGAIN", again)
 
 
 def claude_foreign(settings: Json) -> List[Path]:

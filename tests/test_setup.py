@@ -14,6 +14,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import pytest
+from fake_upstream import FakeUpstream, status
 from harness import KEY, call_program, ccproxy, clean_environment
 from test_launchers import Bench, real_program
 
@@ -317,6 +318,50 @@ def test_the_key_helper_gives_the_key_or_says_what_is_missing(shell, given, expe
                           env={} if given is None else {"COMMANDCODE_KEY": given},
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+USAGE = '{"keys":[%s]}'
+GOOD, BAD = '{"state":"usable"}', '{"state":"refused","reason":"x"}'
+CALLED_REFUSED = ("COMMANDCODE_KEY holds a key that is refused (commandcode.ai, settings, API keys "
+                  "shows yours): export COMMANDCODE_KEY=user_..., then start claude again\n")
+
+
+@POSIX
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh"])
+@pytest.mark.parametrize("code, body, refused", [
+    (200, USAGE % GOOD, False), (200, USAGE % BAD, True), (200, USAGE % (BAD + "," + BAD), True),
+    (200, USAGE % (BAD + "," + GOOD), False), (200, USAGE % '{"state":"unknown"}', False),
+    (200, "not JSON", False), (401, '{"error":{"message":"No"}}', True), (404, "{}", False),
+    (502, "{}", False)])
+def test_the_key_helper_fails_for_a_key_that_the_proxy_calls_refused(shell, code, body, refused):
+    if shutil.which(shell) is None:
+        pytest.skip("there is no %s here" % shell)
+    proxy = FakeUpstream()
+    proxy.side_script = status(code, body.encode())
+    done = subprocess.run(
+        [shutil.which(shell), "-c", ccproxy.key_helper(False)], stdout=subprocess.PIPE,
+        env={"COMMANDCODE_KEY": "k'\"$x\\", "ANTHROPIC_BASE_URL": proxy.base},
+        stderr=subprocess.PIPE, encoding="utf-8")
+    proxy.close()
+    assert (done.returncode, done.stdout, done.stderr) == (
+        (1, "", CALLED_REFUSED) if refused else (0, "k'\"$x\\\n", ""))
+    asked, = proxy.side_requests
+    assert asked.line == "GET /v1/usage HTTP/1.1"
+    assert asked.field("authorization") == "Bearer k'\"$x\\"
+
+
+@POSIX
+def test_the_key_helper_tells_that_no_proxy_runs_and_does_without_curl(tmp_path):
+    for name in ("grep", "sort", "tr"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    told = "no proxy answers at %s: start ccproxy there, then start claude again\n" % "http://[::1]:9"
+    for path, expected in ((str(tmp_path), (0, KEY + "\n", "")), (os.environ["PATH"], (1, "", told))):
+        done = subprocess.run(
+            ["/bin/sh", "-c", ccproxy.key_helper(False)], stdout=subprocess.PIPE,
+            env={"COMMANDCODE_KEY": KEY, "PATH": path, "ANTHROPIC_BASE_URL": "http://[::1]:9"},
+            stderr=subprocess.PIPE, encoding="utf-8")
+        assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 @POSIX
