@@ -2400,8 +2400,11 @@ OWN_KEY = ("send your own as `Authorization: Bearer user_...` or `x-api-key: use
 def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
     """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
     one is set, and what was sent is not it."""
-    given = any(fields.get(name, "").strip() for name, _ in KEY_FIELDS)
+    sent = {fields.get(name, "").strip().lower() for name, _ in KEY_FIELDS}
+    given = sent != {""}
     mistakes = [mistaken_key(key_text(fields, name)) for name, _ in KEY_FIELDS]
+    if given and sent <= {"", "bearer", "token"}:
+        mistakes = ["empty (is the variable set that should hold it?)"]
     problem = "The key sent is not a Command Code key" if given else "No key was sent"
     if given and client_key:
         problem = "The clientKey sent is wrong, and it is not a Command Code key either"
@@ -2463,7 +2466,7 @@ def choose_traceparent(given: str, fresh: str) -> str:
 MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
 MAX_RING_WEIGHT = 1000
 MAX_SENT_SECRETS = 64   # of one request, that are looked for in what is shown
-NO_SECRETS = ("bearer", "token", "user_", "user_...")      # schemes, and what stands for a key
+NO_SECRETS = ("bearer", "token", "user_", "user_...", "key")   # schemes, what stands for a key
 RING_SHAPE = "[name=]user_...[;weight=N], ..."
 RING_ENTRY = re.compile(
     r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?'
@@ -2548,7 +2551,8 @@ def sent_secrets(fields: Fields) -> List[str]:
         elif value:
             entries = [entry for entry in ring_entries(value)[:MAX_RING_KEYS]
                        if entry.lower() not in NO_SECRETS]
-            words = entries + [entry.rpartition(" ")[2] for entry in entries]
+            words = entries + [entry.rpartition(" ")[2] for entry in entries
+                               if entry.rpartition(" ")[2].lower() not in NO_SECRETS]
             found += KEY_PATTERN.findall(value)[:MAX_RING_KEYS]
             found += [word for word in words if len(entries) == 1 or len(word) >= SHORT_SECRET]
     return found[:MAX_SENT_SECRETS]
@@ -14027,18 +14031,21 @@ def tls_context(app: App) -> ssl.SSLContext:
     return app.tls
 
 
+LOOK_FOR_CAUSE = " On the proxy's machine, `ccproxy.py doctor` looks for the cause."
+
+
 def connect_error(app: App, error: Exception) -> ProxyError:
     """What went wrong on the way to the upstream, in words that help."""
     where = "%s:%d" % (app.origin.host, app.origin.port)
     if isinstance(error, asyncio.TimeoutError):
-        return ProxyError("unconnected", "No connection to the upstream %s within %s."
-                          % (where, counted(app.config.upstream_connect_seconds, "second")))
+        return ProxyError("unconnected", "No connection to the upstream %s within %s.%s" % (
+            where, counted(app.config.upstream_connect_seconds, "second"), LOOK_FOR_CAUSE))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError("upstream_final", "The certificate of the upstream %s could not be "
                           "verified: %s (SSL_CERT_FILE names a file of further authorities)."
                           % (where, error.verify_message))
-    return ProxyError("unreachable", "No connection to the upstream %s: %s."
-                      % (where, printable(str(error) or type(error).__name__, 200)))
+    return ProxyError("unreachable", "No connection to the upstream %s: %s.%s" % (
+        where, printable(str(error) or type(error).__name__, 200), LOOK_FOR_CAUSE))
 
 
 async def open_wire(app: App) -> Wire:
@@ -18541,6 +18548,7 @@ def run_checks(scene: Scene, show: Callable[[Check, Finding], None],
         cause = next((failed[name] for name in check.needs if name in failed), None)
         show_progress("checking: %s\u2026" % check.name)
         findings = run_check(check, scene) if cause is None else [
+            *(own_key_findings(scene.settings) if check.name == "keys" else ()),
             Finding(None, "not tried: see %s" % cause)]
         show_progress("")
         wrong = any(finding.works is False for finding in findings)

@@ -68,6 +68,15 @@ def test_what_is_no_key_is_named(clinic, tmp_path, key, works, word, lent):
     assert asked == {"Bearer user_good"}        # what is no key goes nowhere
 
 
+@pytest.mark.parametrize("key, crosses", [("user_...", 1), ("sk-ant-5ecr3t", 1), ("user_good", 0)])
+def test_what_is_no_key_is_named_without_an_upstream(tmp_path, key, crosses):
+    done = call_program("doctor", "--json", "--api-base", "http://127.0.0.1:9", "--port", "0",
+                        environment=clean_environment(COMMANDCODE_KEY=key, HOME=str(tmp_path)))
+    rows = [row for row in json.loads(done.stdout)["checks"] if row["check"] == "keys"]
+    assert [row["works"] for row in rows] == [False] * crosses + [None]
+    assert "not tried: see upstream" in rows[-1]["words"] and "5ecr3t" not in done.stdout
+
+
 def test_the_client_key_of_the_settings_is_no_mistake(clinic, tmp_path):
     done = doctor(clinic, tmp_path, COMMANDCODE_KEY="sk-team", CC_CLIENT_KEY="sk-team")
     assert done.returncode == 0 and "whether it is a proxy's clientKey" in done.stdout

@@ -353,6 +353,21 @@ def test_keys_that_are_none(proxy, upstream, fields):
     assert not upstream.connections
 
 
+EMPTY = "The key sent is not a Command Code key, but empty (is the variable set that "
+
+
+@pytest.mark.parametrize("fields, word", [
+    ({}, "No key was sent: "), ({"x-api-key": " "}, "No key was sent: "),
+    ({"authorization": "Bearer"}, EMPTY), ({"authorization": "token "}, EMPTY),
+    ({"authorization": "Bearer ", "x-api-key": ""}, EMPTY),
+    ({"authorization": "Bearer your key"}, "The key sent is not a Command Code key: "),
+    ({"x-api-key": "key"}, "The key sent is not a Command Code key: ")])
+def test_how_a_missing_key_is_told(proxy, fields, word):
+    """`Bearer $KEY` with an empty variable has a word of its own; no word of ours is hidden."""
+    message = proxy.post(CHAT, fields, None).json["error"]["message"]
+    assert message.startswith(word) and "hidden" not in message
+
+
 # Model lists.
 
 

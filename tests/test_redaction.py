@@ -83,6 +83,7 @@ def test_known_secrets_are_hidden_exactly(text, expected):
     ({"x-api-key": "w=user_a;weight=2, \"sk 2\""}, {"user_a", "w=user_a;weight=2"}),
     ({"x-api-key": "dummy"}, {"dummy"}), ({"x-api-key": "Bearer sk 2"}, {"sk 2", "2"}),
     ({"authorization": "Bearer user_", "api-key": "user_..."}, set()),
+    ({"authorization": "Bearer your key", "api-key": "KEY"}, {"your key"}),
     ({"authorization": "Basic dXNlcjpwdw=="}, {"Basic dXNlcjpwdw==", "dXNlcjpwdw=="}),
 ])
 def test_what_a_request_sends_as_keys(fields, expected):
