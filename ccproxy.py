@@ -846,8 +846,11 @@ def check_entries(entries: Mapping[str, Any], file_name: str) -> None:
     removed = {option.name for option in REMOVED_OPTIONS}
     unknown = sorted(set(entries) - removed - {option.name for option in OPTIONS})
     if unknown:
-        raise ProxyError("config", "%s: unknown option %s (--help-all lists them)"
-                         % (file_name, ", ".join(unknown)), param=unknown[0])
+        import difflib
+        near = difflib.get_close_matches(unknown[0][:50], [option.name for option in OPTIONS], 1)
+        raise ProxyError("config", "%s: unknown option %s %s(--help-all lists them)" % (
+            file_name, ", ".join(unknown), "- did you mean %s? " % near[0] if near else ""),
+            param=unknown[0])
     empty = [name for name, value in entries.items() if value is None and name not in removed]
     if empty:
         raise ProxyError("config", "%s: %s must not be null (leave it out)"
@@ -13156,17 +13159,25 @@ def open_log(config: Config) -> logging.Logger:
     return log
 
 
+def check_log_file(path: str) -> None:
+    """Raise ProxyError `config` where no log can be written."""
+    place = os.path.dirname(os.path.abspath(path))
+    words = "" if os.path.isdir(place) else \
+        ", for there is no folder %s: make it, or choose another" % place
+    if words or os.path.isdir(path) or not os.access(
+            path if os.path.exists(path) else place, os.W_OK):
+        raise ProxyError("config", "logFile %s: cannot be written%s" % (path, words),
+                         param="logFile")
+
+
 def check_surroundings(config: Config) -> None:
     """What a configuration needs of this machine.  A certificate file that is named but missing is
     said at start, not at the first request.  Raises ProxyError `config`."""
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.path.isfile(path):
         raise ProxyError("config", "environment SSL_CERT_FILE: there is no file %s" % path)
-    place = config.log_file and os.path.dirname(os.path.abspath(config.log_file))
-    if place and (not os.path.isdir(place) or os.path.isdir(config.log_file) or not os.access(
-            config.log_file if os.path.exists(config.log_file) else place, os.W_OK)):
-        raise ProxyError("config", "logFile %s: cannot be written" % config.log_file,
-                         param="logFile")
+    if config.log_file:
+        check_log_file(config.log_file)
 
 
 # === SAFE FILES =============================================================
@@ -18590,7 +18601,7 @@ def run_doctor(invocation: Invocation, checks: Tuple[Check, ...] = ()) -> int:
 # else printed once.  The proxy may be any version's, or no ccproxy at all: nothing
 # is taken for granted, and only printable ASCII of a text reaches the terminal.
 
-TOP_SECONDS = 10.0              # within which the proxy must answer
+TOP_SECONDS = 4.5               # within which the proxy must answer; nothing is shown until then
 TOP_MINUTES = 5                 # that the summary adds up
 WHOLE_WIDTH, SNAPSHOT_LINES = 10_000, 60    # where there is no terminal
 ALTERNATE, ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"    # screen and cursor
@@ -19969,7 +19980,7 @@ def split_arguments(argv: List[str]) -> Tuple[str, List[str], List[str]]:
         return "", own + argv, []
     if word not in COMMANDS:
         complain("there is no such command%s; --help lists them, without one the proxy starts"
-                 % meant(word, [*COMMANDS, *OTHER_WORDS]))
+                 % meant(word, [*COMMANDS, *OTHER_WORDS, "--demo", *map("run ".__add__, CLIENTS)]))
     return (word, *split_rest(COMMANDS[word], own, argv, flags_of(word)))
 
 
@@ -19995,6 +20006,7 @@ def new_parser(name: str, **words: Any) -> Any:
     parser = argparse.ArgumentParser(prog=program_name() + (name and " " + name),
                                      allow_abbrev=False, **words)
     parser.error = partial(refuse_arguments, name)      # type: ignore[method-assign, assignment]
+    parser._print_message = lambda text, file=None: say(text)   # type: ignore  # also a full disk
     return parser
 
 

@@ -340,7 +340,9 @@ def test_a_busy_port():
 @pytest.mark.parametrize("arguments, words", [
     (["selftset"], "there is no such command (did you mean selftest?)"),
     (["versoin"], "(did you mean version?)"), (["xyzzy"], "no such command; --help lists"),
-    (["user_secret"], "there is no such command;"),
+    (["user_secret"], "there is no such command;"), (["demo"], "(did you mean --demo?)"),
+    (["claude"], "(did you mean run claude?)"), (["codx", "-p"], "(did you mean run codex?)"),
+    (["--log-file", "nowhere/x.log"], "cannot be written, for there is no folder "),
     (["--prot", "1"], "--prot (did you mean --port?)"), (["--xyzzy"], "arguments: --xyzzy (python3"),
     (["--adminkey=hidden"], "--adminkey (did you mean --admin-key?)"),
     (["run", "--modle", "x", "claude"], "(did you mean --model?)"),
@@ -555,7 +557,8 @@ full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full 
 
 
 @full
-@pytest.mark.parametrize("arguments,code", [(["--check"], 1), (["selftest"], 0)])
+@pytest.mark.parametrize("arguments,code", [
+    (["--check"], 1), (["selftest"], 0), (["--help"], 0), (["version"], 0), (["help", "run"], 0)])
 def test_a_full_standard_output(arguments, code):
     """One line, no traceback."""
     with open("/dev/full", "w") as out:

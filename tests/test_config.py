@@ -341,7 +341,9 @@ def test_a_removed_option_is_one_warning(flags, environment, entries, told):
 @pytest.mark.parametrize("option", ccproxy.REMOVED_OPTIONS, ids=lambda option: option.name)
 def test_a_removed_option_is_no_option(option):
     assert option.name not in NAMES and option.help
-    with pytest.raises(ccproxy.ProxyError, match="unknown option nonsense "):
+    with pytest.raises(ccproxy.ProxyError, match="unknown option prot - did you mean port. .--he"):
+        ccproxy.check_entries({"prot": 1}, "x")
+    with pytest.raises(ccproxy.ProxyError, match="unknown option nonsense .--help-all"):
         read(entries={option.name: 1, "nonsense": 1})
 
 
