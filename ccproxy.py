@@ -190,6 +190,8 @@ from urllib.parse import unquote, urlsplit
 NEEDED: str = "ccproxy needs Python 3.9 or newer"   # older parsers stop here, and show this line
 if sys.version_info < (3, 9):
     sys.exit(NEEDED + "; this is %d.%d." % sys.version_info[:2])
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while the rest is read: no traceback
 
 __version__ = "0.1.0"
 
@@ -17159,6 +17161,13 @@ async def serve_connection(app: App, wire: Wire) -> None:
 NO_HEAD = RequestHead("", "", "", 1, {}, Framing(False, 0), False)     # until one has come
 
 
+def unfinished(app: App) -> Json:
+    """What is recorded of a request that was given up: who ended it."""
+    if app.ending and app.ending.done():
+        return {"status": 503, "error": "the proxy stopped first"}
+    return {"status": 499, "error": "the client left"}
+
+
 async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     """One request and its answer, whatever goes wrong; None when no request came."""
     exchange = Exchange(wire, NO_HEAD, time.monotonic(), False)
@@ -17176,7 +17185,7 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         await show_error(app, exchange, error)
     except (asyncio.CancelledError, ConnectionError):
         if exchange.record:
-            exchange.record.update(status=499, error="the client left")
+            exchange.record.update(unfinished(app))
         raise
     finally:
         app.exchanges.discard(exchange)
@@ -17526,10 +17535,12 @@ async def run_proxy(app: App, demo: bool, announce: Callable[[str, int], None]) 
                  "", __version__, bracketed(host), port, os.getpid())
     await app.stop.wait()
     await stop_taking(app)
-    running = counted(len(app.exchanges) - len(app.followers), "request")
+    running = len(app.exchanges) - len(app.followers)
     app.drain_within = min(app.drain_within, app.config.drain_seconds)
-    app.log.info("stopping: %s in progress%s", running, "; new requests wait for %s at most"
-                 % counted(app.drain_within, "second") if app.restarting else "")
+    words = "; new requests wait for %s at most" if app.restarting else \
+        "; at most %s more (drainSeconds), a second Ctrl-C or SIGTERM ends at once"
+    app.log.info("stopping: %s in progress%s", counted(running, "request"), words % counted(
+        app.drain_within, "second") if running or app.restarting else "")
     await drain(app, app.hurry)
     if app.restarting:          # what is said meanwhile is for the new program
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
@@ -20304,4 +20315,6 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     leave(main())

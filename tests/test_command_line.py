@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -549,6 +550,25 @@ def test_nobody_is_called_at_start(start_program):
     assert {request.line.split(" ")[1] for request in fake.requests + fake.side_requests} == {
         "/alpha/generate", "/provider/v1/models"}
     fake.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX here")
+@pytest.mark.parametrize("place, expected", [
+    ("\n# === ANSWER (pure)", (-signal.SIGINT, "", "")),           # while the file is read
+    ("\n    leave(main())", (130, "", ""))])
+def test_ctrl_c_is_no_traceback(tmp_path, place, expected):
+    with open(os.path.join(os.path.dirname(PROGRAM), "ccproxy.py"), encoding="utf-8") as file:
+        before, mark, after = file.read().partition(place)
+    assert mark
+    pressed = "import os; os.kill(os.getpid(), signal.SIGINT)\n"
+    if "leave" in place:        # in a command that waits
+        pressed = "    def check_surroundings(config): %s" % pressed
+    (tmp_path / "ccproxy.py").write_text("%s\n%s%s%s" % (before, pressed, mark, after),
+                                         encoding="utf-8")
+    done = subprocess.run([sys.executable, str(tmp_path / "ccproxy.py"), "--check"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                          env=clean_environment(), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 # Outputs that cannot be written.

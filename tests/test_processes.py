@@ -4,6 +4,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 
 import pytest
+from fake_upstream import CHUNKED_HEAD, chunked, stall
 from harness import (CHAT, PROGRAM, clean_environment, command_of, read_all, run_program,
                      wait_until)
 
@@ -105,6 +107,18 @@ def test_requests_are_served_while_balancers_are_sent_away(start_program, upstre
     kept.close()
     code, words = program.stop()                # a second signal hurries
     assert code == 0 and "Traceback" not in words
+
+
+def test_a_second_signal_is_offered_and_is_not_told_as_the_clients(start_program, upstream):
+    upstream.default = stall(CHUNKED_HEAD + chunked(b'{"type":"start"}\n'))
+    program = start_program("--drain-seconds", "60")
+    with program.send_post(CHAT, stream=True):
+        wait_until(lambda: upstream.requests)
+        program.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "at most 60 seconds more (drainSeconds), a second" in program.log)
+        code, words = program.stop(signal.SIGINT)
+    assert code == 0 and "the client left" not in words
+    assert re.search(" 503 .*the proxy stopped first|The proxy is shutting down", words)
 
 
 def test_the_delay_ends(start_program):
