@@ -19837,8 +19837,9 @@ def show_next_steps(invocation: Invocation, name: str, path: str, target: Target
     show_feature(True, "%s: %s is led to %s, model %s" % (path, name, target.base,
                                                           target.model.id))
     proxy = "another host's" if invocation.given.url else own_command(invocation)
-    say("  The key: export %s=user_... (or a clientKey) where %s runs; it is in no file.\n"
-        "  The proxy: %s\n  Undo: %s\n" % (KEY_VARIABLE, name, proxy, own_command(
+    key = "x (any word)" if invocation.given.demo else "user_... (or a clientKey)"
+    say("  The key: export %s=%s where %s runs; it is in no file.\n"
+        "  The proxy: %s\n  Undo: %s\n" % (KEY_VARIABLE, key, name, proxy, own_command(
             invocation, "setup %s --undo" % name)))
     warn_of_key(invocation)
     wins = [one for one in foreign_names(CLIENTS[name], os.environ) if one not in CLAUDE_NAMES]

@@ -290,6 +290,14 @@ def test_what_cannot_be_set_up_is_said(home, arguments, told):
     assert done.returncode == 2 and told in done.stderr and home.names() == []
 
 
+@every_client
+@pytest.mark.parametrize("arguments, words", [
+    ((), "export COMMANDCODE_KEY=user_... (or a clientKey) where "),
+    (("--demo",), "export COMMANDCODE_KEY=x (any word) where ")])
+def test_the_key_that_the_proxy_takes_is_named(home, name, arguments, words):
+    assert words in home.run(name, *arguments).stdout
+
+
 def test_help_has_an_example():
     shown = " ".join(call_program("setup", "--help").stdout.split())
     assert "ccproxy.py setup claude --dry-run" in shown and "--undo" in shown
