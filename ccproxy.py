@@ -12821,6 +12821,7 @@ class App:
     restartable: bool = False                   # this process is a program of ours alone
     watched: Optional[Dict[str, Any]] = None    # see RESTART; None: nothing is watched
     ending: Any = None                          # future: what still runs is to end now
+    demo_server: Any = None                     # the upstream inside the program
     started: float = 0.0                        # loop time
     models_due: float = 0.0                     # loop time at which the list is asked for again
     models_task: Optional["asyncio.Task[Any]"] = None
@@ -17347,6 +17348,8 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await end_usage_log(app)
     app.pool.close()
+    if app.demo_server is not None:
+        app.demo_server.close()
 
 
 def idle_wires(app: App) -> List[Wire]:
@@ -17443,9 +17446,9 @@ async def serve_demo_connection(app: App, wire: Wire) -> None:
 
 async def start_demo(app: App) -> None:
     """Listen on a free port of loopback and make that the upstream."""
-    server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
+    app.demo_server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
         app, lambda wire: ignore_result(spawn(app, serve_demo_connection(app, wire)))))
-    app.origin = Origin("http", "127.0.0.1", server.sockets[0].getsockname()[1], "")
+    app.origin = Origin("http", "127.0.0.1", app.demo_server.sockets[0].getsockname()[1], "")
     app.proxy_known = True          # loopback is never reached through a proxy
     app.models_due = float("inf")   # and has no list of models
     app.demo = True

@@ -19,6 +19,7 @@ DEAD = "http://127.0.0.1:9"
 RUNS = {        # the arguments and the environment of whole runs
     "ordinary": ([], {}),
     "LC_ALL=C": ([], {"LC_ALL": "C", "LANG": "C"}),
+    "warnings are errors": ([], {"PYTHONWARNINGS": "error"}),
     "ASCII only": ([], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
                         "PYTHONIOENCODING": "ascii"}),
     "odd options": (["--host", "127.0.0.2", "--port", "1", "--include-reasoning", "false",
