@@ -8541,12 +8541,13 @@ def account_state(key: RingKey, state: KeyState, routing: Routing, now: float) -
 
 # === KEY ROUTING (pure) =====================================================
 # Which key of a ring serves a request: the one that its conversation is with,
-# while it is fit, else one by the policy.  A policy is a function from the fit
-# keys to one of them; those by figures give way to the fallback policy where
-# figures are missing.  When no key is left, the most useful error is told.
-# Single keys are not routed: only the upstream itself refuses them.
+# while it is fit, else one by the policy.  A policy weighs the fit keys; those by
+# figures give way to the fallback policy where figures are missing.  When no key
+# is left, the most useful error is told.  Single keys are not routed: only the
+# upstream itself refuses them.
 
 RING_IN_FLIGHT = 4          # calls at once on a key of a ring, while another is free
+POLICIES = ("daily_burn_priority", "balance_priority", "round_robin", "drain_first")
 POLICY_ALIASES = {"depletion_aware": "daily_burn_priority"}
 FIGURE_POLICIES: Dict[str, Callable[[Figures, float], Optional[float]]] = {     # what they weigh
     "daily_burn_priority": burn_of, "balance_priority": lambda figures, now: figures.balance}
@@ -8561,12 +8562,6 @@ def figures_of(state: KeyState, now: float) -> Optional[Figures]:
     return figures if figures and figures.known and now - figures.at <= STALE_SECONDS else None
 
 
-def weigh_account(policy: str, state: KeyState, now: float) -> Optional[float]:
-    """What a policy by figures weighs an account by; None where that is not known."""
-    figures = figures_of(state, now)
-    return FIGURE_POLICIES[policy](figures, now) if figures else None
-
-
 def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[float]) -> RingKey:
     """Smooth weighted round robin: shares as the scores are, spread evenly; the ring's own order
     at a tie.  Scores count as shares of their sum, so that it does not matter how they grow."""
@@ -8579,35 +8574,6 @@ def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[flo
     return chosen
 
 
-def choose_by_burn(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
-    """The account that must spend the most a day gets the most, so that nothing expires."""
-    scores = [(weigh_account("daily_burn_priority", state, now) or 0.0) * key.weight
-              for key, state in fit]
-    return choose_smooth(turns, [key for key, _ in fit], scores)
-
-
-def choose_by_balance(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
-    """The account that has the most left, by its weight; the first in the ring at a tie."""
-    balances = [(weigh_account("balance_priority", state, now) or 0.0) * key.weight
-                for key, state in fit]
-    return fit[balances.index(max(balances))][0]
-
-
-def choose_in_turn(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
-    """Round robin by weight."""
-    return choose_smooth(turns, [key for key, _ in fit], [key.weight for key, _ in fit])
-
-
-def choose_first(turns: Dict[str, float], fit: List[Candidate], now: float) -> RingKey:
-    """The ring's own order: each key until it is not fit or has nothing left."""
-    return fit[0][0]
-
-
-POLICIES: Dict[str, Callable[[Dict[str, float], List[Candidate], float], RingKey]] = {
-    "daily_burn_priority": choose_by_burn, "balance_priority": choose_by_balance,
-    "round_robin": choose_in_turn, "drain_first": choose_first}
-
-
 def parse_policy(given: str, default: str) -> str:
     """The policy of x-ccproxy-routing, else the option's.  Raises ProxyError 400."""
     name = given.strip().lower() or default
@@ -8616,12 +8582,6 @@ def parse_policy(given: str, default: str) -> str:
         raise ProxyError("invalid", "x-ccproxy-routing must be one of: %s."
                          % ", ".join([*POLICIES, *POLICY_ALIASES]))
     return name
-
-
-def in_flight_limit(key: RingKey, routing: Routing, single: bool) -> float:
-    """How many calls at once a key takes; without an option a single one any number."""
-    return key.max_in_flight or routing.max_in_flight or (
-        float("inf") if single else RING_IN_FLIGHT)
 
 
 def fit_keys(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: float,
@@ -8642,16 +8602,28 @@ def with_credit(fit: List[Candidate], now: float) -> List[Candidate]:
 
 def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candidate],
                      routing: Routing, now: float) -> RingKey:
-    """One of the fit keys by the policy, or by the fallback where figures are missing."""
+    """One of the fit keys by the policy, or by the fallback where figures are missing: the one
+    that must spend the most a day gets the most, so that nothing expires; or the one that has the
+    most left; or in turn by weight; or the ring's own order, each key until nothing is left."""
     fit = with_credit(fit, now)
-    policy = routing.policy
-    if policy in FIGURE_POLICIES and any(
-            weigh_account(policy, state, now) is None for _, state in fit):
-        policy = routing.fallback
+    policy, worth = routing.policy, [1.0] * len(fit)
+    if policy in FIGURE_POLICIES:
+        known = [figures_of(state, now) for _, state in fit]
+        told = [FIGURE_POLICIES[policy](one, now) if one else None for one in known]
+        if None in told:
+            policy = routing.fallback
+        else:
+            worth = told
     ring = hashlib.sha256(" ".join([policy, *(key.digest for key in keys)]).encode()).hexdigest()
     turns = table.turns.get(ring) or {}
     keep_newest(table.turns, ring, turns, MAX_RINGS)
-    return POLICIES[policy](turns, fit, now)
+    choices = [key for key, _ in fit]
+    scores = [share * key.weight for share, key in zip(worth, choices)]
+    if policy == "drain_first":
+        return choices[0]
+    if policy == "balance_priority":
+        return choices[scores.index(max(scores))]
+    return choose_smooth(turns, choices, scores)
 
 
 def home_key(table: KeyTable, places: Iterable[str], fit: List[Candidate]) -> Optional[RingKey]:
@@ -8682,19 +8654,20 @@ def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, ro
     fit = fit_keys(table, keys, routing, now, tried)
     if not fit:
         return None
-    free = [(key, state) for key, state in fit
-            if state.in_flight < in_flight_limit(key, routing, False)] or fit
+    free = [(key, state) for key, state in fit if state.in_flight < (
+        key.max_in_flight or routing.max_in_flight or RING_IN_FLIGHT)] or fit
     places = ["%s %s" % (conversation, model_route(routing)), conversation]
     home = home_key(table, places, fit)
-    if home is None:
+    if any(key is home for key, _ in free):
+        chosen = home
+    else:
         chosen = choose_by_policy(table, keys, free, routing, now)
+    if home is None:
         settle_conversation(table, keys, conversation, routing, now, chosen)
         return chosen
     for place in filter(table.conversations.__contains__, places):
         keep_newest(table.conversations, place, table.conversations[place], MAX_CONVERSATIONS)
-    if any(key is home for key, _ in free):
-        return home
-    return choose_by_policy(table, keys, free, routing, now)
+    return chosen
 
 
 def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
@@ -8703,7 +8676,8 @@ def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
     if not is_allowed(key, routing):
         raise ProxyError("model", "Model %s is not allowed for this key."
                          % printable(routing.model, 100), param="model")
-    if state.in_flight >= in_flight_limit(key, routing, True):
+    most = key.max_in_flight or routing.max_in_flight       # 0: any number, as it is no ring
+    if most and state.in_flight >= most:
         raise ProxyError("rate_limit", "Too many requests at once with %s (maxInFlightPerKey)."
                          % key.shown, retry_after=1)
 
@@ -8739,9 +8713,8 @@ def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now:
     wait = min(ends) - now if ends else best.retry_after
     if wait and len(skipped) < len(known):
         wait = 1.0          # a key is fit already: what failed was on the way to it
-    return ProxyError(best.kind, best.message, status=best.status, code=best.code,
-                      param=best.param, details=best.details, trace_id=best.trace_id,
-                      retryable=best.retryable, retry_after=wait)
+    best.retry_after = wait
+    return best
 
 
 def operator_refusal(error: ProxyError, refused: List[RingKey]) -> ProxyError:
