@@ -8280,6 +8280,17 @@ def days_left(figures: Figures, now: float) -> Optional[float]:
     return left / DAY_SECONDS if left > 0 else None
 
 
+def fresh_figures(figures: Optional[Figures], now: float) -> Figures:
+    """An account's figures where they are of use; ones that tell nothing where there are none, or
+    only old ones (`at` is 0 then)."""
+    known = figures or Figures(now)
+    return known if now - known.at <= STALE_SECONDS else Figures(0.0)
+
+
+def balance_of(figures: Figures, now: float) -> Optional[float]:
+    return figures.balance if figures.known else None
+
+
 def burn_of(figures: Figures, now: float) -> Optional[float]:
     """USD a day that must be spent, or expiring credit is lost; a purchased reserve's share of a
     year where that is all there is.  None: not known, for no credit is told, or the period is over
@@ -8547,19 +8558,13 @@ def account_state(key: RingKey, state: KeyState, routing: Routing, now: float) -
 # upstream itself refuses them.
 
 RING_IN_FLIGHT = 4          # calls at once on a key of a ring, while another is free
-POLICIES = ("daily_burn_priority", "balance_priority", "round_robin", "drain_first")
 POLICY_ALIASES = {"depletion_aware": "daily_burn_priority"}
-FIGURE_POLICIES: Dict[str, Callable[[Figures, float], Optional[float]]] = {     # what they weigh
-    "daily_burn_priority": burn_of, "balance_priority": lambda figures, now: figures.balance}
-USEFUL_STATUSES = (429, 500, 402, 403, 401)     # 500 stands for all 5xx
+POLICIES: Dict[str, Callable[[Figures, float], Optional[float]]] = {    # what they weigh keys by
+    "daily_burn_priority": burn_of, "balance_priority": balance_of,
+    "round_robin": lambda figures, now: 1.0, "drain_first": lambda figures, now: 1.0}
+USEFULNESS = {429: 0, 500: 1, 402: 2, 403: 3, 401: 4}      # of statuses; 500 stands for all 5xx
 
 Candidate = Tuple[RingKey, KeyState]
-
-
-def figures_of(state: KeyState, now: float) -> Optional[Figures]:
-    """A key's figures where they are of use: credits are told, and not long ago."""
-    figures = state.figures
-    return figures if figures and figures.known and now - figures.at <= STALE_SECONDS else None
 
 
 def choose_smooth(turns: Dict[str, float], keys: List[RingKey], scores: List[float]) -> RingKey:
@@ -8595,9 +8600,9 @@ def fit_keys(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now: fl
 def with_credit(fit: List[Candidate], now: float) -> List[Candidate]:
     """Those not known to be out of credit (after its period's end an account may have new
     credit); all, where all are: free models exist."""
-    known = [(key, state, figures_of(state, now)) for key, state in fit]
-    return [(key, state) for key, state, figures in known
-            if figures is None or figures.balance > 0 or burn_of(figures, now) is None] or fit
+    known = [(one, fresh_figures(one[1].figures, now)) for one in fit]
+    return [one for one, figures in known
+            if figures.balance > 0 or burn_of(figures, now) is None] or fit
 
 
 def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candidate],
@@ -8606,23 +8611,19 @@ def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candi
     that must spend the most a day gets the most, so that nothing expires; or the one that has the
     most left; or in turn by weight; or the ring's own order, each key until nothing is left."""
     fit = with_credit(fit, now)
-    policy, worth = routing.policy, [1.0] * len(fit)
-    if policy in FIGURE_POLICIES:
-        known = [figures_of(state, now) for _, state in fit]
-        told = [FIGURE_POLICIES[policy](one, now) if one else None for one in known]
-        if None in told:
-            policy = routing.fallback
-        else:
-            worth = told
+    policy = routing.policy
+    worth = [POLICIES[policy](fresh_figures(state.figures, now), now) for _, state in fit]
+    if None in worth:
+        policy, worth = routing.fallback, [1.0] * len(fit)
+    choices = [key for key, _ in fit]
+    if policy == "drain_first":
+        return choices[0]
+    scores = [(share or 0.0) * key.weight for share, key in zip(worth, choices)]
+    if policy == "balance_priority":
+        return choices[scores.index(max(scores))]
     ring = hashlib.sha256(" ".join([policy, *(key.digest for key in keys)]).encode()).hexdigest()
     turns = table.turns.get(ring) or {}
     keep_newest(table.turns, ring, turns, MAX_RINGS)
-    choices = [key for key, _ in fit]
-    scores = [share * key.weight for share, key in zip(worth, choices)]
-    if policy == "drain_first":
-        return choices[0]
-    if policy == "balance_priority":
-        return choices[scores.index(max(scores))]
     return choose_smooth(turns, choices, scores)
 
 
@@ -8682,11 +8683,6 @@ def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
                          % key.shown, retry_after=1)
 
 
-def usefulness(error: ProxyError) -> int:
-    status = 500 if error.status >= 500 else error.status
-    return USEFUL_STATUSES.index(status) if status in USEFUL_STATUSES else len(USEFUL_STATUSES)
-
-
 def shown_span(until: float, now: float) -> str:
     return "" if until == NEVER_ENDS else " for %d s" % max(1, round(until - now))
 
@@ -8708,7 +8704,7 @@ def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now:
     known = [(key, account_state(key, state_of(table, key, now), routing, now)) for key in keys]
     skipped = [(key, one) for key, one in known if one.reason]
     errors = [*seen, *memory_errors(skipped, now)] or [ProxyError("busy", "No key is free.")]
-    best = min(errors, key=usefulness)
+    best = min(errors, key=lambda error: USEFULNESS.get(min(error.status, 500), 5))
     ends = [one.until for _, one in skipped if one.until < NEVER_ENDS]
     wait = min(ends) - now if ends else best.retry_after
     if wait and len(skipped) < len(known):
@@ -8993,10 +8989,6 @@ class News(NamedTuple):
     text: str                       # one line for a person
 
 
-def current_balance(state: AccountState, figures: Figures, now: float) -> Optional[float]:
-    return figures.balance if figures.known else None
-
-
 def expiring_balance(state: AccountState, figures: Figures, now: float) -> Optional[float]:
     told = (figures.monthly, figures.free) != (None, None)
     return figures.expiring if told else None
@@ -9021,8 +9013,9 @@ def window_percentage(state: AccountState, figures: Figures, now: float) -> Opti
 
 
 ALERT_RULES = {
-    "minCurrentBalance": AlertRule(lt, current_balance, "balance of {value:.2f} USD is {no}below "
-                                   "minCurrentBalance {limit:.2f}", 1.1),
+    "minCurrentBalance": AlertRule(lt, lambda state, figures, now: balance_of(figures, now),
+                                   "balance of {value:.2f} USD is {no}below minCurrentBalance "
+                                   "{limit:.2f}", 1.1),
     "minExpiringBalance": AlertRule(lt, expiring_balance, "expiring balance of {value:.2f} USD is "
                                     "{no}below minExpiringBalance {limit:.2f}", 1.1),
     "maxRequiredDailyBurn": AlertRule(gt, expiring_burn, "required burn of {value:.2f} USD a day "
@@ -9056,9 +9049,7 @@ def alert_limits(config: Config) -> Dict[str, Limit]:
 def watch_account(key: RingKey, state: AccountState, figures: Optional[Figures],
                   now: float) -> List[Watched]:
     """All that is watched of an account."""
-    fresh = figures or Figures(now)
-    if now - fresh.at > STALE_SECONDS:
-        fresh = Figures(0.0)            # they tell nothing any more
+    fresh = fresh_figures(figures, now)
     return [Watched(kind, rule.figure(state, fresh, now), key)
             for kind, rule in ALERT_RULES.items() if rule.figure is not None]
 
