@@ -1993,15 +1993,6 @@ class Models(NamedTuple):
     listed: List[str]
 
 
-def parse_catalogue(table: str) -> List[Model]:
-    models = []
-    for row in table.strip().splitlines():
-        name, title, context, output, kinds, efforts, plan = row.split("|")
-        models.append(Model(name, title, int(context), int(output), kinds == "vision",
-                            tuple(efforts.split()) if efforts != "-" else (), plan))
-    return models
-
-
 def short_forms(name: str) -> Tuple[str, ...]:
     """Forms of a lower-case name without its vendor, the most exact first: as it is, without a
     date at its end, and both with dashes for dots."""
@@ -2023,8 +2014,16 @@ def index_models(models: List[Model], listed: List[str]) -> Models:
 
 
 def builtin_models() -> Models:
-    models = parse_catalogue(CATALOGUE)
-    return index_models(models, [model.id for model in models if model.plan != "hidden"])
+    """The models of CATALOGUE, of which the hidden ones are not listed."""
+    models, listed = [], []
+    for row in CATALOGUE.strip().splitlines():
+        name, title, context, output, kinds, efforts, plan = row.split("|")
+        models.append(Model(name, title, int(context), int(output), kinds == "vision",
+                            tuple(efforts.split()) if efforts != "-" else (),
+                            "" if plan in ("-", "hidden") else plan))
+        if plan != "hidden":
+            listed.append(name)
+    return index_models(models, listed)
 
 
 def live_number(value: Any, most: int) -> int:
@@ -2126,15 +2125,12 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
         return None
     word = EFFORT_WORDS.get(asked, asked)
     taken = EFFORTS if model.efforts is None else model.efforts
-    fitted: Optional[str] = word
-    if word not in taken:
-        rank = EFFORTS.index(word) if word in EFFORTS else -1
-        lower = [one for one in taken if rank > EFFORTS.index(one)]
-        choices = lower[-1:] or list(taken[:1]) if rank >= 0 else []
-        fitted = choices[0] if choices else None
+    fitted = word if word in taken else None
+    if fitted is None and word in EFFORTS:
+        lower = [one for one in EFFORTS[:EFFORTS.index(word)] if one in taken]
+        fitted = next(iter(lower[-1:] or taken), None)
     if fitted != asked:
-        add_note(notes, "effort", "%s -> %s" % (
-            printable(asked or "", 60), fitted or "the model's own"))
+        add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
     return fitted
 
 
@@ -2269,23 +2265,16 @@ def listed_models(models: Models, config: Config) -> List[Model]:
         model = find_model(target, models) or Model(target, target)
         if "*" not in alias and is_served(model.id):
             named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
-    return named + [models.known.get(name.lower(), Model(name, name)) for name in models.listed
-                    if is_served(name) and name.lower() not in hidden]
+    return named + [models.known[name.lower()] for name in filter(is_served, models.listed)
+                    if name.lower() not in hidden]
 
 
 def openai_model(model: Model) -> Json:
     """A model as OpenAI lists it; `created` is the upstream's, 0 for one that is not live."""
-    entry: Json = {"id": model.id, "object": "model", "created": model.created,
-                   "owned_by": "command-code", "name": model.name}
-    if model.context:
-        entry["context_length"] = model.context
-    if model.max_output:
-        entry["max_output_tokens"] = model.max_output
-    return entry
-
-
-def known_plan(model: Model) -> str:
-    return "" if model.plan in ("-", "hidden") else model.plan
+    told = {"context_length": model.context, "max_output_tokens": model.max_output}
+    return {"id": model.id, "object": "model", "created": model.created,
+            "owned_by": "command-code", "name": model.name,
+            **{name: number for name, number in told.items() if number}}
 
 
 def describe_model(model: Model) -> str:
@@ -2296,7 +2285,7 @@ def describe_model(model: Model) -> str:
         "%d tokens of context" % model.context if model.context else "",
         "" if model.efforts is None else "text and image input" if model.vision else "text input",
         "effort " + ", ".join(model.efforts) if model.efforts else "",
-        "from the %s plan on" % known_plan(model) if known_plan(model) else ""])) + "."
+        "from the %s plan on" % model.plan if model.plan else ""])) + "."
 
 
 def anthropic_model(model: Model) -> Json:
@@ -2316,7 +2305,7 @@ def model_entry(model: Model) -> Json:
     return {"id": model.id, "name": model.name, "context": model.context or None,
             "max_output": model.max_output or None, "vision": model.vision,
             "efforts": None if model.efforts is None else list(model.efforts),
-            "plan": known_plan(model) or None}
+            "plan": model.plan or None}
 
 
 def ollama_model(model: Model) -> Json:
@@ -9476,21 +9465,16 @@ class Guesses:
     until: float = -NEVER_ENDS      # before this even the right key is refused
 
 
-def note_wrong_key(guesses: Guesses, now: float) -> None:
-    """Count a wrong key that was answered as such; the last of too many begins the wait."""
-    recent = [moment for moment in guesses.moments if now - moment < WRONG_KEY_SECONDS]
-    guesses.moments, guesses.wait = [*recent, now], 1.0
-    if len(guesses.moments) == MAX_WRONG_KEYS:
-        guesses.until = now + guesses.wait
-
-
 def judge_guess(known: Dict[str, Guesses], address: str, wrong: bool, now: float) -> None:
     """Count a request that presents a key, and refuse it while its address has to wait: the right
     key too, or the answer would tell which one that is.  Raises ProxyError 429."""
     guesses = known.get(address) or Guesses()
     if now - guesses.until >= (WRONG_KEY_SECONDS if wrong else 0.0):
-        if wrong:
-            note_wrong_key(guesses, now)
+        if wrong:               # the last of too many begins the wait
+            recent = [moment for moment in guesses.moments if now - moment < WRONG_KEY_SECONDS]
+            guesses.moments, guesses.wait = [*recent, now], 1.0
+            if len(guesses.moments) == MAX_WRONG_KEYS:
+                guesses.until = now + guesses.wait
             keep_newest(known, address, guesses, MAX_GUESSERS)
         return
     wait, guesses.wait = guesses.wait, min(2 * guesses.wait, WRONG_KEY_SECONDS)
@@ -9500,27 +9484,28 @@ def judge_guess(known: Dict[str, Guesses], address: str, wrong: bool, now: float
                      "%s." % counted(wait, "second"), retry_after=wait)
 
 
-def check_reader(fields: Fields, secrets: Tuple[str, str], peer: str) -> None:
+def check_reader(fields: Fields, config: Config, peer: str) -> None:
     """Let a reader pass who is on this machine or presents adminKey, or clientKey where that is
-    unset (`secrets`: these two).  Raises ProxyError 401, 403."""
-    secret = secrets[0] or secrets[1]
+    unset.  Raises ProxyError 401, 403."""
+    secret = config.admin_key or config.client_key
     if secret and presents_client_key(fields, secret):
         return
     fault = loopback_fault(fields, peer, "GET")
     if fault and secret:
+        name = "adminKey" if config.admin_key else "clientKey"
         raise ProxyError("authentication", "This wants the proxy's %s as `Authorization: "
-                         "Bearer ...`: %s." % ("adminKey" if secrets[0] else "clientKey", fault))
+                         "Bearer ...`: %s." % (name, fault))
     if fault:
         raise ProxyError("permission", "This can be read on the proxy's own machine only, until "
                          "adminKey is set: %s." % fault)
 
 
-def check_writer(fields: Fields, admin_key: str) -> None:
+def check_writer(fields: Fields, config: Config, peer: str) -> None:
     """Let nobody change anything without the adminKey.  Raises ProxyError 401, 403."""
-    if not admin_key:
+    if not config.admin_key:
         raise ProxyError("permission", "Changes need an adminKey, and none is configured: set "
                          "adminKey and start again.")
-    if not presents_client_key(fields, admin_key):
+    if not presents_client_key(fields, config.admin_key):
         raise ProxyError("authentication", "Changes want the proxy's adminKey as `Authorization: "
                          "Bearer ...`.")
 
@@ -9601,19 +9586,17 @@ def merge_entries(entries: Json, changes: Json) -> Json:
 
 def keep_started(config: Config, running: Config) -> Config:
     """A new configuration as far as it counts without a start."""
-    return config._replace(**{snake_case(option.name): getattr(running, snake_case(option.name))
-                              for option in OPTIONS if option.at_start})
+    return Config(*(old if option.at_start else new
+                    for option, new, old in zip(OPTIONS, config, running)))
 
 
 def changed_options(config: Config, before: Config) -> List[str]:
-    return [option.name for option in OPTIONS if getattr(
-        config, snake_case(option.name)) != getattr(before, snake_case(option.name))]
+    return [option.name for option, new, old in zip(OPTIONS, config, before) if new != old]
 
 
 def waiting_options(config: Config, running: Config) -> List[str]:
     """The options whose new value waits for the next start."""
-    at_start = {option.name for option in OPTIONS if option.at_start}
-    return [name for name in changed_options(config, running) if name in at_start]
+    return changed_options(config, keep_started(config, running))
 
 
 def change_report(names: Iterable[str], waiting: Iterable[str],
@@ -15633,13 +15616,13 @@ def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
 # it.
 
 
-def admit_by(check: Callable[[Fields, str], None], app: App, exchange: Exchange) -> None:
-    """Let pass what a check of fields and client address lets pass, unless too many wrong keys
-    came from that address.  Raises ProxyError 401, 403, 429."""
+def admit_by(check: Callable[[Fields, Config, str], None], app: App, exchange: Exchange) -> None:
+    """Let pass what a check lets pass, unless too many wrong keys came from that address.  Raises
+    ProxyError 401, 403, 429."""
     fields, address = exchange.head.fields, exchange.wire.peer_address()
     refusal = None
     try:
-        check(fields, address)
+        check(fields, app.config, address)
     except ProxyError as error:
         refusal = error
     if any(key_text(fields, name) for name, _ in KEY_FIELDS):
@@ -15650,14 +15633,13 @@ def admit_by(check: Callable[[Fields, str], None], app: App, exchange: Exchange)
 
 
 def admit_reader(app: App, exchange: Exchange) -> None:
-    """Let pass who may read what the proxy shows of itself.  Raises ProxyError 401, 403, 429."""
-    secrets = app.config.admin_key, app.config.client_key
-    admit_by(lambda fields, peer: check_reader(fields, secrets, peer), app, exchange)
+    """Let pass who may read what the proxy shows of itself."""
+    admit_by(check_reader, app, exchange)
 
 
 def admit_writer(app: App, exchange: Exchange) -> None:
-    """Let pass who may change something.  Raises ProxyError 401, 403, 429."""
-    admit_by(lambda fields, peer: check_writer(fields, app.config.admin_key), app, exchange)
+    """Let pass who may change something."""
+    admit_by(check_writer, app, exchange)
 
 
 async def serve_dashboard(app: App, exchange: Exchange) -> None:
@@ -15983,8 +15965,8 @@ async def show_config(app: App, exchange: Exchange) -> None:
         "file": settings.path or None, "writable": is_writable(settings.path),
         "restart": can_restart(app),
         "restart_needed": waiting_options(settings.config, app.config),
-        "options": [option_entry(option, getattr(settings.config, snake_case(option.name)),
-                                 settings.sources[option.name]) for option in OPTIONS]})
+        "options": [option_entry(option, value, settings.sources[option.name])
+                    for option, value in zip(OPTIONS, settings.config)]})
 
 
 def write_config(app: App, settings: Settings, changes: Json) -> Settings:
@@ -17823,7 +17805,7 @@ def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str
     rows = [(model.id, short_number(model.context) if model.context else "",
              short_number(model.max_output) if model.max_output else "",
              "yes" if model.vision else "", short_efforts(model.efforts),
-             known_plan(model) or "?", state) for model, state in shown]
+             model.plan or "?", state) for model, state in shown]
     head, *lines = table_lines(("model", "context", "output", "vision", "efforts", "plan", ""),
                                rows, "lrrllll", terminal_width())
     lines = [paint(line, "green" if state == "default" else "dim") if state else line

@@ -231,8 +231,8 @@ def test_the_admin_key_is_for_a_proxy_of_this_account(make_proxy, monkeypatch, t
     seen = []
     monkeypatch.setattr(ccproxy.Wire, "peer_address", lambda wire: "10.0.0.1")
     check = ccproxy.check_reader
-    monkeypatch.setattr(ccproxy, "check_reader", lambda fields, secrets, peer: (
-        seen.append(fields), check(fields, secrets, peer)))
+    monkeypatch.setattr(ccproxy, "check_reader", lambda fields, config, peer: (
+        seen.append(fields), check(fields, config, peer)))
     proxy = make_proxy(adminKey=ADMIN)
     if not ours:        # it says all but the proof
         monkeypatch.setattr(ccproxy, "proof_entry", lambda app, nonce, port: {"proof": nonce})
