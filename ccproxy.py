@@ -2125,10 +2125,8 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
         return None
     word = EFFORT_WORDS.get(asked, asked)
     taken = EFFORTS if model.efforts is None else model.efforts
-    fitted = word if word in taken else None
-    if fitted is None and word in EFFORTS:
-        lower = [one for one in EFFORTS[:EFFORTS.index(word)] if one in taken]
-        fitted = next(iter(lower[-1:] or taken), None)
+    falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else (word,)
+    fitted = next((one for one in falling if one in taken), None)
     if fitted != asked:
         add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
     return fitted
@@ -9460,7 +9458,8 @@ MAX_GUESSERS = 1000             # addresses that are remembered; the oldest goes
 class Guesses:
     """The wrong keys that came from one address, by a clock that is never set."""
 
-    moments: List[float] = field(default_factory=list)
+    moments: Deque[float] = field(
+        default_factory=lambda: deque([-NEVER_ENDS] * MAX_WRONG_KEYS, MAX_WRONG_KEYS))
     wait: float = 1.0               # seconds, as Retry-After tells them next
     until: float = -NEVER_ENDS      # before this even the right key is refused
 
@@ -9471,9 +9470,9 @@ def judge_guess(known: Dict[str, Guesses], address: str, wrong: bool, now: float
     guesses = known.get(address) or Guesses()
     if now - guesses.until >= (WRONG_KEY_SECONDS if wrong else 0.0):
         if wrong:               # the last of too many begins the wait
-            recent = [moment for moment in guesses.moments if now - moment < WRONG_KEY_SECONDS]
-            guesses.moments, guesses.wait = [*recent, now], 1.0
-            if len(guesses.moments) == MAX_WRONG_KEYS:
+            guesses.moments.append(now)
+            guesses.wait = 1.0
+            if now - guesses.moments[0] < WRONG_KEY_SECONDS:
                 guesses.until = now + guesses.wait
             keep_newest(known, address, guesses, MAX_GUESSERS)
         return
@@ -9602,11 +9601,13 @@ def waiting_options(config: Config, running: Config) -> List[str]:
 def change_report(names: Iterable[str], waiting: Iterable[str],
                   sources: Mapping[str, str]) -> Json:
     """What became of each of the options that were to change."""
-    stronger = {name: sources[name] for name in names
-                if sources.get(name, "").startswith(("--", "environment "))}
-    left = [name for name in names if name not in stronger]
-    return {"applied": [name for name in left if name not in waiting],
-            "restart_needed": [name for name in left if name in waiting], "overridden": stronger}
+    report: Json = {"applied": [], "restart_needed": [], "overridden": {}}
+    for name in names:
+        if sources.get(name, "").startswith(("--", "environment ")):
+            report["overridden"][name] = sources[name]
+        else:
+            report["restart_needed" if name in waiting else "applied"].append(name)
+    return report
 
 
 def option_entry(option: Option, value: Any, source: str) -> Json:
@@ -16028,12 +16029,11 @@ async def show_admin_models(app: App, exchange: Exchange) -> None:
     keep_models_fresh(app)
     off = switched_off(app.models, app.config)
     requests = Counter(record.model for record in app.recent)
-    listed = list(app.models.listed)
-    known = {name.lower() for name in listed}
     named = {meant_id(row["id"], app.models, app.config): row["id"] for row in app.config.models}
-    listed += [name for model_id, name in named.items() if model_id in off - known]
-    shown = [app.models.known.get(meant_id(name, app.models, app.config), Model(name, name))
-             for name in listed]
+    unlisted = off.difference(map(str.lower, app.models.listed))
+    shown = [app.models.known[name.lower()] for name in app.models.listed]
+    shown += [app.models.known.get(model_id, Model(name, name))
+              for model_id, name in named.items() if model_id in unlisted]
     await respond_json(app, exchange, 200, {"models": [
         {**model_entry(model), "id": redact(model.id), "name": redact(model.name),
          "enabled": model.id.lower() not in off, "requests": requests[model.id]}
@@ -16048,11 +16048,9 @@ async def show_admin_models(app: App, exchange: Exchange) -> None:
 def stored_keys(app: App) -> List[Tuple[RingKey, bool]]:
     """All the operator's keys, also those that are not enabled.  Raises ProxyError `config`."""
     path = app.config.credentials_file
-    if path:
-        rows = every_credential(credential_rows(read_credentials_file(path)[1], path), path)
-        if rows:
-            return rows
-    return [(key, True) for key in app.operator.keys]
+    rows = every_credential(credential_rows(read_credentials_file(path)[1], path),
+                            path) if path else []
+    return rows or [(key, True) for key in app.operator.keys]
 
 
 async def key_entries(app: App, exchange: Exchange) -> List[Json]:
@@ -16105,52 +16103,35 @@ def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[s
     return made[0]
 
 
-async def edit_keys(app: App, exchange: Exchange, status: int,
-                    edit: Callable[[List[Any], str], str]) -> None:
-    """Change the operator's keys, at once for all requests that come, and answer with the key."""
-    config = app.config
+KEY_EDITS: Dict[str, Callable[[List[Any], str, Json, str], str]] = {
+    "POST": lambda rows, name, body, path: add_credential(rows, body, path),
+    "PATCH": change_credential,
+    "DELETE": lambda rows, name, body, path: remove_credential(rows, name, path)}
+
+
+async def edit_keys(app: App, exchange: Exchange) -> None:
+    """Add a key of the operator's, change one, or take one out, at once for all requests that
+    come, and answer with the key."""
+    admit_writer(app, exchange)
+    config, method = app.config, exchange.head.method
+    wanted = unquote(normal_path(exchange.head.path)[len("/admin/keys/"):])
+    body = {} if method == "DELETE" else parse_object(await read_body(app, exchange), [])
     if not config.credentials_file:
         raise ProxyError("invalid", "The operator's keys can be changed here only where they are "
                          "in a file of their own: set credentialsFile "
                          "(COMMANDCODE_CREDENTIALS_FILE).", status=409)
     try:
-        name, app.operator = await change_in_turn(app, lambda: write_keys(config, edit))
+        name, app.operator = await change_in_turn(app, lambda: write_keys(
+            config, lambda rows, path: KEY_EDITS[method](rows, wanted, body, path)))
         log_warnings(app, odd_key_warnings(app.operator))
         watch_again(app)
         entries = [entry for entry in await key_entries(app, exchange) if entry["id"] == name]
     except ProxyError as error:
         raise as_refusal(error) from None
-    app.log.info("operator's keys: %s %s, %d in use", exchange.head.method, printable(name, 64),
+    app.log.info("operator's keys: %s %s, %d in use", method, printable(name, 64),
                  len(app.operator.keys))
-    await respond_json(app, exchange, status, entries[0] if entries else {"id": name,
-                                                                          "deleted": True})
-
-
-async def add_key(app: App, exchange: Exchange) -> None:
-    """A new key of the operator's."""
-    admit_writer(app, exchange)
-    body = parse_object(await read_body(app, exchange), [])
-    await edit_keys(app, exchange, 201, lambda rows, path: add_credential(rows, body, path))
-
-
-def named_key(exchange: Exchange) -> str:
-    return unquote(normal_path(exchange.head.path)[len("/admin/keys/"):])
-
-
-async def change_key(app: App, exchange: Exchange) -> None:
-    """Another id, weight or limit for a key, or whether it is in use."""
-    admit_writer(app, exchange)
-    name = named_key(exchange)
-    body = parse_object(await read_body(app, exchange), [])
-    await edit_keys(app, exchange, 200,
-                    lambda rows, path: change_credential(rows, name, body, path))
-
-
-async def remove_key(app: App, exchange: Exchange) -> None:
-    """A key that the operator no longer lends."""
-    admit_writer(app, exchange)
-    name = named_key(exchange)
-    await edit_keys(app, exchange, 200, lambda rows, path: remove_credential(rows, name, path))
+    await respond_json(app, exchange, 201 if method == "POST" else 200,
+                       entries[0] if entries else {"id": name, "deleted": True})
 
 
 # === SCRAPES ================================================================
@@ -16966,7 +16947,7 @@ ROUTES = {
     "/admin/config": Route({"GET": show_config, "PUT": change_config}, private=True),
     "/admin/restart": Route({"POST": serve_restart}, private=True),
     "/admin/models": Route({"GET": show_admin_models}, quiet=True, private=True),
-    "/admin/keys": Route({"GET": show_keys, "POST": add_key}, private=True),
+    "/admin/keys": Route({"GET": show_keys, "POST": edit_keys}, private=True),
     "/api/hello": Route({"GET": serve_noise}, quiet=True),
     "/api/event_logging/batch": Route({"POST": serve_noise}, quiet=True),
     "/api/event_logging/v2/batch": Route({"POST": serve_noise}, quiet=True),
@@ -16975,7 +16956,7 @@ ROUTES = {
     "/api/show": Route({"POST": serve_ollama_show}, quiet=True)}
 ONE_MODEL = Route({"GET": serve_model})
 ONE_RESPONSE = Route({"GET": refuse_stored, "DELETE": refuse_stored, "POST": refuse_stored})
-ONE_KEY = Route({"PATCH": change_key, "DELETE": remove_key}, private=True)
+ONE_KEY = Route({"PATCH": edit_keys, "DELETE": edit_keys}, private=True)
 PLAIN_PATHS = frozenset(ROUTES) | {"/v1" + path for path in ROUTES}
 PREFIXES = {"/models/": ONE_MODEL, "/responses/": ONE_RESPONSE, "/admin/keys/": ONE_KEY}
 
