@@ -8430,16 +8430,11 @@ def full_windows(figures: Optional[Figures]) -> List[Window]:
     return [window for window in windows if window is not None and window.exceeded]
 
 
-def window_reset(figures: Optional[Figures]) -> float:
-    """When the last of the windows that are used up resets, 0.0 when none is told."""
-    return max([0.0, *(window.resets for window in full_windows(figures))])
-
-
 def mark_span(reason: str, error: ProxyError, state: KeyState, routing: Routing,
               now: float) -> float:
     """For how many seconds a failure keeps its key from being chosen."""
     told, longer = error.retry_after, max(routing.refresh, routing.cooldown)
-    reset = window_reset(state.figures) - now
+    reset = max([0.0, *(one.resets for one in full_windows(state.figures))]) - now     # the last
     spans = {"refused": NEVER_ENDS, "credit": max(longer, told or 0.0),
              "window": told or (reset if reset > 0 else longer),
              "model": PLAN_SECONDS if error.kind == "plan" else longer,
@@ -8717,13 +8712,7 @@ def operator_refusal(error: ProxyError, refused: List[RingKey]) -> ProxyError:
 # begun window makes room.
 
 MAX_RATE_WINDOWS = 4096
-
-
-class RateWindow(NamedTuple):
-    """A caller's window: when it began, and what came in it."""
-
-    began: float
-    count: int
+RateWindow = Tuple[float, int]      # when it began, and how many requests came in it
 
 
 def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: float,
@@ -8732,15 +8721,15 @@ def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: 
     limit."""
     if not most:
         return
-    window = windows.get(digest)
-    if window is None or not 0 <= now - window.began < span:
-        keep_newest(windows, digest, RateWindow(now, 1), MAX_RATE_WINDOWS)
-    elif window.count < most:
-        windows[digest] = window._replace(count=window.count + 1)
+    began, count = windows.get(digest, (-NEVER_ENDS, 0))
+    if not 0 <= now - began < span:
+        keep_newest(windows, digest, (now, 1), MAX_RATE_WINDOWS)
+    elif count < most:
+        windows[digest] = began, count + 1
     else:
         words = "More than %s in %s (rateLimitMax)."
         raise ProxyError("rate_limit", words % (counted(most, "request"), counted(span, "second")),
-                         retry_after=window.began + span - now)
+                         retry_after=began + span - now)
 
 
 # === TABLES & FIGURES (pure) ================================================
@@ -8922,6 +8911,10 @@ def usage_text(body: Json) -> str:
 # known begins no alert and ends none.
 
 
+Limit = Tuple[float, float]                             # where an alert begins, and is over
+Watched = Tuple[str, Optional[float], Optional[RingKey]]    # a kind, its value if known, whose
+
+
 class AlertRule(NamedTuple):
     """What is watched: whether a value is beyond a limit, the value of an account (None: it is of
     the whole proxy), and the words for both.  `share` of its limit is where an alert is over, 0
@@ -8932,21 +8925,6 @@ class AlertRule(NamedTuple):
     words: str                      # {no} is "no more " where it is over
     share: float = 0.0
     lasting: bool = False
-
-
-class Limit(NamedTuple):
-    """Where an alert begins, and where it is over."""
-
-    begins: float
-    over: float
-
-
-class Watched(NamedTuple):
-    """A value that is judged; None is not known."""
-
-    kind: str
-    value: Optional[float]
-    account: Optional[RingKey] = None
 
 
 class Alert(NamedTuple):
@@ -9030,14 +9008,14 @@ def alert_limits(config: Config) -> Dict[str, Limit]:
     ends = {kind: limit * ALERT_RULES[kind].share for kind, limit in begins.items()}
     ends.update(windowAlert=min(config.window_alert_end, config.window_alert),
                 errorRateAlert=min(config.error_rate_alert_end, config.error_rate_alert))
-    return {kind: Limit(limit, ends[kind]) for kind, limit in begins.items() if limit > 0}
+    return {kind: (limit, ends[kind]) for kind, limit in begins.items() if limit > 0}
 
 
 def watch_account(key: RingKey, state: AccountState, figures: Optional[Figures],
                   now: float) -> List[Watched]:
     """All that is watched of an account."""
     fresh = fresh_figures(figures, now)
-    return [Watched(kind, rule.figure(state, fresh, now), key)
+    return [(kind, rule.figure(state, fresh, now), key)
             for kind, rule in ALERT_RULES.items() if rule.figure is not None]
 
 
@@ -9046,7 +9024,7 @@ def watch_pool(states: List[AccountState]) -> List[Watched]:
     are none.  A lone key in cooldown is called all the same."""
     count = sum(one.word == "refused" or (one.word == "skipped" and not (
         one.reason == "cooldown" and len(states) == 1)) for one in states)
-    return [Watched("accountsUnusable", 100.0 * count / len(states))] if states else []
+    return [("accountsUnusable", 100.0 * count / len(states), None)] if states else []
 
 
 def alert_text(alert: Alert, no: str) -> str:
@@ -9088,8 +9066,9 @@ def judge_alerts(standing: Mapping[str, Standing], watched: Iterable[Watched],
         old = kept = left.pop(place, None)
         if value is not None:
             key, name = (account.shown, account.name) if account else ("", "")
-            alert = Alert(key, name, kind, round(value, 6), limits[kind].begins, now)
-            kept, told = judge_alert(old, alert, limits[kind].over, spans, now)
+            begins, over = limits[kind]
+            alert = Alert(key, name, kind, round(value, 6), begins, now)
+            kept, told = judge_alert(old, alert, over, spans, now)
             news.append(told)
         if kept is not None:
             stand[place] = kept
@@ -14483,7 +14462,7 @@ def list_watched(app: App, keys: Tuple[RingKey, ...], least: float, now: float) 
         accounts.append(account_state(key, state, routing, now))
         watched += watch_account(key, accounts[-1], state.figures, now)
     rate = error_percentage(app.recent, now - app.config.error_rate_alert_seconds, least)
-    return [*watched, *watch_pool(accounts), Watched("errorRateAlert", rate)]
+    return [*watched, *watch_pool(accounts), ("errorRateAlert", rate, None)]
 
 
 def tell_alerts(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> None:

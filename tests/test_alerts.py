@@ -221,7 +221,7 @@ def test_when_a_window_that_is_no_more_told_is_over(figures, state, over):
 
 def test_a_refused_key():
     refused = ccproxy.AccountState("refused", "refused", "authentication", ccproxy.NEVER_ENDS)
-    limits = {REFUSED: ccproxy.Limit(1, 1)}
+    limits = {REFUSED: (1, 1)}
     standing, told = {}, []
     # (seconds later, its state); figures that come clear it, and a request marks it again
     steps = [(0, USABLE), (10, refused), (20, refused), (300, USABLE), (310, refused),
@@ -246,8 +246,8 @@ def test_a_refused_key():
     ([state_of("credit"), state_of("refused", "refused"), state_of("window")], 100)])
 def test_all_accounts_unusable(states, percentage):
     watched = ccproxy.watch_pool(states)
-    assert [one.value for one in watched] == ([] if percentage is None else [percentage])
-    limits = {UNUSABLE: ccproxy.Limit(100, 100)}
+    assert [value for _, value, _ in watched] == ([] if percentage is None else [percentage])
+    limits = {UNUSABLE: (100, 100)}
     standing, news = ccproxy.judge_alerts({}, watched, limits, (REPEAT, CALM), NOW)
     assert [one.text for one in news] == (
         ["the operator's accounts are all unusable (100 %)"] if percentage == 100 else [])
@@ -266,7 +266,7 @@ def test_the_error_rate(steps, expected):
     standing, told = {}, []
     for value in steps:
         standing, news = ccproxy.judge_alerts(
-            standing, [ccproxy.Watched(ERRORS, value)], {ERRORS: ccproxy.Limit(50, 25)},
+            standing, [(ERRORS, value, None)], {ERRORS: (50, 25)},
             (REPEAT, CALM), NOW)
         told += news
     assert [one.event for one in told] == expected

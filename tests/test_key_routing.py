@@ -716,7 +716,7 @@ def test_a_clock_set_back_breaks_nothing():
     table = ccproxy.KeyTable()
     for now in (NOW, NOW - 10 * DAY, NOW + DAY, NOW - DAY):
         assert choose(table, now=now) in "abc"
-        windows = {"d": ccproxy.RateWindow(NOW, 5)}
+        windows = {"d": (NOW, 5)}
         ccproxy.count_request(windows, "d", 6, 60, now)
 
 
