@@ -2027,8 +2027,7 @@ def builtin_models() -> Models:
 
 
 def live_number(value: Any, most: int) -> int:
-    """A positive number of the live list as an int; 0 for another type (bool too) or above
-    `most`."""
+    """A positive number of the live list; 0 for another type (bool too) or above `most`."""
     return int(value) if type(value) in (int, float) and 0 < value <= most else 0
 
 
@@ -2255,8 +2254,7 @@ def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) 
 
 
 def listed_models(models: Models, config: Config) -> List[Model]:
-    """What /v1/models shows: the person's own aliases first, then the list, as allowed, but for
-    ids that an alias hides."""
+    """What /v1/models shows: a person's own aliases, then the list but for ids that these hide."""
     is_served = served_test(models, config)
     named, hidden = [], {alias.lower() for alias in config.model_aliases}
     for alias, target in sorted(config.model_aliases.items()):
@@ -2344,8 +2342,6 @@ def anthropic_model_list(shown: List[Model]) -> Json:
 
 SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "session_id")
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-
-
 KEY_FIELDS = (("authorization", "Authorization"), ("x-api-key", "x-api-key"),
               ("api-key", "api-key"))       # in this order; how a person writes them
 SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]+(?![ \t=])")
@@ -2377,8 +2373,7 @@ VENDOR_KEYS = {     # how keys of other vendors begin
 
 
 def mistaken_key(given: str) -> str:
-    """What stands where a Command Code key belongs, by its form: a placeholder or another vendor's
-    key; "" for anything else."""
+    """What stands in a key's place by mistake: a placeholder, another vendor's key; "" for none."""
     if PLACEHOLDER.fullmatch(given):
         return "the placeholder of the README"
     return next(("a key of %s (%s...)" % (vendor, start) for start, vendor in VENDOR_KEYS.items()
@@ -2416,10 +2411,8 @@ def inner_session(user_id: str) -> str:
 
 
 def session_value(fields: Fields, user_id: Any) -> str:
-    """How the client itself names this conversation; "" when it does not.
-
-    `user_id` is Messages' metadata.user_id: Claude Code puts JSON with a session_id into it.
-    """
+    """How the client itself names this conversation; "" when it does not.  `user_id` is Messages'
+    metadata.user_id: Claude Code puts JSON with a session_id into it."""
     for name in SESSION_FIELDS:
         if fields.get(name):
             return fields[name][:MAX_SESSION_VALUE]
@@ -2427,11 +2420,9 @@ def session_value(fields: Fields, user_id: Any) -> str:
 
 
 def derive_session(key: str, session: str, first_message: str) -> str:
-    """Id of a conversation as a strict UUID (version 4, RFC 4122 variant).
-
-    An HMAC with the key as secret, over the client's own name for the conversation or, without
-    one, over its first user message.
-    """
+    """Id of a conversation as a strict UUID (version 4, RFC 4122 variant): an HMAC with the key as
+    secret, over the client's own name for the conversation or, without one, over its first user
+    message."""
     subject = "session\n" + session if session else "message\n" + first_message
     digest = hmac.digest(key.encode(), subject.encode("utf-8", "replace"), "sha256").hex()
     variant = "89ab"[int(digest[16], 16) & 3]
@@ -2440,8 +2431,7 @@ def derive_session(key: str, session: str, first_message: str) -> str:
 
 
 def choose_traceparent(given: str, fresh: str) -> str:
-    """The caller's traceparent where it is valid (W3C Trace Context), else a fresh one made of
-    48 hex digits of chance."""
+    """The caller's traceparent where it is valid (W3C Trace Context), else one of 48 hex digits."""
     if TRACEPARENT.fullmatch(given):
         return given
     return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
@@ -2532,8 +2522,7 @@ def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
 
 
 def sent_secrets(fields: Fields) -> List[str]:
-    """All that a request's headers hold as keys: every key, every entry of a list, and the
-    credentials of any scheme."""
+    """All that a request's headers hold as keys, those of lists and of any scheme too."""
     found: List[str] = []
     for name, _ in KEY_FIELDS:
         value = fields.get(name)
@@ -2561,11 +2550,9 @@ def note_left_out(entries: List[str], where: str, client_key: str, notes: List[s
 
 def parse_ring(value: str, where: str, notes: Optional[List[str]] = None,
                client_key: str = "") -> Tuple[RingKey, ...]:
-    """The keys in a header's value, in its order; () when it holds none at all.  `notes` take
-    what is left out.
-
-    Raises ProxyError `invalid` for an entry with a key that is not wholly understood.
-    """
+    """The keys in a header's value, in its order; () when it holds none at all.  `notes` take what
+    is left out.  Raises ProxyError `invalid` for an entry with a key that is not wholly
+    understood."""
     found = KEY_PATTERN.findall(value)
     if not found:
         return ()
@@ -8268,8 +8255,7 @@ def days_left(figures: Figures, now: float) -> Optional[float]:
 
 
 def fresh_figures(figures: Optional[Figures], now: float) -> Figures:
-    """An account's figures where they are of use; ones that tell nothing where there are none, or
-    only old ones (`at` is 0 then)."""
+    """An account's figures; ones that tell nothing for none, or only old ones (`at` is 0 then)."""
     known = figures or Figures(now)
     return known if now - known.at <= STALE_SECONDS else Figures(0.0)
 
@@ -8477,8 +8463,7 @@ def note_key_check(state: KeyState, status: int, now: float) -> None:
 
 
 def note_figures(state: KeyState, figures: Figures) -> None:
-    """Take new figures: an account that answers is not refused (if it was asked since), another
-    plan has other models."""
+    """Take new figures: an account that answers is not refused, another plan has other models."""
     old, state.figures = state.figures, figures
     if "refused" in state.marks and state.marks["refused"].since <= state.asked:
         del state.marks["refused"]
@@ -8629,11 +8614,9 @@ def settle_conversation(table: KeyTable, keys: Iterable[RingKey], conversation: 
 
 def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, routing: Routing,
                now: float, tried: Iterable[str] = ()) -> Optional[RingKey]:
-    """The key of a ring that serves next, None when none is left.
-
-    A conversation moves for good when its key is not fit.  When that is so for this model alone,
-    only this model moves; when its key is merely busy, only this request does.
-    """
+    """The key of a ring that serves next, None when none is left.  A conversation moves for good
+    when its key is not fit.  When that is so for this model alone, only this model moves; when its
+    key is merely busy, only this request does."""
     fit = fit_keys(table, keys, routing, now, tried)
     if not fit:
         return None
@@ -8654,8 +8637,7 @@ def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, ro
 
 
 def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
-    """What is asked of a key alone before its call: nothing from memory, only what options say.
-    Raises ProxyError 404 or 429."""
+    """Refuse what options forbid a key alone, whatever is remembered.  Raises ProxyError."""
     if not is_allowed(key, routing):
         raise ProxyError("model", "Model %s is not allowed for this key."
                          % printable(routing.model, 100), param="model")
@@ -8717,8 +8699,7 @@ RateWindow = Tuple[float, int]      # when it began, and how many requests came 
 
 def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: float,
                   now: float) -> None:
-    """Count one request against its caller's window.  Raises ProxyError 429; `most` 0 is no
-    limit."""
+    """Count a request against its caller's window; `most` 0 is no limit.  Raises ProxyError 429."""
     if not most:
         return
     began, count = windows.get(digest, (-NEVER_ENDS, 0))
@@ -8994,8 +8975,6 @@ ALERT_RULES = {
                                   "({value:.0f} %)", 1.0, True),
     "errorRateAlert": AlertRule(ge, None, "an error rate of {value:.4g} % is {no}at or above "
                                 "errorRateAlert {limit:g} %")}
-
-
 BALANCE_KINDS = ("minCurrentBalance", "minExpiringBalance", "maxRequiredDailyBurn")     # in USD
 
 
@@ -9051,11 +9030,9 @@ def judge_alert(old: Optional[Standing], alert: Alert, over: float, spans: Tuple
 def judge_alerts(standing: Mapping[str, Standing], watched: Iterable[Watched],
                  limits: Mapping[str, Limit], spans: Tuple[float, float],
                  now: float) -> Tuple[Dict[str, Standing], List[News]]:
-    """The alerts that stand now, by account and kind, and what must be told.
-
-    `spans`: seconds after which an alert that stands is told again, 0 for never; and for which a
-    lasting one must not have held.  One whose key or limit is gone is over too.
-    """
+    """The alerts that stand now, by account and kind, and what must be told.  `spans`: seconds
+    after which an alert that stands is told again, 0 for never; and for which a lasting one must
+    not have held.  One whose key or limit is gone is over too."""
     stand: Dict[str, Standing] = {}
     news: List[Optional[News]] = []
     left = dict(standing)
@@ -14425,8 +14402,7 @@ class AlertWatch:
 
 
 async def watch_alerts(app: App) -> None:
-    """Look at what is known every few seconds, as the configuration of the moment says, and ask
-    the accounts whenever they are due."""
+    """Look at what is known every few seconds, and ask the accounts whenever they are due."""
     watch = AlertWatch()
     while True:
         await asyncio.sleep(app.limits.alert_tick)
@@ -14453,8 +14429,7 @@ def are_accounts_due(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> 
 
 
 def list_watched(app: App, keys: Tuple[RingKey, ...], least: float, now: float) -> List[Watched]:
-    """All that is watched now: these keys' accounts, and the error rate of at least so many
-    requests."""
+    """All that is watched: these keys' accounts, and the error rate of `least` requests or more."""
     routing = Routing(refresh=app.config.account_refresh_seconds)
     watched, accounts = [], []
     for key in keys:
@@ -16060,10 +16035,8 @@ async def show_keys(app: App, exchange: Exchange) -> None:
 
 
 def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[str, Operator]:
-    """Change the rows of credentialsFile; (the id that `edit` gives, the keys from then on).
-
-    What would not do at a start is not written.  Raises ProxyError.
-    """
+    """Change the rows of credentialsFile, unless it would not do at a start; (the id that `edit`
+    gives, the keys from then on).  Raises ProxyError."""
     path = config.credentials_file
     made: List[Tuple[str, Operator]] = []
 
@@ -16089,8 +16062,7 @@ KEY_EDITS: Dict[str, Callable[[List[Any], str, Json, str], str]] = {
 
 
 async def edit_keys(app: App, exchange: Exchange) -> None:
-    """Add a key of the operator's, change one, or take one out, at once for all requests that
-    come, and answer with the key."""
+    """Add a key of the operator's, change one, or take one out, for all requests that come."""
     admit_writer(app, exchange)
     config, method = app.config, exchange.head.method
     wanted = unquote(normal_path(exchange.head.path)[len("/admin/keys/"):])
