@@ -14282,9 +14282,8 @@ class Ring(NamedTuple):
 
 def read_routing(config: Config, fields: Fields, model: str, upstream: str) -> Routing:
     """How a request's key is chosen: the options, and the header.  Raises ProxyError 400."""
-    return Routing(model, upstream, parse_policy(fields.get("x-ccproxy-routing", ""),
-                                                 config.routing_policy),
-                   config.fallback_policy, config.max_in_flight_per_key,
+    policy = parse_policy(fields.get("x-ccproxy-routing", ""), config.routing_policy)
+    return Routing(model, upstream, policy, config.fallback_policy, config.max_in_flight_per_key,
                    config.key_cooldown_seconds, config.account_refresh_seconds)
 
 
@@ -14309,24 +14308,18 @@ def log_refusal(app: App, key: RingKey, before: AccountState, now: float) -> Non
                     "(401)", key_words(key))
 
 
-async def check_key(app: App, key: RingKey, state: KeyState) -> str:
-    """The organisation of a key, "" for none; whether the upstream accepts the key is noted.
-    Raises ProxyError, ValueError."""
+async def read_account(app: App, key: RingKey, state: KeyState) -> Optional[Figures]:
+    """An account's figures, by its organisation where the key is of one; whether the upstream
+    accepts the key is noted.  Raises ProxyError, ValueError."""
+    whoami, credits, subscriptions = ACCOUNT_PATHS
     before = account_state(key, state, Routing(), time.time())
     try:
-        org = read_org(await ask_account(app, key, ACCOUNT_PATHS[0]))
+        org = read_org(await ask_account(app, key, whoami))
     except ProxyError as error:
         note_key_check(state, error.status, time.time())
         log_refusal(app, key, before, time.time())
         raise
     note_key_check(state, 200, time.time())
-    return org
-
-
-async def read_account(app: App, key: RingKey, state: KeyState) -> Optional[Figures]:
-    """An account's figures, by its organisation where the key is of one."""
-    _, credits, subscriptions = ACCOUNT_PATHS
-    org = await check_key(app, key, state)
     query = "?orgId=" + org if org else ""
     billing = await ask_account(app, key, credits + query)
     subscription = await ask_account(app, key, subscriptions + query)
@@ -15933,7 +15926,7 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
             text = old.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise ProxyError("config", "%s: is not UTF-8" % settings.path) from None
-        entries = decode_entries(text, settings.path) if text.strip() else {}
+        entries = load_object(text, settings.path)
         merged = merge_entries(entries, changes)
         made.append(replace(check_settings(settings.flags, merged, settings.path, settings.given),
                             env_file=settings.env_file))
