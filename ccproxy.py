@@ -8486,13 +8486,6 @@ def note_usage(state: KeyState, usage: Optional[Usage], cost: Optional[str]) -> 
     state.cost += max(read_amount(cost) or 0.0, 0.0)
 
 
-def window_marks(figures: Optional[Figures], routing: Routing) -> List[Mark]:
-    """The used-up windows by the figures: until the reset, or until they are read again."""
-    return [Mark("window", "usage_window",
-                 window.resets or (figures.at if figures else 0.0) + routing.refresh)
-            for window in full_windows(figures)]
-
-
 def is_allowed(key: RingKey, routing: Routing) -> bool:
     """Whether a key's allowedModels, if any, name the model of the request."""
     return not key.allowed_models or routing.model.lower() in key.allowed_models or \
@@ -8504,7 +8497,8 @@ def account_state(key: RingKey, state: KeyState, routing: Routing, now: float) -
     reasons for passing it over the one that holds longest."""
     marks = [mark for place, mark in state.marks.items()
              if place in UNFIT_WORDS or place == model_route(routing)]
-    marks += window_marks(state.figures, routing)
+    marks += [Mark("window", "usage_window", one.resets or state.figures.at + routing.refresh)
+              for one in full_windows(state.figures)]       # until the reset, or read again
     if routing.model and not is_allowed(key, routing):
         marks.append(Mark("allowed", "model", NEVER_ENDS))
     marks = [mark for mark in marks if mark.until > now]
@@ -8600,16 +8594,14 @@ def home_key(table: KeyTable, places: Iterable[str], fit: List[Candidate]) -> Op
     return next((key for home in homes for key, _ in fit if key.digest == home), None)
 
 
-def settle_conversation(table: KeyTable, keys: Iterable[RingKey], conversation: str,
+def settle_conversation(table: KeyTable, keys: Iterable[RingKey], places: List[str],
                         routing: Routing, now: float, chosen: RingKey) -> None:
     """Remember that a conversation is with a key from now on; only this model's part of it where
     its old key is unfit for this model alone."""
     general = fit_keys(table, keys, routing._replace(model="", upstream=""), now, ())
-    stays = home_key(table, [conversation], general) is not None
-    place = "%s %s" % (conversation, model_route(routing))
-    table.conversations.pop(place, None)
-    keep_newest(table.conversations, place if stays else conversation, chosen.digest,
-                MAX_CONVERSATIONS)
+    stays = home_key(table, places[1:], general) is not None
+    table.conversations.pop(places[0], None)
+    keep_newest(table.conversations, places[0 if stays else 1], chosen.digest, MAX_CONVERSATIONS)
 
 
 def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, routing: Routing,
@@ -8629,7 +8621,7 @@ def choose_key(table: KeyTable, keys: Tuple[RingKey, ...], conversation: str, ro
     else:
         chosen = choose_by_policy(table, keys, free, routing, now)
     if home is None:
-        settle_conversation(table, keys, conversation, routing, now, chosen)
+        settle_conversation(table, keys, places, routing, now, chosen)
         return chosen
     for place in filter(table.conversations.__contains__, places):
         keep_newest(table.conversations, place, table.conversations[place], MAX_CONVERSATIONS)
