@@ -1934,10 +1934,9 @@ inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
 
 
 # === MODELS (pure) ==========================================================
-# Which model a request means and what that model takes: aliases, ids in any
-# case, short names, other services' spellings, efforts, output limits.  Unknown names
-# are passed on unchanged, as the catalogue is always behind; a note names the most
-# similar known model.
+# Which model a request means and what that model takes: aliases, ids in any case,
+# short names, other services' spellings, efforts, output limits.  Unknown names are
+# passed on, as the catalogue is always behind; a note names the most similar model.
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
 EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
@@ -2336,9 +2335,9 @@ def anthropic_model_list(shown: List[Model]) -> Json:
 
 # === KEYS (pure) ============================================================
 # What who brings no key is told, and the ids of a caller's conversation (the
-# keys themselves are read in KEY RINGS).  Ids are
-# derived, never stored: the same key and conversation give the same id in any
-# process on any host, and no two callers can share or guess one.
+# keys themselves are read in KEY RINGS).  Ids are derived, never stored: the same
+# key and conversation give the same id in any process on any host, and no two
+# callers can share or guess one.
 
 SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "session_id")
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -8889,12 +8888,11 @@ Watched = Tuple[str, Optional[float], Optional[RingKey]]    # a kind, its value 
 
 
 class AlertRule(NamedTuple):
-    """What is watched: whether a value is beyond a limit, the value of an account (None: it is of
-    the whole proxy), and the words for both.  `share` of its limit is where an alert is over, 0
-    where an option says so; one that is `lasting` must not have held for a while before."""
+    """What is watched: whether a value is beyond a limit, and the words for both.  `share` of its
+    limit is where an alert is over, 0 where an option says so; one that is `lasting` must not have
+    held for a while before."""
 
     beyond: Callable[[float, float], bool]
-    figure: Optional[Callable[[AccountState, Figures, float], Optional[float]]]
     words: str                      # {no} is "no more " where it is over
     share: float = 0.0
     lasting: bool = False
@@ -8927,18 +8925,6 @@ class News(NamedTuple):
     text: str                       # one line for a person
 
 
-def expiring_balance(state: AccountState, figures: Figures, now: float) -> Optional[float]:
-    told = (figures.monthly, figures.free) != (None, None)
-    return figures.expiring if told else None
-
-
-def expiring_burn(state: AccountState, figures: Figures, now: float) -> Optional[float]:
-    """The burn of an account whose credit expires at a moment that is told; 0 where none does."""
-    if expiring_balance(state, figures, now) is None or days_left(figures, now) is None:
-        return None
-    return burn_of(figures, now) if figures.expiring > 0 else 0.0
-
-
 def window_percentage(state: AccountState, figures: Figures, now: float) -> Optional[float]:
     """How much of a usage window is used, of the two the fuller; 0 where a usable account tells of
     none, or only of ones that were reset since."""
@@ -8951,21 +8937,19 @@ def window_percentage(state: AccountState, figures: Figures, now: float) -> Opti
 
 
 ALERT_RULES = {
-    "minCurrentBalance": AlertRule(lt, lambda state, figures, now: balance_of(figures, now),
-                                   "balance of {value:.2f} USD is {no}below minCurrentBalance "
+    "minCurrentBalance": AlertRule(lt, "balance of {value:.2f} USD is {no}below minCurrentBalance "
                                    "{limit:.2f}", 1.1),
-    "minExpiringBalance": AlertRule(lt, expiring_balance, "expiring balance of {value:.2f} USD is "
-                                    "{no}below minExpiringBalance {limit:.2f}", 1.1),
-    "maxRequiredDailyBurn": AlertRule(gt, expiring_burn, "required burn of {value:.2f} USD a day "
-                                      "is {no}above maxRequiredDailyBurn {limit:.2f}", 0.9),
-    "windowAlert": AlertRule(ge, window_percentage, "a usage window that is {value:.4g} % used is "
-                             "{no}at or above windowAlert {limit:g} %"),
-    "accountRefused": AlertRule(ge, lambda state, figures, now: float(state.word == "refused"),
-                                "the key is {no}refused by the upstream (`ccproxy.py doctor` "
+    "minExpiringBalance": AlertRule(lt, "expiring balance of {value:.2f} USD is {no}below "
+                                    "minExpiringBalance {limit:.2f}", 1.1),
+    "maxRequiredDailyBurn": AlertRule(gt, "required burn of {value:.2f} USD a day is {no}above "
+                                      "maxRequiredDailyBurn {limit:.2f}", 0.9),
+    "windowAlert": AlertRule(ge, "a usage window that is {value:.4g} % used is {no}at or above "
+                             "windowAlert {limit:g} %"),
+    "accountRefused": AlertRule(ge, "the key is {no}refused by the upstream (`ccproxy.py doctor` "
                                 "checks keys)", 1.0, True),
-    "accountsUnusable": AlertRule(ge, None, "the operator's accounts are {no}all unusable "
+    "accountsUnusable": AlertRule(ge, "the operator's accounts are {no}all unusable "
                                   "({value:.0f} %)", 1.0, True),
-    "errorRateAlert": AlertRule(ge, None, "an error rate of {value:.4g} % is {no}at or above "
+    "errorRateAlert": AlertRule(ge, "an error rate of {value:.4g} % is {no}at or above "
                                 "errorRateAlert {limit:g} %")}
 BALANCE_KINDS = ("minCurrentBalance", "minExpiringBalance", "maxRequiredDailyBurn")     # in USD
 
@@ -8984,10 +8968,15 @@ def alert_limits(config: Config) -> Dict[str, Limit]:
 
 def watch_account(key: RingKey, state: AccountState, figures: Optional[Figures],
                   now: float) -> List[Watched]:
-    """All that is watched of an account."""
-    fresh = fresh_figures(figures, now)
-    return [(kind, rule.figure(state, fresh, now), key)
-            for kind, rule in ALERT_RULES.items() if rule.figure is not None]
+    """All that is watched of an account; no burn where it is not told when credit expires."""
+    known = fresh_figures(figures, now)
+    expiring = known.expiring if (known.monthly, known.free) != (None, None) else None
+    burn = expiring and burn_of(known, now)         # 0 where nothing expires
+    values = {"minCurrentBalance": balance_of(known, now), "minExpiringBalance": expiring,
+              "maxRequiredDailyBurn": burn if days_left(known, now) else None,
+              "windowAlert": window_percentage(state, known, now),
+              "accountRefused": float(state.word == "refused")}
+    return [(kind, value, key) for kind, value in values.items()]
 
 
 def watch_pool(states: List[AccountState]) -> List[Watched]:
