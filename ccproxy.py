@@ -9482,14 +9482,6 @@ def decode_entries(text: str, path: str) -> Json:
     return entries
 
 
-def encode_json_file(value: Any) -> bytes:
-    """JSON as a person reads it in a file."""
-    try:
-        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:          # a lone surrogate
-        return (json.dumps(value, indent=2) + "\n").encode()
-
-
 def holds_secret(text: bytes) -> bool:
     """Whether a secret option is named in the text of a config file."""
     return any(b'"%b"' % option.name.encode() in text for option in OPTIONS
@@ -15912,7 +15904,8 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
         made.append(replace(check_settings(settings.flags, merged, settings.path, settings.given),
                             env_file=settings.env_file))
         check_fresh(app, made[0])
-        return old if list(merged.items()) == list(entries.items()) else encode_json_file(merged)
+        same = list(merged.items()) == list(entries.items())
+        return old if same else dump_object(merged, "", settings.path).encode()
 
     change_file(settings.path, edit)
     return made[0]
@@ -16020,10 +16013,10 @@ def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[s
         except UnicodeDecodeError:
             raise credential_fault(path, "is not", "UTF-8") from None
         name = edit(rows, path)
-        new = encode_json_file(value)
-        made.append((name, read_operator(config, new.decode())))
+        new = dump_object(value, "", path)
+        made.append((name, read_operator(config, new)))
         check_operator(made[0][1], config.host)
-        return new
+        return new.encode()
 
     change_file(path, rewrite, 0o600)
     return made[0]

@@ -16,7 +16,7 @@ def edit(text, work, *given):
     """(what came back, the whole file afterwards) of one change."""
     value, rows = ccproxy.open_credentials(text, "the file")
     name = work(rows, *given, "the file")
-    after = ccproxy.encode_json_file(value).decode()
+    after = ccproxy.dump_object(value, "", "x")
     ccproxy.read_credentials([("the file", after)])
     return name, json.loads(after)
 
