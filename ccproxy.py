@@ -2076,17 +2076,6 @@ def fits_pattern(name: str, pattern: str) -> bool:
     return name.startswith(first) and name.endswith(last) and at <= len(name) - len(last)
 
 
-def match_alias(asked: str, aliases: Mapping[str, str]) -> Optional[str]:
-    """The target of an exact alias, else of the longest pattern that fits (any case)."""
-    lower = {pattern.lower(): target for pattern, target in aliases.items()}
-    if asked.lower() in lower:
-        return lower[asked.lower()]
-    for pattern in sorted(lower, key=len, reverse=True):
-        if "*" in pattern and fits_pattern(asked.lower(), pattern):
-            return lower[pattern]
-    return None
-
-
 def find_model(name: str, models: Models) -> Optional[Model]:
     """The catalogue's model of this name: its id in any case, else a short form of it.  The
     vendor is ignored then, as other services use other names for vendors."""
@@ -2153,9 +2142,17 @@ def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
 
 
 def aliased(name: str, config: Config) -> str:
-    """The model name that `default` or an alias stands for; any other name unchanged."""
+    """What `default` or an alias stands for, an exact one or else the longest pattern that fits
+    (any case); any other name unchanged."""
     name = config.default_model if name == "default" else name
-    return match_alias(name, config.model_aliases) or name
+    asked = name.lower()
+    targets = {alias.lower(): target for alias, target in config.model_aliases.items()}
+    if asked in targets:
+        return targets[asked]
+    for pattern in sorted(targets, key=len, reverse=True):
+        if "*" in pattern and fits_pattern(asked, pattern):
+            return targets[pattern]
+    return name
 
 
 def meant_id(name: str, models: Models, config: Config) -> str:
@@ -2195,7 +2192,6 @@ def served_ids(models: Models, config: Config) -> Tuple[str, ...]:
 
 def unknown_model(name: str, ids: Tuple[str, ...],
                   words: str = "There is no model %s (GET /v1/models lists them).") -> ProxyError:
-    """A 404 that names the nearest models."""
     near = nearest_ids(name[:200], ids)
     return ProxyError("model", words % printable(name, 100) + (
         " Nearest: %s." % ", ".join(near) if near else ""), param="model")
@@ -2203,7 +2199,6 @@ def unknown_model(name: str, ids: Tuple[str, ...],
 
 def refuse_switched_off(name: str, model: Optional[Model], models: Models,
                         config: Config) -> None:
-    """Refuse a model that is switched off (404)."""
     found = model.id if model else name
     if config.models and found.lower() in switched_off(models, config):
         raise unknown_model(found, served_ids(models, config),
@@ -8477,7 +8472,6 @@ def add_cost(one: Optional[str], other: Optional[str]) -> Optional[str]:
 
 
 def note_usage(state: KeyState, usage: Optional[Usage], cost: Optional[str]) -> None:
-    """Count an answer that is over."""
     if usage is not None:
         state.input += usage.input
         state.output += usage.output
@@ -8638,14 +8632,11 @@ def check_single(key: RingKey, state: KeyState, routing: Routing) -> None:
                          % key.shown, retry_after=1)
 
 
-def shown_span(until: float, now: float) -> str:
-    return "" if until == NEVER_ENDS else " for %d s" % max(1, round(until - now))
-
-
 def memory_errors(skipped: List[Tuple[RingKey, AccountState]], now: float) -> List[ProxyError]:
     """What is to be said of keys that were passed over, in words of our own: the upstream's may
     have been about another caller's request."""
-    words = ["%s: %s%s" % (key.shown, UNFIT_WORDS[known.reason], shown_span(known.until, now))
+    words = ["%s: %s%s" % (key.shown, UNFIT_WORDS[known.reason], "" if known.until == NEVER_ENDS
+                           else " for %d s" % max(1, round(known.until - now)))
              for key, known in skipped[:5]]
     more = ["and %d more" % (len(skipped) - 5)] if len(skipped) > 5 else []
     text = "No key of the ring can serve this now (%s)." % "; ".join(words + more)
@@ -9036,7 +9027,6 @@ def judge_alerts(standing: Mapping[str, Standing], watched: Iterable[Watched],
 
 
 def alert_entry(alert: Alert) -> Json:
-    """An alert as the page and the webhook show it."""
     return {**alert._asdict(), "name": alert.name or None}
 
 
@@ -9505,13 +9495,6 @@ def read_changes(body: Json) -> Json:
     return changes
 
 
-def merge_entries(entries: Json, changes: Json) -> Json:
-    """A file's entries with changes, in the order that they had."""
-    merged = {**entries, **changes}
-    return {name: value for name, value in merged.items()
-            if value is not None or name not in changes}
-
-
 def keep_started(config: Config, running: Config) -> Config:
     """A new configuration as far as it counts without a start."""
     return Config(*(old if option.at_start else new
@@ -9540,7 +9523,6 @@ def change_report(names: Iterable[str], waiting: Iterable[str],
 
 
 def option_entry(option: Option, value: Any, source: str) -> Json:
-    """One option as /admin/config shows it."""
     secret = option.kind == "secret"
     shown = None if secret else json.loads(redact(json.dumps(value)))
     return {"name": option.name, "kind": option.kind, "value": shown,
@@ -15554,12 +15536,10 @@ def admit_by(check: Callable[[Fields, Config, str], None], app: App, exchange: E
 
 
 def admit_reader(app: App, exchange: Exchange) -> None:
-    """Let pass who may read what the proxy shows of itself."""
     admit_by(check_reader, app, exchange)
 
 
 def admit_writer(app: App, exchange: Exchange) -> None:
-    """Let pass who may change something."""
     admit_by(check_writer, app, exchange)
 
 
@@ -15900,7 +15880,8 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
         except UnicodeDecodeError:
             raise ProxyError("config", "%s: is not UTF-8" % settings.path) from None
         entries = load_object(text, settings.path)
-        merged = merge_entries(entries, changes)
+        merged = {name: value for name, value in {**entries, **changes}.items()
+                  if value is not None or name not in changes}      # in the order that they had
         made.append(replace(check_settings(settings.flags, merged, settings.path, settings.given),
                             env_file=settings.env_file))
         check_fresh(app, made[0])
