@@ -8652,10 +8652,9 @@ def spent_error(table: KeyTable, keys: Iterable[RingKey], routing: Routing, now:
     errors = [*seen, *memory_errors(skipped, now)] or [ProxyError("busy", "No key is free.")]
     best = min(errors, key=lambda error: USEFULNESS.get(min(error.status, 500), 5))
     ends = [one.until for _, one in skipped if one.until < NEVER_ENDS]
-    wait = min(ends) - now if ends else best.retry_after
-    if wait and len(skipped) < len(known):
-        wait = 1.0          # a key is fit already: what failed was on the way to it
-    best.retry_after = wait
+    best.retry_after = min(ends) - now if ends else best.retry_after
+    if best.retry_after and len(skipped) < len(known):
+        best.retry_after = 1.0      # a key is fit already: what failed was on the way to it
     return best
 
 
@@ -8866,12 +8865,10 @@ def usage_text(body: Json) -> str:
 
 
 # === ALERTS (pure) ==========================================================
-# When the operator is told that something needs a look: an account holds too
-# little, must spend too much a day, has used up a window, is refused; none is
-# usable; or requests fail.  From what is known now and the alerts that stood
-# before follows which stand now and which must be told.  An alert is over only
-# well within its limit, so that a value around it is told once.  What is not
-# known begins no alert and ends none.
+# When the operator is told that something needs a look (ALERT_RULES).  From what
+# is known now and the alerts that stood before follows which stand now and which
+# must be told.  An alert is over only well within its limit, so that a value around
+# it is told once.  What is not known begins no alert and ends none.
 
 
 Limit = Tuple[float, float]                             # where an alert begins, and is over
@@ -14301,8 +14298,7 @@ def start_refresh(app: App, key: RingKey, seconds: float) -> Optional["asyncio.T
     due = time.time() - state_of(app.keys, key, time.time()).asked >= seconds
     if running is not None or not due or len(app.refreshes) >= MAX_REFRESHES:
         return running
-    task = spawn(app, refresh_account(app, key))
-    app.refreshes[key.digest] = task
+    task = app.refreshes[key.digest] = spawn(app, refresh_account(app, key))
     task.add_done_callback(lambda _: app.refreshes.pop(key.digest, None))
     return task
 
@@ -15544,8 +15540,7 @@ def admit_writer(app: App, exchange: Exchange) -> None:
 
 
 async def serve_dashboard(app: App, exchange: Exchange) -> None:
-    if app.page is None:
-        app.page = build_page()
+    app.page = app.page or build_page()
     await respond(app, exchange, 200, app.page.body, app.page.fields)
 
 
@@ -15853,9 +15848,8 @@ async def watch_files(app: App) -> None:
 
 def known_settings(app: App) -> Settings:
     """The settings; without a file to write to where the program that runs us gave none."""
-    if app.settings is not None:
-        return app.settings
-    return Settings(app.config, {option.name: "default" for option in OPTIONS}, {}, "", {})
+    return app.settings or Settings(
+        app.config, {option.name: "default" for option in OPTIONS}, {}, "", {})
 
 
 async def show_config(app: App, exchange: Exchange) -> None:
