@@ -2197,9 +2197,7 @@ def unknown_model(name: str, ids: Tuple[str, ...],
         " Nearest: %s." % ", ".join(near) if near else ""), param="model")
 
 
-def refuse_switched_off(name: str, model: Optional[Model], models: Models,
-                        config: Config) -> None:
-    found = model.id if model else name
+def refuse_switched_off(found: str, models: Models, config: Config) -> None:
     if config.models and found.lower() in switched_off(models, config):
         raise unknown_model(found, served_ids(models, config),
                             "Model %s is switched off here (the option models).")
@@ -2207,11 +2205,11 @@ def refuse_switched_off(name: str, model: Optional[Model], models: Models,
 
 def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
     """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
-    refuse_switched_off(name, model, models, config)
     allowed, found = config.allowed_models, model.id if model else name
+    refuse_switched_off(found, models, config)
     if allowed and not names_of(found, allowed, models, config):
         raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), redact(", ".join(config.allowed_models[:20]))), param="model")
+            printable(name, 100), redact(", ".join(allowed[:20]))), param="model")
     if model is None and not config.allow_unknown_models:
         raise unknown_model(name, served_ids(models, config))
 
@@ -16706,7 +16704,7 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
     found = find_model(aliased(name, app.config), app.models)
-    refuse_switched_off(name, found, app.models, app.config)
+    refuse_switched_off(found.id if found else name, app.models, app.config)
     model = choose_shown(app, name, shown)
     if model is None:
         raise unknown_model(name, tuple(one.id for one in shown))
