@@ -2108,14 +2108,13 @@ def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
 def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
     """The effort to send: what was asked, else the nearest lower that the model takes, else its
     lowest; None to leave the choice to the model."""
-    if not asked:
-        return None
-    word = EFFORT_WORDS.get(asked, asked)
     taken = EFFORTS if model.efforts is None else model.efforts
-    falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else (word,)
+    if not asked or asked in taken:
+        return asked or None
+    word = EFFORT_WORDS.get(asked, asked)
+    falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else ()
     fitted = next((one for one in falling if one in taken), None)
-    if fitted != asked:
-        add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
+    add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
     return fitted
 
 
