@@ -2109,8 +2109,10 @@ def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional
     """The effort to send: what was asked, else the nearest lower that the model takes, else its
     lowest; None to leave the choice to the model."""
     taken = EFFORTS if model.efforts is None else model.efforts
-    if not asked or asked in taken:
-        return asked or None
+    if not asked:
+        return None
+    if asked in taken:
+        return asked
     word = EFFORT_WORDS.get(asked, asked)
     falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else ()
     fitted = next((one for one in falling if one in taken), None)
@@ -8569,11 +8571,11 @@ def choose_by_policy(table: KeyTable, keys: Tuple[RingKey, ...], fit: List[Candi
     choices = [key for key, _ in fit]
     if policy == "drain_first":
         return choices[0]
-    scores = [(share or 0.0) * key.weight for share, key in zip(worth, choices)]
+    scores = [share * key.weight for share, key in zip(worth, choices)]
     if policy == "balance_priority":
         return choices[scores.index(max(scores))]
     ring = hashlib.sha256(" ".join([policy, *(key.digest for key in keys)]).encode()).hexdigest()
-    turns = table.turns.get(ring) or {}
+    turns = table.turns.get(ring, {})
     keep_newest(table.turns, ring, turns, MAX_RINGS)
     return choose_smooth(turns, choices, scores)
 
