@@ -13469,27 +13469,18 @@ async def open_listener(app: App, host: str, port: int,
 async def in_thread(work: Callable[[], Any]) -> Any:
     """Run blocking work in a thread that does not keep the program from ending."""
     import threading
-    loop = asyncio.get_running_loop()
-    done: "asyncio.Future[Any]" = loop.create_future()
-
-    def settle(result: Any, error: Optional[Exception]) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
+    from concurrent.futures import Future
+    done: "Future[Any]" = Future()
+    done.set_running_or_notify_cancel()     # from now on only `run` settles it
 
     def run() -> None:
-        result, failure = None, None
         try:
-            result = work()
+            done.set_result(work())
         except Exception as error:      # handed on to whoever awaits
-            failure = error
-        if not loop.is_closed():        # else nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
+            done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
