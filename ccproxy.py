@@ -13494,24 +13494,20 @@ async def connect_socket(host: str, port: int) -> socket.socket:
         found = resolve(socket.AI_NUMERICHOST)      # an address needs no thread
     except socket.gaierror:
         found = await in_thread(resolve)
-    failure: Optional[OSError] = None
+    failure = OSError("no address of %s" % host)
     for family, kind, protocol, _, address in found:
         try:
             sock = socket.socket(family, kind, protocol)
+            try:
+                set_options(sock)
+                await loop.sock_connect(sock, address)
+                return sock
+            except BaseException:       # also when nobody waits for it any more
+                sock.close()
+                raise
         except OSError as error:
             failure = error
-            continue
-        try:
-            set_options(sock)
-            await loop.sock_connect(sock, address)
-            return sock
-        except OSError as error:
-            failure = error
-            sock.close()
-        except BaseException:       # cancelled: nobody waits for it any more
-            sock.close()
-            raise
-    raise failure or OSError("no address of %s" % host)
+    raise failure
 
 
 # === SOCKETS HANDED ON ======================================================
