@@ -13621,8 +13621,8 @@ class Wire(asyncio.BufferedProtocol):
     """A connection.  Its owner closes it; losing it wakes whoever waits and calls `on_end`."""
 
     __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "guard",
-                 "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "held",
-                 "on_open", "idle_since", "is_client", "fresh")
+                 "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "on_open",
+                 "idle_since", "is_client", "fresh")
 
     def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
         self.app, self.on_open = app, on_open
@@ -13639,7 +13639,6 @@ class Wire(asyncio.BufferedProtocol):
         self.deadline = 0.0                         # of the waiter, in loop time; 0: none
         self.blocked_since = self.closed_at = self.idle_since = 0.0
         self.flood_bytes = 0                        # more unread than this: hang up; 0: never
-        self.held = False                           # reading is paused
 
     # What asyncio calls.
 
@@ -13739,15 +13738,12 @@ class Wire(asyncio.BufferedProtocol):
 
     def hold(self) -> None:
         """Stop reading: what the other side sends on waits in its own machine."""
-        if not self.held and not self.ended and self.transport is not None:
-            self.held = True
+        if not self.ended:
             self.transport.pause_reading()
 
     def release(self) -> None:
-        if self.held:
-            self.held = False
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
+        if not self.ended:
+            self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():

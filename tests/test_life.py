@@ -175,7 +175,7 @@ def test_clients_that_do_not_read(make_proxy, upstream):
     for api in list(APIS) * 2:
         socks.append(send_to(proxy, api, receive=16384))
         wait_until(lambda: len(upstream.requests) == len(socks))
-    wait_until(lambda: all(relay.client.blocked_since and relay.call.wire.held
+    wait_until(lambda: all(relay.client.blocked_since and relay.call.wire.transport.paused
                            for relay in list(proxy.app.relays)))
     assert len(proxy.app.relays) == 6 and held_bytes(proxy.app) < 6 * 512 * 1024
     for api, path in APIS.items():
