@@ -14563,13 +14563,10 @@ class Relay:
         if last and self.framed:
             data += LAST_CHUNK
         if not self.opened:
-            data = self.open() + data
+            self.opened = True
+            data = self.head() + data
         self.client.write(data)
         self.sent = self.clock()
-
-    def open(self) -> bytes:
-        self.opened = True
-        return self.head()
 
     def block(self, blocked: bool) -> None:
         """The client reads too slowly, or again: the upstream waits with it."""
