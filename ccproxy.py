@@ -13162,6 +13162,12 @@ def is_writable(path: str) -> bool:
 NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+def wake(waiter: Any) -> None:
+    """Let whoever awaits a future go on."""
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
 class Channel:
     """A connected socket that feeds a protocol and sends what it writes.  Its owner closes it."""
 
@@ -13321,7 +13327,7 @@ class Channel:
             self.loop.remove_writer(self.number)
             self.number = -1
             self.sock.close()
-            self.wake()
+            wake(self.waiter)
             self.protocol.connection_lost(None)
             del self.protocol       # each knows the other: a cycle would wait for the collector
 
@@ -13344,16 +13350,12 @@ class Channel:
     async def ready(self, watch: Callable[..., Any], forget: Callable[..., Any]) -> None:
         """Wait until the socket can be read (or written), or is closed."""
         self.waiter = self.loop.create_future()
-        watch(self.number, self.wake)
+        watch(self.number, wake, self.waiter)
         try:
             await self.waiter
         finally:
             if self.number >= 0:
                 forget(self.number)
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
 
 
 # === LISTENING AND CONNECTING ===============================================
@@ -13697,8 +13699,7 @@ class Wire(asyncio.BufferedProtocol):
         self.call(self.on_end)
 
     def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        wake(self.waiter)
 
     async def wait(self, deadline: float) -> None:
         """Wait to be woken.  Raises asyncio.TimeoutError after the deadline (loop time)."""
@@ -14528,20 +14529,18 @@ class Relay:
         if frames:
             self.send(frames)
         self.settle()
-        if not self.over.done():
-            self.over.set_result(None)
+        wake(self.over)
 
     def settle(self) -> None:
         """The answer of this call is over: wake who awaits it."""
         call = self.call
         if call is None:
             return
-        if not self.done.done():
-            self.done.set_result(None)
+        wake(self.done)
         if self.answer.error is not None or not self.answer.reading.over:
             call.wire.abort()           # failed, or cut by a stop sequence: it would run on
-        if call.body.done and not self.over.done():
-            self.over.set_result(None)
+        if call.body.done:
+            wake(self.over)
 
     def crash(self, fault: Exception) -> None:
         """A fault of ours ends this answer: whoever waits for it, or for a next call, is woken."""
@@ -14553,8 +14552,7 @@ class Relay:
         call.wire.abort()
         if not self.done.done():
             self.done.set_exception(self.fault)
-        if not self.over.done():
-            self.over.set_result(None)
+        wake(self.over)
 
     def send(self, frames: bytes, last: bool = False) -> None:
         """Write frames, behind the response head where that has not gone out."""
