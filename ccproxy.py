@@ -13988,13 +13988,6 @@ def upstream_address(app: App) -> str:
     return "demo" if app.demo else configured_upstream(app.config)
 
 
-def alpha_fields(app: App, session: str) -> List[Tuple[str, str]]:
-    """What the vendor's CLI sends to /alpha/generate, and nothing that names this machine."""
-    return [("x-command-code-version", app.cli_version), ("x-cli-environment", "production"),
-            ("x-project-slug", app.config.project_slug), ("x-taste-learning", "false"),
-            ("x-session-id", session)]
-
-
 def call_head(app: App, method: str, path: str, key: str,
               fields: List[Tuple[str, str]]) -> bytes:
     """The head of a call with a key, through a proxy where there is one."""
@@ -14014,7 +14007,11 @@ def build_call(app: App, upstream: UpstreamFormat, key: str, prompt: Prompt,
     """The request of one call: exactly these headers, nothing of the client's but its key, its
     traceparent and what the session is derived from."""
     payload = upstream.build(prompt, prompt.session)
-    own = alpha_fields(app, prompt.session) if upstream is ALPHA else list(upstream.fields)
+    own = list(upstream.fields)
+    if upstream is ALPHA:       # what the vendor's CLI sends, and nothing that names this machine
+        own = [("x-command-code-version", app.cli_version), ("x-cli-environment", "production"),
+               ("x-project-slug", app.config.project_slug), ("x-taste-learning", "false"),
+               ("x-session-id", prompt.session)]
     return CallSpec(call_head(app, "POST", upstream.path, key, [
         ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), *own, ("traceparent", traceparent),
