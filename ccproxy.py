@@ -13839,11 +13839,6 @@ class Pool:
             else:
                 wire.close()
 
-    def close(self) -> None:
-        for wire in self.idle:
-            wire.close()
-        self.idle = []
-
 
 def parse_proxy(url: str) -> Tuple[Origin, str]:
     """(proxy, its Proxy-Authorization) of a proxy URL.  Raises ProxyError for one of another kind:
@@ -17141,7 +17136,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await end_usage_log(app)
-    app.pool.close()
+    app.pool.prune(float("inf"))
     if app.demo_server is not None:
         app.demo_server.close()
 

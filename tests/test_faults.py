@@ -130,7 +130,7 @@ class Stage:
         fake.scripts, fake.default = list(scripts), always or self.good
         self.forget_log()
         if fresh:
-            self.proxy.loop.call_soon_threadsafe(self.proxy.app.pool.close)
+            self.proxy.loop.call_soon_threadsafe(self.proxy.app.pool.prune, float("inf"))
         answer = ask(self.client, way, key, **members)
         self.calls, fake.default = list(fake.requests), self.good
         assert len(self.calls) == tries and not fake.scripts
@@ -1053,7 +1053,7 @@ def fill_pool(stage, way, after):
         sock.sendall(WHOLE)
         after(sock)
     stage.forget_log()
-    stage.proxy.loop.call_soon_threadsafe(stage.proxy.app.pool.close)
+    stage.proxy.loop.call_soon_threadsafe(stage.proxy.app.pool.prune, float("inf"))
     stage.upstream.scripts = [run] * POOLED
     threads = [threading.Thread(target=ask, args=(stage.proxy, way, next(KEYS)))
                for _ in range(POOLED)]
