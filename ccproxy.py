@@ -13584,7 +13584,7 @@ class guarded:      # a class as contextlib.suppress is one: for work with and w
                  *passed: Any) -> None:
         self.app, self.end, self.passed = app, end, passed
 
-    def run(self, work: Callable[..., None], *given: Any) -> None:
+    def run(self, work: Callable[..., Any], *given: Any) -> None:
         """Do it: what `with` does, in half the time."""
         try:
             work(*given)
@@ -13626,7 +13626,7 @@ class Wire(asyncio.BufferedProtocol):
                  "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "on_open",
                  "idle_since", "is_client", "fresh")
 
-    def __init__(self, app: App, on_open: Optional[Callable[["Wire"], None]] = None) -> None:
+    def __init__(self, app: App, on_open: Optional[Callable[["Wire"], Any]] = None) -> None:
         self.app, self.on_open = app, on_open
         self.is_client = False                      # a caller's, not the demo upstream's own
         self.fresh = True                           # no request has come on it yet
@@ -13685,7 +13685,7 @@ class Wire(asyncio.BufferedProtocol):
 
     # What we call.
 
-    def call(self, callback: Optional[Callable[..., None]], *given: Any) -> None:
+    def call(self, callback: Optional[Callable[..., Any]], *given: Any) -> None:
         """Tell the owner, where it wants to be told."""
         if callback is not None:
             (self.guard or guarded(self.app, self.abort)).run(callback, *given)
@@ -17236,15 +17236,11 @@ async def serve_demo_connection(app: App, wire: Wire) -> None:
 async def start_demo(app: App) -> None:
     """Listen on a free port of loopback and make that the upstream."""
     app.demo_server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
-        app, lambda wire: ignore_result(spawn(app, serve_demo_connection(app, wire)))))
+        app, lambda wire: spawn(app, serve_demo_connection(app, wire))))
     app.origin = Origin("http", "127.0.0.1", app.demo_server.sockets[0].getsockname()[1], "")
     app.proxy_known = True          # loopback is never reached through a proxy
     app.models_due = float("inf")   # and has no list of models
     app.demo = True
-
-
-def ignore_result(result: Any) -> None:
-    """Nobody waits for it (a task is the app's)."""
 
 
 # === PROCESSES ==============================================================
