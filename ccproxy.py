@@ -17199,11 +17199,8 @@ async def serve_demo_call(app: App, wire: Wire, head: RequestHead) -> None:
     release_body(app, exchange)
     answer = demo_answer(json.loads(b"".join(pieces)))
     if answer.status != 200:
-        body = to_json(answer.body)
-        fields = [JSON_TYPE, ("content-length", str(len(body)))]
-        if answer.status == 429:
-            fields.append(("retry-after", "7"))
-        wire.write(response_head(answer.status, fields) + body)
+        await respond_json(app, exchange, answer.status, answer.body,
+                           [("retry-after", "7")] if answer.status == 429 else [])
         return
     fields = [("content-type", "text/event-stream"), ("transfer-encoding", "chunked"),
               ("x-trace-id", random_hex(32))]
