@@ -16306,26 +16306,13 @@ def check_schema(db: Any) -> int:
 
 def make_schema(db: Any) -> None:
     """Bring a file to the newest version.  Raises ValueError, sqlite3.Error."""
-    db.execute("BEGIN IMMEDIATE")       # other processes may be about to do the same
-    try:
+    with db:
+        db.execute("BEGIN IMMEDIATE")       # other processes may be about to do the same
         for statements in USAGE_VERSIONS[check_schema(db):]:
             for statement in statements:
                 db.execute(statement)
         db.execute("PRAGMA application_id = %d" % USAGE_MARK)
         db.execute("PRAGMA user_version = %d" % len(USAGE_VERSIONS))
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-def make_private(path: str) -> None:
-    """Let nobody else read a file that turned out to be ours; SQLite gives its two side files the
-    mode of the first.  Raises OSError."""
-    for name in (path, path + "-wal", path + "-shm"):
-        if readable_by_others(name):
-            os.chmod(name, 0o600)
 
 
 def open_usage(path: str, seconds: float) -> Any:
@@ -16338,7 +16325,9 @@ def open_usage(path: str, seconds: float) -> Any:
     db = sqlite3.connect(path, timeout=seconds, isolation_level=None)
     try:
         make_schema(db)
-        make_private(path)
+        for name in (path, path + "-wal", path + "-shm"):   # ours: these two get the first's mode
+            if readable_by_others(name):
+                os.chmod(name, 0o600)
         try:
             db.execute("PRAGMA journal_mode = WAL").fetchone()
         except sqlite3.OperationalError:    # another process is just doing it, and it lasts
