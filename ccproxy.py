@@ -16372,23 +16372,19 @@ class UsageLog:
     def run(self) -> None:
         """Write what is queued, until the end."""
         self.write()            # opens the file: what is wrong with it is said at the start
-        while not self.ending:
+        last = False
+        while not last:
             self.wanted.wait()
             limits = self.app.limits
             self.full.wait(limits.usage_retry if self.failing else limits.usage_batch)
             self.wanted.clear()
             self.full.clear()
-            if not self.write_all():
+            last = self.ending
+            while self.queue and self.write():
+                pass
+            if self.queue:      # one batch failed: again, soon
                 self.wanted.set()
-        self.write_all()
         self.close()
-
-    def write_all(self) -> bool:
-        """Write batches until the queue is empty; False when one failed."""
-        while self.queue:
-            if not self.write():
-                return False
-        return True
 
     def write(self) -> bool:
         """Write one batch; False when that failed.  What is not written stays queued."""
