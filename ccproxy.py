@@ -14109,26 +14109,23 @@ def ask_url(url: str, context: Optional[ssl.SSLContext], seconds: float, fields:
         raise OSError("malformed HTTP: %s" % type(error).__name__) from None
 
 
-def fetch_json(url: str, context: Optional[ssl.SSLContext], seconds: float) -> Any:
-    """GET a JSON document, without a key (runs in a thread).  Raises OSError, ValueError."""
-    status, _, body = ask_url(url, context, seconds, {})
+def fetch_models(origin: Origin, context: Optional[ssl.SSLContext], seconds: float) -> Any:
+    """The upstream's list of models; it wants no key (blocks).  Raises OSError, ValueError."""
+    status, _, body = ask_url("%s://%s%s/provider/v1/models" % (
+        origin.scheme, origin.authority, origin.base), context, seconds, {})
     if status != 200:
         raise OSError("status %d" % status)
     return json.loads(body)
 
 
-def models_url(origin: Origin) -> str:
-    return "%s://%s%s/provider/v1/models" % (origin.scheme, origin.authority, origin.base)
-
-
 async def refresh_models(app: App) -> None:
     """Ask the upstream for its list of models; on failure the known one stays for a minute."""
     app.models_due = time.monotonic() + app.config.model_refresh_interval_ms / 1000
-    url = models_url(app.origin)
+    origin = app.origin
     try:
-        context = tls_context(app) if app.origin.scheme == "https" else None
+        context = tls_context(app) if origin.scheme == "https" else None
         models = await in_thread(lambda: merge_live_models(
-            fetch_json(url, context, app.limits.side_call), builtin_models()))
+            fetch_models(origin, context, app.limits.side_call), builtin_models()))
         if models is None:
             raise ValueError("no list of models")
         if not app.config.use_provider_models:
@@ -17587,8 +17584,7 @@ def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
     show_progress("asking the upstream\u2026")
     try:
         context = ssl.create_default_context() if origin.scheme == "https" else None
-        live = with_deadline(LIST_SECONDS, lambda: fetch_json(
-            models_url(origin), context, LIST_SECONDS))
+        live = with_deadline(LIST_SECONDS, lambda: fetch_models(origin, context, LIST_SECONDS))
         models = merge_live_models(live, builtin_models())
         return (models, "") if models else (
             builtin_models(), "%s gave no list of models" % origin.authority)
