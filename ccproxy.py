@@ -13946,23 +13946,23 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     """The next answer's head; 1xx are skipped.  Raises ProxyError, asyncio.TimeoutError, and
     ConnectionResetError when the connection ended before its first byte."""
     seen = interim = 0
-    while True:
+    while interim <= MAX_INTERIM_HEADS:
         end = find_head_end(wire.buffer, seen, upstream_fault)
         if end < 0:
             seen = len(wire.buffer)
-            alive = await wire.fill(deadline)
-            if not alive and not wire.buffer and not interim:
+            if not await wire.fill(deadline):
+                if wire.buffer or interim:
+                    raise upstream_fault("the connection ended inside a head")
                 raise ConnectionResetError("closed without an answer")
-            if not alive:
-                raise upstream_fault("the connection ended inside a head")
             continue
         head = parse_response_head(bytes(wire.buffer[:end]))
         del wire.buffer[:end]
         if head.status >= 200:
             return head
+        if head.status == 101:
+            break
         seen, interim = 0, interim + 1
-        if head.status == 101 or interim > MAX_INTERIM_HEADS:
-            raise upstream_fault("interim answers without end")
+    raise upstream_fault("interim answers without end")
 
 
 def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
