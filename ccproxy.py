@@ -16173,19 +16173,18 @@ def take_frames(follower: Follower) -> bytes:
 
 async def feed_follower(app: App, follower: Follower) -> None:
     """Write whatever comes up until the follower leaves or the proxy stops."""
-    wire = follower.wire
+    wire, clock = follower.wire, asyncio.get_running_loop().time
+    wrap = chunk if follower.framed else bytes      # an empty chunk is the last one
     while not wire.ended:
         data = b"" if wire.blocked_since else take_frames(follower)
         if data:
-            wire.write(chunk(data) if follower.framed else data)
+            wire.write(wrap(data))
         elif follower.ended:
-            wire.write(LAST_CHUNK if follower.framed else b"")
+            wire.write(wrap(b""))
             return
-        elif wire.blocked_since:        # one who reads nothing is dropped by the sweep
-            await wire.wait(0.0)
         else:
-            try:
-                await wire.wait(time.monotonic() + app.limits.silence)
+            try:        # one who reads nothing is dropped by the sweep
+                await wire.wait(0.0 if wire.blocked_since else clock() + app.limits.silence)
             except asyncio.TimeoutError:
                 follower.frames.append(comment_frame("nothing new"))
 
@@ -16322,7 +16321,7 @@ def open_usage(path: str, seconds: float) -> Any:
     db = sqlite3.connect(path, timeout=seconds, isolation_level=None)
     try:
         make_schema(db)
-        for name in (path, path + "-wal", path + "-shm"):   # ours: these two get the first's mode
+        for name in (path, path + "-wal", path + "-shm"):   # SQLite gives all the first's mode
             if readable_by_others(name):
                 os.chmod(name, 0o600)
         try:
