@@ -13427,28 +13427,18 @@ def bind_sockets(host: str, port: int) -> List[socket.socket]:
     """Sockets bound to a port on all addresses of a host.  Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: List[socket.socket] = []
-    failure: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    failure = errno.EADDRNOTAVAIL
+    for family, _, _, _, address in dict.fromkeys(found):
+        chosen = sockets[0].getsockname()[1] if sockets else port
         try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:        # no IPv6 here, say
-            failure = error
-            continue
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            chosen = sockets[0].getsockname()[1] if sockets else port
-            sock.bind((address[0], chosen, *address[2:]))
-            sockets.append(sock)
+            sockets.append(socket.create_server((address[0], chosen, *address[2:]), family=family))
         except OSError as error:
-            sock.close()
-            failure = error
-            if error.errno != errno.EADDRNOTAVAIL:
+            failure = error.errno or failure
+            if failure not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # no IPv6 here, say
                 close_sockets(sockets)
-                raise
+                raise OSError(failure, os.strerror(failure)) from None
     if not sockets:
-        raise failure
+        raise OSError(failure, os.strerror(failure))
     return sockets
 
 
