@@ -16179,23 +16179,6 @@ async def feed_follower(app: App, follower: Follower) -> None:
                 follower.frames.append(comment_frame("nothing new"))
 
 
-def add_follower(app: App, follower: Follower) -> None:
-    """Begin to tell somebody.  The first one starts the task that looks for changes."""
-    if not app.followers:
-        app.watching = spawn(app, keep_running(app, watch_state))
-        app.telling = lambda record: tell_record(app, record)
-        app.listeners.append(app.telling)
-    follower.state = event_frame("state", changing_state(app))
-    app.followers.add(follower)
-
-
-def drop_follower(app: App, follower: Follower) -> None:
-    app.followers.discard(follower)
-    if not app.followers:
-        app.watching.cancel()
-        app.listeners.remove(app.telling)
-
-
 def end_followers(app: App) -> None:
     """The proxy stops: whoever follows is told and gets the end of the stream, or, not reading,
     is left."""
@@ -16222,15 +16205,22 @@ async def serve_events(app: App, exchange: Exchange) -> None:
     wire.write(start_response(app, exchange, 200, fields))
     if exchange.head.method == "HEAD":
         return
-    follower = Follower(wire, framed)
-    add_follower(app, follower)
+    follower = Follower(wire, framed, state=event_frame("state", changing_state(app)))
+    if not app.followers:
+        app.watching = spawn(app, keep_running(app, watch_state))
+        app.telling = partial(tell_record, app)
+        app.listeners.append(app.telling)
+    app.followers.add(follower)
     wire.flood_bytes = READ_AHEAD_BYTES
     wire.release()
     try:
         await feed_follower(app, follower)
     finally:
         wire.flood_bytes = 0
-        drop_follower(app, follower)
+        app.followers.discard(follower)
+        if not app.followers:
+            app.watching.cancel()
+            app.listeners.remove(app.telling)
 
 
 # === USAGE LOG ==============================================================
