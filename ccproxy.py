@@ -13812,7 +13812,6 @@ class Pool:
 
     def give(self, wire: Wire, now: float, size: int) -> None:
         """Keep a connection whose last answer is complete."""
-        wire.on_data = wire.on_end = wire.on_block = wire.guard = None
         if not wire.is_quiet() or len(self.idle) >= size:
             wire.close()
             return
