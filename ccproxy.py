@@ -13810,15 +13810,6 @@ class Pool:
             wire.abort()
         return None
 
-    def give(self, wire: Wire, now: float, size: int) -> None:
-        """Keep a connection whose last answer is complete."""
-        if not wire.is_quiet() or len(self.idle) >= size:
-            wire.close()
-            return
-        wire.release()
-        wire.idle_since = now
-        self.idle.append(wire)
-
     def prune(self, before: float) -> None:
         """Close what has been idle since before that moment, or has died meanwhile."""
         idle, self.idle = self.idle, []
@@ -14066,11 +14057,15 @@ async def read_short_body(app: App, call: UpstreamCall) -> bytes:
 
 
 def give_back(app: App, call: UpstreamCall) -> None:
-    """Return a call's connection to the pool if its answer is complete, else hang up."""
-    if call.body.done and not call.body.rest and call.head.keep_alive:
-        app.pool.give(call.wire, time.monotonic(), app.limits.pool_size)
+    """Keep a call's connection if its answer is complete and there is room, else hang up."""
+    wire, idle = call.wire, app.pool.idle
+    complete = call.body.done and not call.body.rest and call.head.keep_alive
+    if complete and wire.is_quiet() and len(idle) < app.limits.pool_size:
+        wire.release()
+        wire.idle_since = time.monotonic()
+        idle.append(wire)
     else:
-        call.wire.abort()
+        wire.abort()
 
 
 # Side calls: the model list, and the version of the vendor's client.
@@ -16162,7 +16157,7 @@ def take_frames(follower: Follower) -> bytes:
 
 async def feed_follower(app: App, follower: Follower) -> None:
     """Write whatever comes up until the follower leaves or the proxy stops."""
-    wire, clock = follower.wire, asyncio.get_running_loop().time
+    wire, clock = follower.wire, time.monotonic
     wrap = chunk if follower.framed else bytes      # an empty chunk is the last one
     while not wire.ended:
         data = b"" if wire.blocked_since else take_frames(follower)
