@@ -14033,26 +14033,24 @@ async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
             raise
     if call.head.status == 200:
         return call
-    try:
-        body = await read_short_body(app, call)
-    finally:
-        give_back(app, call)
+    body = await read_short_body(app, call)
     raise spec.upstream.read_failure(call.head.status, call.head.fields, body)
 
 
 async def read_short_body(app: App, call: UpstreamCall) -> bytes:
-    """What an error answer says, as far as it comes in time and is not too long."""
+    """What an error answer says, as far as it comes in time and is not too long; the end of its
+    call."""
     deadline = time.monotonic() + app.limits.error_body
     body = b""
     try:
-        while not call.body.done and len(body) < MAX_ERROR_BODY_BYTES:
+        while not (call.body.done or call.body.broken) and len(body) < MAX_ERROR_BODY_BYTES:
             if not call.wire.buffer and not await call.wire.fill(deadline):
                 break
             body += call.body.feed(call.wire.take())
-            if call.body.broken is not None:
-                break
     except (asyncio.TimeoutError, ProxyError):
         app.log.debug("the body of an upstream error was cut off")
+    finally:
+        give_back(app, call)
     return body[:MAX_ERROR_BODY_BYTES]
 
 
@@ -14201,10 +14199,7 @@ async def ask_account(app: App, key: RingKey, path: str) -> Any:
         ("accept", "application/json"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
         ("x-cli-environment", "production")]), b""))
-    try:
-        return json.loads(await read_short_body(app, call))
-    finally:
-        give_back(app, call)
+    return json.loads(await read_short_body(app, call))
 
 
 def log_refusal(app: App, key: RingKey, before: AccountState, now: float) -> None:
