@@ -14121,12 +14121,10 @@ async def refresh_models(app: App) -> None:
 
 def keep_models_fresh(app: App) -> Optional["asyncio.Task[Any]"]:
     """Start a refresh when the list is too old; the running one, None when nothing is to do."""
-    if app.models_task is not None and not app.models_task.done():
-        return app.models_task
-    if not app.config.use_provider_models or \
-            time.monotonic() < app.models_due:
-        return None
-    app.models_task = spawn(app, refresh_models(app))
+    if app.models_task is None or app.models_task.done():
+        if not app.config.use_provider_models or time.monotonic() < app.models_due:
+            return None
+        app.models_task = spawn(app, refresh_models(app))
     return app.models_task
 
 
