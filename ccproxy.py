@@ -15763,21 +15763,19 @@ def start_again(app: App) -> None:
             sys.executable, error.strerror)) from None
 
 
-def watched_files(settings: Settings) -> List[str]:
-    return [os.path.abspath(__file__), *settings_files(settings)]
+def watched_marks(settings: Settings) -> Dict[str, Any]:
+    return file_marks([os.path.abspath(__file__), *settings_files(settings)])
 
 
 async def watch_files(app: App) -> None:
     """--watch: start again when the program, its config or the operator's keys change."""
-    def look() -> Dict[str, Any]:
-        return file_marks(watched_files(app.settings))
-
     while True:
         await asyncio.sleep(app.limits.watch)
-        if app.watched is None or await in_thread(look) == app.watched:
+        if app.watched is None or \
+                await in_thread(lambda: watched_marks(app.settings)) == app.watched:
             continue
         await asyncio.sleep(app.limits.watch / 2)       # let the writer end, or tell us
-        marks, known = look(), app.watched
+        marks, known = watched_marks(app.settings), app.watched
         changed = [path for path, mark in marks.items() if mark != known.get(path)]
         app.watched = marks
         if changed:
@@ -19941,7 +19939,7 @@ def serve(invocation: Invocation) -> int:
         if not can_restart(app):
             raise ProxyError("config", "--watch: this platform cannot start a program again in "
                              "its place.")
-        app.watched = file_marks(watched_files(settings))
+        app.watched = watched_marks(settings)
     source = settings.file_name if settings.entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
