@@ -13411,8 +13411,7 @@ class Listener:
             while self.accept(sock) and turns:
                 turns -= 1
         self.pause()
-        for sock in self.sockets:
-            sock.close()
+        close_sockets(self.sockets)
 
 
 def set_options(sock: socket.socket) -> None:
@@ -13478,12 +13477,9 @@ async def in_thread(work: Callable[[], Any]) -> Any:
 async def connect_socket(host: str, port: int) -> socket.socket:
     """A connection to the first address of a host that takes one.  Raises OSError."""
     loop = asyncio.get_running_loop()
-
-    def resolve(flags: int = 0) -> List[Any]:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-
+    resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
-        found = resolve(socket.AI_NUMERICHOST)      # an address needs no thread
+        found = resolve(flags=socket.AI_NUMERICHOST)    # an address needs no thread
     except socket.gaierror:
         found = await in_thread(resolve)
     failure = OSError("no address of %s" % host)
