@@ -13070,10 +13070,9 @@ def lock_folder(folder: str) -> int:
 
 def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode: int) -> None:
     """Put data in a file's place at once, or change nothing.  Raises OSError."""
+    import tempfile
     folder, name = os.path.split(target)
-    fresh = os.path.join(folder, ".%s.%s" % (name, random_hex(8)))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    number = os.open(fresh, flags, 0o600)
+    number, fresh = tempfile.mkstemp(prefix=".%s." % name, dir=folder)
     try:
         with os.fdopen(number, "wb") as file:
             file.write(data)
