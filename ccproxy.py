@@ -14421,7 +14421,7 @@ class Relay:
         self.app, self.client, self.answer, self.spec = app, client, answer, spec
         self.head = head                # makes the response head, when it is wanted
         self.framed = True              # chunked; else (HTTP/1.0) the end is the connection's
-        self.call: Optional[UpstreamCall] = None
+        self.call: Any = None           # UpstreamCall: the one that runs
         self.opened = False             # the response head went out
         self.clock = time.monotonic
         self.sent = self.heard = self.clock()
@@ -14450,8 +14450,6 @@ class Relay:
     def receive(self, data: bytes) -> None:
         """A piece of the upstream's body, still framed."""
         answer, call = self.answer, self.call
-        if call is None:
-            return
         try:
             frames = answer.feed(call.body.feed(data))
             if call.body.broken is not None:
@@ -14479,8 +14477,6 @@ class Relay:
     def end(self) -> None:
         """The upstream's connection ended."""
         call, answer = self.call, self.answer
-        if call is None:
-            return
         try:
             if not call.body.done:
                 call.body.eof()
@@ -14494,13 +14490,10 @@ class Relay:
 
     def settle(self) -> None:
         """The answer of this call is over: wake who awaits it."""
-        call = self.call
-        if call is None:
-            return
         wake(self.done)
         if self.answer.error is not None or not self.answer.reading.over:
-            call.wire.abort()           # failed, or cut by a stop sequence: it would run on
-        if call.body.done:
+            self.call.wire.abort()      # failed, or cut by a stop sequence: it would run on
+        if self.call.body.done:
             wake(self.over)
 
     def crash(self, fault: Exception) -> None:
