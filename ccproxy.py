@@ -16295,7 +16295,7 @@ class UsageLog:
         import threading
         self.path, self.app = path, app
         self.queue: Deque[Record] = deque()
-        self.wanted, self.full = threading.Event(), threading.Event()
+        self.full = threading.Event()       # a batch, or the end has come
         self.ending = self.failing = False
         self.lost = 0                       # since it began to fail
         self.db: Any = None
@@ -16309,8 +16309,6 @@ class UsageLog:
             self.lose(1)
             return
         self.queue.append(record)
-        if not self.wanted.is_set():
-            self.wanted.set()
         if len(self.queue) == USAGE_BATCH:
             self.full.set()
 
@@ -16323,16 +16321,12 @@ class UsageLog:
         self.write()            # opens the file: what is wrong with it is said at the start
         last = False
         while not last:
-            self.wanted.wait()
             limits = self.app.limits
             self.full.wait(limits.usage_retry if self.failing else limits.usage_batch)
-            self.wanted.clear()
             self.full.clear()
             last = self.ending
             while self.queue and self.write():
                 pass
-            if self.queue:      # one batch failed: again, soon
-                self.wanted.set()
         self.close()
 
     def write(self) -> bool:
@@ -16403,7 +16397,6 @@ class UsageLog:
     def end(self, seconds: float) -> None:
         """Write what is left, for so long at most."""
         self.ending = True
-        self.wanted.set()
         self.full.set()
         self.thread.join(seconds)
         if self.queue:
