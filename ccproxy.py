@@ -13047,8 +13047,8 @@ LOCK_SECONDS = 5.0          # another change takes milliseconds
 
 
 def lock_folder(folder: str) -> int:
-    """A descriptor that keeps other processes' changes waiting until it is closed; -1 where there
-    are no such locks.  Raises TimeoutError."""
+    """A descriptor that holds up other processes' changes until it is closed, or -1.  Raises
+    TimeoutError."""
     try:
         import fcntl
     except ImportError:         # Windows: there is one process, and its changes come one by one
@@ -13134,8 +13134,7 @@ def read_file(path: str) -> Optional[bytes]:
 
 
 def write_file(path: str, data: bytes, like: str, mode: int = 0o600) -> None:
-    """Put a file in its place, with the mode and owner of another where there is that.  Raises
-    ProxyError `config`."""
+    """Put a file in place, with the mode and owner of another, if any.  Raises ProxyError."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         known = os.stat(like) if os.path.exists(like) else None
@@ -13768,8 +13767,7 @@ class Wire(asyncio.BufferedProtocol):
 # connections or fresh, through a proxy where the environment names one, with
 # TLS always verified and redirects never followed.  A pooled connection that
 # turns out dead before one byte of an answer came is replaced silently; every
-# other repetition is RETRIES' decision.  Side calls (the model list, npm) are at
-# the end.
+# other repetition is RETRIES' decision.
 
 
 @dataclass(**SLOTS)
@@ -13832,10 +13830,7 @@ def parse_proxy(url: str) -> Tuple[Origin, str]:
 
 
 def read_proxy(app: App) -> None:
-    """Find the proxy for the upstream once, by urllib's own rules (HTTPS_PROXY, NO_PROXY, ...).
-
-    Raises ProxyError when it is none that can be used.
-    """
+    """Find the proxy for the upstream once, by urllib's own rules.  Raises ProxyError."""
     named = any(name.lower().endswith("_proxy") for name in os.environ)
     if named or sys.platform.startswith(("win", "darwin")):     # else a slow import for nothing
         import urllib.request
@@ -13919,7 +13914,7 @@ async def open_tunnel(app: App, wire: Wire) -> None:
 
 async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     """The next answer's head; 1xx are skipped.  Raises ProxyError, asyncio.TimeoutError, and
-    ConnectionResetError when the connection ended before its first byte."""
+    ConnectionResetError where not one byte came."""
     seen = interim = 0
     while interim <= MAX_INTERIM_HEADS:
         end = find_head_end(wire.buffer, seen, upstream_fault)
@@ -14033,8 +14028,7 @@ async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
 
 
 async def read_short_body(app: App, call: UpstreamCall) -> bytes:
-    """What an error answer says, as far as it comes in time and is not too long; the end of its
-    call."""
+    """The end of a call: its answer, as far as it comes in time and is not too long."""
     deadline = time.monotonic() + app.limits.error_body
     body = b""
     try:
@@ -14629,8 +14623,7 @@ async def run_key_call(relay: Relay, record: Dict[str, Any], key: RingKey,
 
 
 def begin_anew(relay: Relay, error: ProxyError, mendable: bool, code: str, detail: str) -> None:
-    """Let go of a failed call and make ready for the next, with a note of it.  Raises the error
-    where none may follow."""
+    """Make ready for the call after a failed one, with a note.  Raises the error if none may be."""
     relay.detach()
     if relay.app.ending.done():
         raise stopping_error() from None
@@ -14670,8 +14663,7 @@ async def run_ring(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
 
 async def run_calls(relay: Relay, record: Dict[str, Any], key: RingKey,
                     routing: Routing) -> None:
-    """Calls with one key until one succeeds, at most as many as `Limits.backoff` allows.  Raises
-    ProxyError."""
+    """Calls with one key until one succeeds or `Limits.backoff` ends.  Raises ProxyError."""
     app = relay.app
     pauses: Tuple[Optional[float], ...] = app.limits.backoff + (None,)
     for attempt, pause in enumerate(pauses):
@@ -15662,8 +15654,7 @@ def own_arguments() -> List[str]:
 
 
 def check_program() -> None:
-    """Whether the program, as it is on disk now, would start with our arguments.  Raises
-    ProxyError 409."""
+    """Whether the program on disk would start with our arguments.  Raises ProxyError 409."""
     import subprocess
     refused = "The program would not start again, so nothing was done: "
     try:
@@ -15710,8 +15701,7 @@ def check_restart(app: App) -> None:
 
 
 def restart_drain(app: App, head: RequestHead) -> float:
-    """For how many seconds requests in progress may go on before a restart: ?drain=N, else
-    drainSeconds.  Raises ProxyError 400."""
+    """The seconds for what runs before a restart: ?drain=N or drainSeconds.  Raises ProxyError."""
     most = app.config.drain_seconds
     given = [word[len("drain="):] for word in query_words(head) if word.startswith("drain=")]
     if not given:
@@ -16153,8 +16143,7 @@ async def feed_follower(app: App, follower: Follower) -> None:
 
 
 def end_followers(app: App) -> None:
-    """The proxy stops: whoever follows is told and gets the end of the stream, or, not reading,
-    is left."""
+    """The proxy stops: tell all followers and end their streams; who does not read is left."""
     if not app.followers:
         return
     frame = event_frame("state", changing_state(app))
@@ -16265,8 +16254,7 @@ def make_schema(db: Any) -> None:
 
 
 def open_usage(path: str, seconds: float) -> Any:
-    """The database to write to, made where there is none.  Raises OSError, ValueError,
-    sqlite3.Error."""
+    """The database, made where there is none.  Raises OSError, ValueError, sqlite3.Error."""
     import sqlite3
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     if not os.path.exists(path):
