@@ -13455,8 +13455,8 @@ async def open_listener(app: App, host: str, port: int,
     return Listener(app, list(sockets) or bind_sockets(host, port), protocol)
 
 
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Run blocking work in a thread that does not keep the program from ending."""
+def start_work(work: Callable[[], Any]) -> Any:
+    """Begin blocking work in a thread that does not keep the program from ending: its future."""
     import threading
     from concurrent.futures import Future
     done: "Future[Any]" = Future()
@@ -13469,7 +13469,11 @@ async def in_thread(work: Callable[[], Any]) -> Any:
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(done)
+    return done
+
+
+async def in_thread(work: Callable[[], Any]) -> Any:
+    return await asyncio.wrap_future(start_work(work))
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
@@ -17420,36 +17424,19 @@ def show_feature(works: Optional[bool], name: str) -> None:
     say("%s %s\n" % (paint(mark, colour), name))
 
 
-def start_work(work: Callable[[], Any]) -> Callable[[float], Any]:
-    """Begin blocking work in a thread; what is returned waits so many seconds for its result.
-    That raises what the work raises, and TimeoutError when it takes longer."""
-    import queue
-    import threading
-    done: "queue.Queue[Any]" = queue.Queue()
-
-    def run() -> None:
-        try:
-            done.put((work(), None))
-        except Exception as error:      # raised again in the thread that waits
-            done.put((None, error))
-
-    def wait(seconds: float) -> Any:
-        try:
-            result, failure = done.get(timeout=seconds)
-        except queue.Empty:
-            raise TimeoutError("no answer within " + counted(seconds, "second")) from None
-        if failure is not None:
-            raise failure
-        return result
-
-    threading.Thread(target=run, daemon=True).start()
-    return wait
+def end_work(begun: Any, seconds: float) -> Any:
+    """The result of work that start_work began, waited for so long.  Raises what it raises, and
+    TimeoutError when it takes longer: a name server or a slow sender keeps to no timeout of a
+    socket."""
+    from concurrent.futures import wait
+    wait([begun], seconds)
+    if not begun.done():
+        raise TimeoutError("no answer within " + counted(seconds, "second"))
+    return begun.result()
 
 
 def with_deadline(seconds: float, work: Callable[[], Any]) -> Any:
-    """What blocking work gives.  Raises what it raises, and TimeoutError when it takes longer: a
-    name server or a slow sender keeps to no timeout of a socket."""
-    return start_work(work)(seconds)
+    return end_work(start_work(work), seconds)
 
 
 def plain_reason(error: Exception) -> str:
@@ -19226,11 +19213,11 @@ def look_ahead(invocation: Invocation, base: str, key: str) -> Finding:
     return found or Finding(True, "")
 
 
-def end_check(wait: Callable[[float], Finding], name: str) -> None:
+def end_check(begun: Any, name: str) -> None:
     """Tell what was found, and end the program where the client has no chance."""
     show_progress("asking about the key \u2026")
     try:
-        finding = wait(AHEAD_SECONDS)
+        finding = end_work(begun, AHEAD_SECONDS)
     except (OSError, ValueError, RecursionError, ProxyError) as error:
         finding = Finding(None, "whether the key works is not known: " + plain_reason(error))
     show_progress("")
