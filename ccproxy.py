@@ -15678,7 +15678,10 @@ def check_program() -> None:
 def check_address(app: App) -> None:
     """Whether another address, where the config names one now, can be had.  Raises ProxyError."""
     settings = app.settings
-    fresh = read_settings(settings.flags, settings.given, settings.env_file).config
+    try:
+        fresh = read_settings(settings.flags, settings.given, settings.env_file).config
+    except ProxyError as error:
+        raise ProxyError("invalid", redact(error.message), param=error.param, status=409) from None
     if (fresh.host, fresh.port) == (app.config.host, app.config.port):
         return
     try:
@@ -15695,13 +15698,8 @@ def check_restart(app: App) -> None:
                          "or run by another program): stop and start it.")
     if app.leaving:
         raise ProxyError("busy", "The proxy stops or starts again already.", retry_after=1)
-    try:
-        check_program()
-        check_address(app)
-    except ProxyError as error:
-        if error.kind != "config":
-            raise
-        raise ProxyError("invalid", redact(error.message), param=error.param, status=409) from None
+    check_program()
+    check_address(app)
 
 
 def restart_drain(app: App, head: RequestHead) -> float:
