@@ -15976,22 +15976,18 @@ def open_descriptors() -> Optional[int]:
     return None
 
 
-def read_gauges(app: App) -> Counts:
-    """How things stand; what is not known is left out.  The label `worker` is of versions with
-    several processes, and dashboards ask for it."""
-    known = {("uptime_seconds", "1"): round(time.monotonic() - app.started, 3),
-             ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
-             ("client_connections",): app.clients,
-             ("upstream_idle_connections",): len(app.pool.idle),
-             ("resident_memory_bytes", "1"): resident_bytes(),
-             ("open_descriptors", "1"): open_descriptors()}
-    return {key: number for key, number in known.items() if number is not None}
-
-
 async def serve_metrics(app: App, exchange: Exchange) -> None:
-    """All metrics, for Prometheus."""
+    """All metrics, for Prometheus; a gauge that is not known is left out.  The label `worker` (1)
+    is of versions with several processes, and dashboards ask for it."""
     admit_reader(app, exchange)
-    counts = {**app.metrics.counts, **read_gauges(app)}
+    gauges = {("uptime_seconds", "1"): round(time.monotonic() - app.started, 3),
+              ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
+              ("client_connections",): app.clients,
+              ("upstream_idle_connections",): len(app.pool.idle),
+              ("resident_memory_bytes", "1"): resident_bytes(),
+              ("open_descriptors", "1"): open_descriptors()}
+    counts = {**app.metrics.counts, **{key: known for key, known in gauges.items()
+                                       if known is not None}}
     share = cache_share(counts)
     if share is not None:
         counts["cache_share_ratio",] = round(share, 6)
