@@ -13047,8 +13047,8 @@ LOCK_SECONDS = 5.0          # another change takes milliseconds
 
 
 def lock_folder(folder: str) -> int:
-    """A descriptor that holds up other processes' changes until it is closed, or -1.  Raises
-    TimeoutError."""
+    """A descriptor that keeps other processes' changes waiting until it is closed; -1 where there
+    are no such locks.  Raises TimeoutError."""
     try:
         import fcntl
     except ImportError:         # Windows: there is one process, and its changes come one by one
@@ -13089,12 +13089,10 @@ def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode:
 
 
 def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] = None) -> None:
-    """Give a file the content that `edit` makes of its present one (b"" for none).
-
-    The previous file is kept beside it as a hidden one and the mode is kept (but that other
-    accounts read a secret option), unless a mode is given, as for keys.  Raises ProxyError 409
-    where it cannot be written, and what edit does.
-    """
+    """Give a file the content that `edit` makes of its present one (b"" for none).  The previous
+    file is kept beside it as a hidden one and the mode is kept (but that other accounts read a
+    secret option), unless a mode is given, as for keys.  Raises ProxyError 409 where it cannot be
+    written, and what edit does."""
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     lock = -1
@@ -16347,8 +16345,7 @@ class UsageLog:
 
     def open(self) -> None:
         """Open the file where it is not, or is not the one that stands there now."""
-        if self.db is not None and not (os.path.exists(self.path) and
-                                        os.stat(self.path).st_ino == self.inode):
+        if not os.path.exists(self.path) or os.stat(self.path).st_ino != self.inode:
             self.close()
         if self.db is None:
             self.db = open_usage(self.path, self.app.limits.usage_busy)
