@@ -17846,12 +17846,7 @@ def check_port(scene: Scene) -> List[Finding]:
         return [Finding(False, "another program holds port %d" % port,
                         "Stop that, or choose another: --port %d" % (port % 65535 + 1))]
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind, protocol) as alone:
-            if os.name == "posix":      # on Windows it would let us share another's port
-                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind(address)
+        close_sockets(bind_sockets(host, port))
     except OSError as error:
         return [Finding(False, "cannot listen on %s port %d: %s" % (
             host, port, plain_reason(error)), "Choose another --host or --port")]
