@@ -17446,20 +17446,15 @@ def local_base(config: Config) -> str:
 
 def read_health(base: str, query: str = "") -> Optional[Json]:
     """What a ccproxy says of itself at an address: {} for another program, None for nobody."""
-    import http.client
+    import urllib.error
     origin = parse_origin(base)
-    connection = http.client.HTTPConnection(origin.host, origin.port, timeout=2.0)
+    url = "http://%s:%d/health%s" % (bracketed(origin.host), origin.port, query)
     try:
-        connection.connect()
-    except OSError:
+        health = json.loads(ask_url(url, None, 2.0, {}, direct=True)[2])
+    except urllib.error.URLError:
         return None
-    try:
-        connection.request("GET", "/health" + query)
-        health = json.loads(connection.getresponse().read(MIB))
-    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    finally:
-        connection.close()
     return health if isinstance(health, dict) and "open_streams" in health else {}
 
 
