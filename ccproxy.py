@@ -14987,11 +14987,7 @@ def publish_record(app: App, record: Record) -> None:
 # never for a request that says store false, and never on disk.
 
 
-def item_place(key: str, name: Any) -> Tuple[str, str]:
-    return hashlib.sha256(key.encode()).hexdigest(), str(name)
-
-
-def remember_items(app: App, key: str, reply: Reply) -> None:
+def remember_items(app: App, digest: str, reply: Reply) -> None:
     """Keep the items of a finished answer; the oldest make room."""
     if not reply.remember or not reply.reason:
         return
@@ -14999,18 +14995,18 @@ def remember_items(app: App, key: str, reply: Reply) -> None:
     for item in responses_body(whole)["output"]:
         data = to_json(item)
         if item["type"] in ("message", "reasoning") and len(data) <= MAX_ITEM_BYTES:
-            app.items[item_place(key, item["id"])] = data
+            app.items[digest, item["id"]] = data
     while len(app.items) > MAX_ITEMS:
         del app.items[next(iter(app.items))]
 
 
-def recall_items(app: App, key: str, body: Json) -> None:
+def recall_items(app: App, digest: str, body: Json) -> None:
     """Put the items that are known in the place of references to them."""
-    given = body.get("input")
+    given: Any = body.get("input")
     for index, item in enumerate(given if isinstance(given, list) else []):
         if isinstance(item, dict) and item.get("type") == "item_reference":
-            known = app.items.get(item_place(key, item.get("id")))
-            if known is not None and isinstance(given, list):
+            known = app.items.get((digest, str(item.get("id"))))
+            if known is not None:
                 given[index] = json.loads(known)
 
 
@@ -15049,9 +15045,9 @@ def suit_face(app: App, prompt: Prompt, face: Face, reader: Face, body: Json) ->
         prompt.echo = echo_request(body)
 
 
-def read_prompt(app: App, face: Face, key: str, body: Json, notes: List[str]) -> Prompt:
+def read_prompt(app: App, face: Face, digest: str, body: Json, notes: List[str]) -> Prompt:
     """A request's decoded body as a Prompt that is fit to be sent.  Raises ProxyError."""
-    recall_items(app, key, body)
+    recall_items(app, digest, body)
     reader = choose_reader(face, body)
     prompt = reader.parse(body, notes)
     suit_face(app, prompt, face, reader, body)
@@ -15123,7 +15119,7 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
     try:
         body = parse_object(data, notes)
         await breathe(data)
-        prompt = read_prompt(app, face, anchor_of(keys).key, body, notes)
+        prompt = read_prompt(app, face, anchor_of(keys).digest, body, notes)
         await breathe(data)
         named, first = session_value(fields, prompt.user_id), first_user_text(prompt)
         upstream = upstream_of(app, fields, prompt.model)
@@ -15402,7 +15398,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
     if face is RESPONSES:
-        remember_items(app, anchor_of(caller.keys).key, job.answer.reply)
+        remember_items(app, anchor_of(caller.keys).digest, job.answer.reply)
 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
@@ -16520,17 +16516,17 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
     """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
     exchange.face = face
     exchange.record["api"] = face.name
-    key = ""            # will do: it is wanted for references alone
+    digest = ""         # will do: it is wanted for references alone
     try:
         caller = caller_of(app, exchange)
     except ProxyError:
         app.log.debug("tokens are counted for nobody in particular")
     else:
-        key = anchor_of(caller.keys).key
+        digest = anchor_of(caller.keys).digest
         count_caller(app, caller)
     data = await read_body(app, exchange)
     try:
-        return count_input(app, read_prompt(app, face, key, parse_object(data, []), []))[0]
+        return count_input(app, read_prompt(app, face, digest, parse_object(data, []), []))[0]
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
 
