@@ -13719,7 +13719,6 @@ class Wire(asyncio.BufferedProtocol):
         return int(known[1]) if known else 0
 
     def take(self) -> bytes:
-        """All that came."""
         data, self.buffer = bytes(self.buffer), bytearray()
         return data
 
@@ -15709,7 +15708,6 @@ def restart_drain(app: App, head: RequestHead) -> float:
 
 
 def begin_restart(app: App) -> None:
-    """Drain and start again."""
     if not app.stop.is_set():
         app.restarting = True
         app.stop.set()
