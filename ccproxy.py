@@ -11086,43 +11086,29 @@ PAGE_MARKUP = r"""
 
 
 # === PAGE WORDS (pure) ======================================================
-# Every text of the dashboard: `key: English | Korean | Chinese (simplified)`,
-# an indented line goes on with the one before.  {name} is filled in by the
-# script.
+# Every text of the dashboard: `key: English | Korean | Chinese (simplified)`.
+# Short ones share a line, with || between; an indented line goes on with the one
+# before.  {name} is filled in by the script.
 
 PAGE_WORDS = r"""
-skip: Skip to content | 본문으로 건너뛰기 | 跳到正文
-language: Language | 언어 | 语言
-sections: Sections | 섹션 | 分区
-theme: Theme | 테마 | 主题
-theme_auto: as the system | 시스템 설정 | 跟随系统
-theme_light: light | 밝게 | 浅色
-theme_dark: dark | 어둡게 | 深色
-overview: Overview | 개요 | 概览
-requests: Requests | 요청 | 请求
-models: Models | 모델 | 模型
-keys: Keys | 키 | 密钥
-connect: Connect | 연결 | 接入
-settings: Settings | 설정 | 设置
-link_waiting: Connecting… | 연결 중… | 连接中…
-link_live: Live | 실시간 | 实时
-link_ok: Running | 실행 중 | 运行中
-link_draining: Draining | 종료 준비 중 | 正在排空
-link_lost: Connection lost | 연결 끊김 | 连接已断开
-link_asleep: Paused | 일시 중지 | 已暂停
+skip: Skip to content | 본문으로 건너뛰기 | 跳到正文 || language: Language | 언어 | 语言
+sections: Sections | 섹션 | 分区 || theme: Theme | 테마 | 主题 || theme_auto: as the system | 시스템 설정 | 跟随系统
+theme_light: light | 밝게 | 浅色 || theme_dark: dark | 어둡게 | 深色 || overview: Overview | 개요 | 概览
+requests: Requests | 요청 | 请求 || models: Models | 모델 | 模型 || keys: Keys | 키 | 密钥
+connect: Connect | 연결 | 接入 || settings: Settings | 설정 | 设置
+link_waiting: Connecting… | 연결 중… | 连接中… || link_live: Live | 실시간 | 实时
+link_ok: Running | 실행 중 | 运行中 || link_draining: Draining | 종료 준비 중 | 正在排空
+link_lost: Connection lost | 연결 끊김 | 连接已断开 || link_asleep: Paused | 일시 중지 | 已暂停
 lost_note: Connection lost. What you see may be out of date; trying again…
-  | 연결이 끊겼습니다. 표시된 내용이 최신이 아닐 수 있습니다. 다시 연결하는 중…
-  | 连接已断开。所示内容可能已过时，正在重新连接…
+  | 연결이 끊겼습니다. 표시된 내용이 최신이 아닐 수 있습니다. 다시 연결하는 중… | 连接已断开。所示内容可能已过时，正在重新连接…
 draining_note: The proxy is stopping: running answers may finish, new requests are refused.
-  | 프록시가 종료되는 중입니다. 진행 중인 응답은 끝까지 처리되고 새 요청은 거부됩니다.
-  | 代理正在停止：进行中的回答会完成，新请求会被拒绝。
+  | 프록시가 종료되는 중입니다. 진행 중인 응답은 끝까지 처리되고 새 요청은 거부됩니다. | 代理正在停止：进行中的回答会完成，新请求会被拒绝。
 alert_minCurrentBalance: {name}: balance {value} is below {limit} (since {when})
   | {name}: 잔액 {value}이(가) {limit}보다 적습니다 ({when}부터) | {name}：余额 {value} 低于 {limit}（自 {when}）
-alert_minExpiringBalance: {name}: expiring credit {value} is below {limit} (since {when})
-  | {name}: 만료 예정 크레딧 {value}이(가) {limit}보다 적습니다 ({when}부터)
-  | {name}：即将到期的额度 {value} 低于 {limit}（自 {when}）
-alert_maxRequiredDailyBurn: {name}: {value} a day would have to be spent, more than {limit}
-  (since {when}) | {name}: 하루에 {value}을(를) 써야 하며 {limit}보다 많습니다 ({when}부터)
+alert_minExpiringBalance: {name}: expiring credit {value} is below {limit} (since {when}) | {name}:
+  만료 예정 크레딧 {value}이(가) {limit}보다 적습니다 ({when}부터) | {name}：即将到期的额度 {value} 低于 {limit}（自 {when}）
+alert_maxRequiredDailyBurn: {name}: {value} a day would have to be spent, more than {limit} (since
+  {when}) | {name}: 하루에 {value}을(를) 써야 하며 {limit}보다 많습니다 ({when}부터)
   | {name}：每天需花费 {value}，超过 {limit}（自 {when}）
 alert_windowAlert: {name}: {value} of a usage window is used, {limit} or more (since {when})
   | {name}: 사용량 한도의 {value}을(를) 사용했습니다. 알림 기준 {limit} ({when}부터)
@@ -11132,86 +11118,40 @@ alert_accountRefused: {name}: the upstream refused the key (since {when})
 alert_accountsUnusable: None of the operator's accounts is usable (since {when})
   | 사용할 수 있는 운영자 계정이 없습니다 ({when}부터) | 没有可用的运营者账户（自 {when}）
 alert_errorRateAlert: {value} of requests fail, {limit} or more (since {when})
-  | 요청의 {value}이(가) 실패합니다. 알림 기준 {limit} ({when}부터)
-  | {value} 的请求失败，达到告警线 {limit}（自 {when}）
-state: State | 상태 | 状态
-version: Version | 버전 | 版本
-upstream: Upstream | 업스트림 | 上游
-uptime: Uptime | 가동 시간 | 运行时间
-open_streams: Open streams | 열린 스트림 | 打开的流
-connections: Connections | 연결 수 | 连接数
-last_hour: last 60 minutes | 최근 60분 | 最近 60 分钟
-errors: Errors | 오류 | 错误
-tokens: Tokens | 토큰 | 令牌
-tokens_in: Tokens in | 입력 토큰 | 输入令牌
-tokens_out: Tokens out | 출력 토큰 | 输出令牌
-first_event: First event | 첫 이벤트 | 首个事件
-median: median | 중앙값 | 中位数
-p50: p50 | p50 | p50
-p95: p95 | p95 | p95
-cache_share: Cache share | 캐시 비율 | 缓存占比
-cached: From cache | 캐시에서 | 来自缓存
-of_input: of tokens in | 입력 토큰 중 | 占输入令牌
-live: Running now | 진행 중 | 正在进行
+  | 요청의 {value}이(가) 실패합니다. 알림 기준 {limit} ({when}부터) | {value} 的请求失败，达到告警线 {limit}（自 {when}）
+state: State | 상태 | 状态 || version: Version | 버전 | 版本 || upstream: Upstream | 업스트림 | 上游
+uptime: Uptime | 가동 시간 | 运行时间 || open_streams: Open streams | 열린 스트림 | 打开的流
+connections: Connections | 연결 수 | 连接数 || last_hour: last 60 minutes | 최근 60분 | 最近 60 分钟
+errors: Errors | 오류 | 错误 || tokens: Tokens | 토큰 | 令牌 || tokens_in: Tokens in | 입력 토큰 | 输入令牌
+tokens_out: Tokens out | 출력 토큰 | 输出令牌 || first_event: First event | 첫 이벤트 | 首个事件
+median: median | 중앙값 | 中位数 || p50: p50 | p50 | p50 || p95: p95 | p95 | p95
+cache_share: Cache share | 캐시 비율 | 缓存占比 || cached: From cache | 캐시에서 | 来自缓存
+of_input: of tokens in | 입력 토큰 중 | 占输入令牌 || live: Running now | 진행 중 | 正在进行
 nothing_runs: Nothing is running. | 진행 중인 요청이 없습니다. | 目前没有进行中的请求。
 nothing_yet: No requests yet. | 아직 요청이 없습니다. | 还没有请求。
 nothing_fits: No request fits the filter. | 조건에 맞는 요청이 없습니다. | 没有符合条件的请求。
-and_more: and {count} more | 외 {count}개 | 另有 {count} 个
-latest: Last requests | 최근 요청 | 最近请求
-all_requests: All requests | 모든 요청 | 全部请求
-as_table: As a table | 표로 보기 | 以表格显示
-read_out: Point at the chart, or focus it and use the arrow keys.
-  | 차트를 가리키거나 초점을 두고 화살표 키를 사용하세요. | 指向图表，或聚焦后使用方向键。
-time: Time | 시간 | 时间
-total: Total | 전체 | 总计
-status: Status | 상태 | 状态
-model: Model | 모델 | 模型
-client: Client | 클라이언트 | 客户端
-api: API | API | API
-key: Key | 키 | 密钥
-phase: Phase | 단계 | 阶段
-characters: Characters | 문자 수 | 字符数
-phase_reading: reading | 읽는 중 | 读取中
-phase_waiting: waiting | 대기 중 | 等待中
-phase_thinking: thinking | 생각 중 | 思考中
-phase_answering: answering | 응답 중 | 回答中
-client_left: client left | 클라이언트 이탈 | 客户端离开
-search: Search | 검색 | 搜索
+and_more: and {count} more | 외 {count}개 | 另有 {count} 个 || latest: Last requests | 최근 요청 | 最近请求
+all_requests: All requests | 모든 요청 | 全部请求 || as_table: As a table | 표로 보기 | 以表格显示
+read_out: Point at the chart, or focus it and use the arrow keys. | 차트를 가리키거나 초점을 두고 화살표 키를 사용하세요.
+  | 指向图表，或聚焦后使用方向键。
+time: Time | 시간 | 时间 || total: Total | 전체 | 总计 || status: Status | 상태 | 状态 || model: Model | 모델 | 模型
+client: Client | 클라이언트 | 客户端 || api: API | API | API || key: Key | 키 | 密钥 || phase: Phase | 단계 | 阶段
+characters: Characters | 문자 수 | 字符数 || phase_reading: reading | 읽는 중 | 读取中
+phase_waiting: waiting | 대기 중 | 等待中 || phase_thinking: thinking | 생각 중 | 思考中
+phase_answering: answering | 응답 중 | 回答中 || search: Search | 검색 | 搜索
 search_hint: model, client, error, trace id… | 모델, 클라이언트, 오류, 추적 ID… | 模型、客户端、错误、追踪 ID…
-all: All | 전체 | 全部
-status_ok: succeeded | 성공 | 成功
-status_failed: failed | 실패 | 失败
+all: All | 전체 | 全部 || status_ok: succeeded | 성공 | 成功 || status_failed: failed | 실패 | 失败
 status_left: client left | 클라이언트 이탈 | 客户端离开
-shown: {count} of {of} | {of}개 중 {count}개 | {count} / {of}
-more: Show more | 더 보기 | 显示更多
-request: Request | 요청 | 请求
-close: Close | 닫기 | 关闭
-cancel: Cancel | 취소 | 取消
-yes: yes | 예 | 是
-no: no | 아니요 | 否
-copied: Copied | 복사했습니다 | 已复制
-copy: Copy | 복사 | 复制
-copy_trace: Copy trace id | 추적 ID 복사 | 复制追踪 ID
-field_at: Began | 시작 | 开始
-field_api: API | API | API
-field_client: Client | 클라이언트 | 客户端
-field_asked: Asked for | 요청한 모델 | 请求的模型
-field_model: Model | 모델 | 模型
-field_key: Key | 키 | 密钥
-field_status: Status | 상태 | 状态
-field_stream: Streamed | 스트리밍 | 流式
-field_input: Tokens in | 입력 토큰 | 输入令牌
-field_output: Tokens out | 출력 토큰 | 输出令牌
-field_cached: From cache | 캐시에서 | 来自缓存
-field_reasoning: For thinking | 추론 토큰 | 思考令牌
-field_cost: Cost | 비용 | 费用
-field_first: First event after | 첫 이벤트까지 | 首个事件用时
-field_total: Total time | 전체 시간 | 总用时
-field_retries: Retries | 재시도 | 重试
-field_notes: Notes | 참고 | 备注
-field_error: Error | 오류 | 错误
-field_trace: Trace id | 추적 ID | 追踪 ID
-admin_key: Enter the adminKey | adminKey 입력 | 输入 adminKey
+shown: {count} of {of} | {of}개 중 {count}개 | {count} / {of} || more: Show more | 더 보기 | 显示更多
+request: Request | 요청 | 请求 || close: Close | 닫기 | 关闭 || cancel: Cancel | 취소 | 取消 || yes: yes | 예 | 是
+no: no | 아니요 | 否 || copied: Copied | 복사했습니다 | 已复制 || copy: Copy | 복사 | 复制
+copy_trace: Copy trace id | 추적 ID 복사 | 复制追踪 ID || field_at: Began | 시작 | 开始
+field_asked: Asked for | 요청한 모델 | 请求的模型 || field_stream: Streamed | 스트리밍 | 流式
+field_input: Tokens in | 입력 토큰 | 输入令牌 || field_output: Tokens out | 출력 토큰 | 输出令牌
+field_reasoning: For thinking | 추론 토큰 | 思考令牌 || field_cost: Cost | 비용 | 费用
+field_first: First event after | 첫 이벤트까지 | 首个事件用时 || field_total: Total time | 전체 시간 | 总用时
+field_retries: Retries | 재시도 | 重试 || field_notes: Notes | 참고 | 备注 || field_error: Error | 오류 | 错误
+field_trace: Trace id | 추적 ID | 追踪 ID || admin_key: Enter the adminKey | adminKey 입력 | 输入 adminKey
 admin_key_note: It is kept in this tab's memory alone, until you close or reload the page.
   | 이 탭의 메모리에만 보관되며 페이지를 닫거나 새로 고치면 사라집니다. | 仅保存在此标签页的内存中，关闭或刷新后即消失。
 key_refused: This key was not accepted. | 이 키는 받아들여지지 않았습니다. | 该密钥未被接受。
@@ -11223,90 +11163,65 @@ locked: The adminKey is forgotten. | adminKey를 지웠습니다. | 已忘记 ad
 not_changed: Nothing was changed. | 변경된 것이 없습니다. | 未作任何修改。
 no_admin_key: Nothing can be changed here until an adminKey is set: start the proxy with
   CC_ADMIN_KEY in its environment, or write "adminKey" into config.json, and start it again.
-  | adminKey를 설정해야 변경할 수 있습니다. 환경 변수 CC_ADMIN_KEY를 주고 프록시를 시작하거나
-  config.json에 "adminKey"를 적고 다시 시작하세요.
-  | 设置 adminKey 后才能在此修改：启动代理时设置环境变量 CC_ADMIN_KEY，或在 config.json 中写入
-  "adminKey" 后重新启动。
+  | adminKey를 설정해야 변경할 수 있습니다. 환경 변수 CC_ADMIN_KEY를 주고 프록시를 시작하거나 config.json에 "adminKey"를 적고 다시
+  시작하세요. | 设置 adminKey 后才能在此修改：启动代理时设置环境变量 CC_ADMIN_KEY，或在 config.json 中写入 "adminKey" 后重新启动。
 on: On | 사용 | 启用
 models_note: A model that is switched off is not listed, and asking for it is an error that names
   its nearest relatives. | 꺼진 모델은 목록에 나오지 않으며, 요청하면 비슷한 모델을 알려 주는 오류가 됩니다.
   | 关闭的模型不会列出；请求它会得到错误，并提示最接近的模型。
-context: Context | 컨텍스트 | 上下文
-max_output: Output | 최대 출력 | 最大输出
-vision: Vision | 이미지 | 图像
-efforts: Efforts | 추론 강도 | 思考强度
-plan: Plan | 요금제 | 套餐
+context: Context | 컨텍스트 | 上下文 || max_output: Output | 최대 출력 | 最大输出 || vision: Vision | 이미지 | 图像
+efforts: Efforts | 추론 강도 | 思考强度 || plan: Plan | 요금제 | 套餐
 switched_on: {model} is on. | {model} 사용을 시작합니다. | 已启用 {model}。
 still_off: {model} is still off: see `models` in Settings.
   | {model}이(가) 아직 꺼져 있습니다. 설정의 `models`를 확인하세요. | {model} 仍处于停用状态：请查看设置中的 `models`。
 switched_off: {model} is off. | {model} 사용을 중지합니다. | 已停用 {model}。
 overridden: {name} stays as it is: {source} wins over the file.
   | {name}: {source} 값이 파일보다 우선하므로 그대로 유지됩니다. | {name} 保持不变：{source} 优先于文件。
-at_start: needs a restart | 재시작 필요 | 需要重启
-from_file: from the file | 파일에서 | 来自文件
-set_by: set by {source} | {source}에서 설정 | 由 {source} 设定
-default_is: Default | 기본값 | 默认
-is_set: set; type to replace it | 설정됨, 바꾸려면 입력 | 已设置，输入以替换
-is_unset: not set | 설정 안 됨 | 未设置
+at_start: needs a restart | 재시작 필요 | 需要重启 || from_file: from the file | 파일에서 | 来自文件
+set_by: set by {source} | {source}에서 설정 | 由 {source} 设定 || default_is: Default | 기본값 | 默认
+is_set: set; type to replace it | 설정됨, 바꾸려면 입력 | 已设置，输入以替换 || is_unset: not set | 설정 안 됨 | 未设置
 reset: Back to the default | 기본값으로 | 恢复默认
 config_in: What is saved here is written to {file}. | 저장하면 {file}에 기록됩니다. | 保存的内容写入 {file}。
 config_fixed: {file} cannot be written. | {file}에 쓸 수 없습니다. | 无法写入 {file}。
-no_config_file: This proxy was started without a config file.
-  | 이 프록시는 설정 파일 없이 시작되었습니다. | 此代理启动时没有配置文件。
+no_config_file: This proxy was started without a config file. | 이 프록시는 설정 파일 없이 시작되었습니다.
+  | 此代理启动时没有配置文件。
 changes: {count} to save: {names} | 저장할 변경 {count}개: {names} | {count} 项待保存：{names}
-save: Save | 저장 | 保存
-discard: Discard | 되돌리기 | 放弃
+save: Save | 저장 | 保存 || discard: Discard | 되돌리기 | 放弃
 applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names}
 restart_needed: In effect after a restart: {names} | 재시작 후 적용: {names} | 重启后生效：{names}
 restart: Restart | 재시작 | 重启
 restart_note: Requests in progress may finish. Until then, for at most {seconds} s (drainSeconds),
-   new requests wait; no connection is refused. This page reconnects by itself.
-  | 진행 중인 요청은 끝까지 처리됩니다. 그동안 새 요청은 최대 {seconds}초(drainSeconds) 대기하며 연결은
-   거부되지 않습니다. 이 페이지는 자동으로 다시 연결됩니다.
-  | 进行中的请求会完成。在此期间，新请求最多等待 {seconds} 秒（drainSeconds），不会拒绝连接。
-   此页面会自动重新连接。
-restarting: Restarting… | 재시작하는 중… | 正在重启…
-stand: Where you stand | 내 사용 현황 | 我的用量
+  new requests wait; no connection is refused. This page reconnects by itself.
+  | 진행 중인 요청은 끝까지 처리됩니다. 그동안 새 요청은 최대 {seconds}초(drainSeconds) 대기하며 연결은 거부되지 않습니다. 이 페이지는 자동으로 다시
+  연결됩니다. | 进行中的请求会完成。在此期间，新请求最多等待 {seconds} 秒（drainSeconds），不会拒绝连接。 此页面会自动重新连接。
+restarting: Restarting… | 재시작하는 중… | 正在重启… || stand: Where you stand | 내 사용 현황 | 我的用量
 stand_note: Your own key is sent to this proxy alone, and kept in this tab's memory until you forget
-  it or close or reload the page. | 키는 이 프록시에만 보내고, 지우거나 페이지를 닫거나 새로 고칠 때까지 이 탭의
-  메모리에만 둡니다. | 密钥只发送给此代理，仅保存在此标签页的内存中，直到您忘记它、关闭或刷新页面。
-your_key: Your key | 내 키 | 您的密钥
-look_up: Look up | 조회 | 查询
-forget: Forget the key | 키 지우기 | 忘记密钥
-asking: Asking… | 조회 중… | 查询中…
-operators_own: These are the operator's keys, which serve you here.
-  | 여기서 대신 쓰이는 운영자의 키입니다. | 这些是在此为您服务的运营者密钥。
-balance: Balance | 잔액 | 余额
-credit_monthly: Monthly credit | 월간 크레딧 | 每月额度
-credit_free: Free credit | 무료 크레딧 | 免费额度
-credit_purchased: Purchased credit | 구매 크레딧 | 购买额度
-five_hours: 5 hours | 5시간 | 5 小时
-week: Week | 1주 | 一周
-resets: Resets | 초기화 | 重置于
-until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后
-burn: To spend | 소진 속도 | 需花费
-a_day: {amount} a day | 하루 {amount} | 每天 {amount}
-period_end: Period ends | 기간 종료 | 周期结束
-figures_age: Figures from | 조회 시점 | 数据时间
-ago: {span} ago | {span} 전 | {span}前
+  it or close or reload the page. | 키는 이 프록시에만 보내고, 지우거나 페이지를 닫거나 새로 고칠 때까지 이 탭의 메모리에만 둡니다.
+  | 密钥只发送给此代理，仅保存在此标签页的内存中，直到您忘记它、关闭或刷新页面。
+your_key: Your key | 내 키 | 您的密钥 || look_up: Look up | 조회 | 查询
+forget: Forget the key | 키 지우기 | 忘记密钥 || asking: Asking… | 조회 중… | 查询中…
+operators_own: These are the operator's keys, which serve you here. | 여기서 대신 쓰이는 운영자의 키입니다.
+  | 这些是在此为您服务的运营者密钥。
+balance: Balance | 잔액 | 余额 || credit_monthly: Monthly credit | 월간 크레딧 | 每月额度
+credit_free: Free credit | 무료 크레딧 | 免费额度 || credit_purchased: Purchased credit | 구매 크레딧 | 购买额度
+five_hours: 5 hours | 5시간 | 5 小时 || week: Week | 1주 | 一周 || resets: Resets | 초기화 | 重置于
+until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后 || burn: To spend | 소진 속도 | 需花费
+a_day: {amount} a day | 하루 {amount} | 每天 {amount} || period_end: Period ends | 기간 종료 | 周期结束
+figures_age: Figures from | 조회 시점 | 数据时间 || ago: {span} ago | {span} 전 | {span}前
 no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
-state_usable: usable | 사용 가능 | 可用
-state_refused: refused | 거부됨 | 被拒绝
-state_skipped: skipped | 건너뜀 | 已跳过
-state_unknown: unknown | 알 수 없음 | 未知
+state_usable: usable | 사용 가능 | 可用 || state_refused: refused | 거부됨 | 被拒绝
+state_skipped: skipped | 건너뜀 | 已跳过 || state_unknown: unknown | 알 수 없음 | 未知
 unfit_refused: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。
 unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
 unfit_window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
 unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。
 unfit_model: Its plan or account lacks this model. | 요금제나 계정에 이 모델이 없습니다. | 其套餐或账户没有此模型。
 unfit_allowed: Its allowed models lack this model. | 허용 모델에 이 모델이 없습니다. | 其允许的模型中没有此模型。
-key_off: off | 꺼짐 | 已停用
-through: Through here | 이 프록시 경유 | 经由此处
+key_off: off | 꺼짐 | 已停用 || through: Through here | 이 프록시 경유 | 经由此处
 through_proxy: {requests} requests, {failures} failed · {input} → {output} tokens · {cost}
   | 요청 {requests}개, 실패 {failures}개 · 토큰 {input} → {output} · {cost}
   | {requests} 个请求，{failures} 个失败 · {input} → {output} 令牌 · {cost}
-weight: Weight | 가중치 | 权重
-in_flight: Running | 진행 중 | 进行中
+weight: Weight | 가중치 | 权重 || in_flight: Running | 진행 중 | 进行中
 max_in_flight: At most at once (0: any number) | 동시 요청 한도 (0: 제한 없음) | 并发上限（0：不限）
 allowed_models: Models allowed | 허용 모델 | 允许的模型
 models_hint: ids with commas; empty: all | 쉼표로 구분, 비우면 전체 | 以逗号分隔，留空为全部
@@ -11317,19 +11232,13 @@ operator_note: Keys that are lent to callers without one of their own. A key com
 keys_in: Kept in {file} · policy {policy} | {file}에 보관 · 정책 {policy} | 保存在 {file} · 策略 {policy}
 no_key_file: Keys can be added and changed here only where they are in a file of their own: set
   credentialsFile (COMMANDCODE_CREDENTIALS_FILE).
-  | 키를 별도 파일에 둘 때만 여기서 추가하고 바꿀 수 있습니다. credentialsFile
-  (COMMANDCODE_CREDENTIALS_FILE)을 설정하세요.
-  | 只有密钥保存在单独的文件中时才能在此添加和修改：请设置 credentialsFile
-  (COMMANDCODE_CREDENTIALS_FILE)。
-no_keys: There are no operator's keys. | 운영자 키가 없습니다. | 没有运营者密钥。
-add_key: Add a key | 키 추가 | 添加密钥
+  | 키를 별도 파일에 둘 때만 여기서 추가하고 바꿀 수 있습니다. credentialsFile (COMMANDCODE_CREDENTIALS_FILE)을 설정하세요.
+  | 只有密钥保存在单独的文件中时才能在此添加和修改：请设置 credentialsFile (COMMANDCODE_CREDENTIALS_FILE)。
+no_keys: There are no operator's keys. | 운영자 키가 없습니다. | 没有运营者密钥。 || add_key: Add a key | 키 추가 | 添加密钥
 add_key_note: The key is written to the operator's file and never shown again.
   | 키는 운영자 파일에 기록되며 다시 표시되지 않습니다. | 密钥写入运营者文件，之后不再显示。
-key_id: Name | 이름 | 名称
-key_secret: Key | 키 | 密钥
-in_use: In use | 사용 | 使用
-edit: Edit | 편집 | 编辑
-delete: Delete | 삭제 | 删除
+key_id: Name | 이름 | 名称 || key_secret: Key | 키 | 密钥 || in_use: In use | 사용 | 使用
+edit: Edit | 편집 | 编辑 || delete: Delete | 삭제 | 删除
 delete_note: {name} is taken out of the file; requests that run on it may finish.
   | {name} 키를 파일에서 지웁니다. 진행 중인 요청은 끝까지 처리됩니다. | 将从文件中删除 {name}；正在使用它的请求会完成。
 key_added: The key was added. | 키를 추가했습니다. | 已添加密钥。
@@ -11337,25 +11246,20 @@ key_changed: The key was changed. | 키를 바꿨습니다. | 已修改密钥。
 key_deleted: The key was deleted. | 키를 삭제했습니다. | 已删除密钥。
 connect_title: Connect a client | 클라이언트 연결 | 接入客户端
 connect_note: Any key field takes your own Command Code key (user_…). Put it into COMMANDCODE_KEY
-  and copy what your client wants.
-  | 모든 키 칸에 자신의 Command Code 키(user_…)를 쓸 수 있습니다. COMMANDCODE_KEY에 넣고 필요한 부분을 복사하세요.
-  | 任何密钥栏都可填您自己的 Command Code 密钥（user_…）。将它放入 COMMANDCODE_KEY，再复制所需内容。
-address: Address | 주소 | 地址
-shell: Shell | 셸 | Shell
-then: then | 그다음 | 然后
-or_run: Or in one command: | 명령 하나로: | 或用一条命令：
-to_shell: In a terminal. | 터미널에서. | 在终端中。
-to_codex: In ~/.codex/config.toml; the key is taken from COMMANDCODE_KEY.
-  | ~/.codex/config.toml에 적습니다. 키는 COMMANDCODE_KEY에서 읽습니다.
-  | 写入 ~/.codex/config.toml；密钥取自 COMMANDCODE_KEY。
+  and copy what your client wants. | 모든 키 칸에 자신의 Command Code 키(user_…)를 쓸 수 있습니다. COMMANDCODE_KEY에
+  넣고 필요한 부분을 복사하세요. | 任何密钥栏都可填您自己的 Command Code 密钥（user_…）。将它放入 COMMANDCODE_KEY，再复制所需内容。
+address: Address | 주소 | 地址 || shell: Shell | 셸 | Shell || then: then | 그다음 | 然后
+or_run: Or in one command: | 명령 하나로: | 或用一条命令： || to_shell: In a terminal. | 터미널에서. | 在终端中。
+to_codex: In ~/.codex/config.toml; the key is taken from COMMANDCODE_KEY. | ~/.codex/config.toml에
+  적습니다. 키는 COMMANDCODE_KEY에서 읽습니다. | 写入 ~/.codex/config.toml；密钥取自 COMMANDCODE_KEY。
 to_opencode: In opencode.json; the key is taken from COMMANDCODE_KEY.
   | opencode.json에 적습니다. 키는 COMMANDCODE_KEY에서 읽습니다. | 写入 opencode.json；密钥取自 COMMANDCODE_KEY。
-to_cursor: In Settings, Models. Cursor's servers make the call, so the address must be reachable
-  for them, with TLS. | Settings, Models에서. Cursor 서버가 호출하므로 TLS로 접근 가능한 주소여야 합니다.
+to_cursor: In Settings, Models. Cursor's servers make the call, so the address must be reachable for
+  them, with TLS. | Settings, Models에서. Cursor 서버가 호출하므로 TLS로 접근 가능한 주소여야 합니다.
   | 在 Settings, Models 中。由 Cursor 的服务器发起调用，地址须可经 TLS 从外部访问。
-to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal.
-  | llm 폴더의 extra-openai-models.yaml에 적고 터미널에서 실행합니다.
-  | 写入 llm 文件夹中的 extra-openai-models.yaml，然后在终端运行。
+to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal. | llm 폴더의
+  extra-openai-models.yaml에 적고 터미널에서 실행합니다. | 写入 llm 文件夹中的 extra-openai-models.yaml，然后在终端运行。
+
 """
 
 
@@ -12011,7 +11915,7 @@ views.overview = {
 function statusChip(one) {
   const kind = one.status === 499 ? "warn" : one.status >= 400 ? "bad" : "good";
   return make("span.chip", { class: "chip " + kind, title: one.error || null }, one.status === 499 ?
-    say("client_left") : String(one.status));
+    say("status_left") : String(one.status));
 }
 const RECENT_COLUMNS = [
   { key: "time", class: "fixed", of: (one) => moment(one.at, { second: "2-digit" }) },
@@ -12059,8 +11963,8 @@ function showRecord(one) {
     make("div.heading", null, make("h2", null, say("request"), " ", statusChip(one)),
       make("button", { type: "button", click: () => dialog.close() }, say("close"))),
     one.error && make("p.banner.bad", null, one.error),
-    pairs(Object.entries(one).map(([name, value]) => [WORDS.en["field_" + name] ?
-      say("field_" + name) : name, shownAs(name, value)])),
+    pairs(Object.entries(one).map(([name, value]) => [say(WORDS.en["field_" + name] ?
+      "field_" + name : name), shownAs(name, value)])),
     one.trace && make("div.row", null, make("button", { type: "button",
       click: () => copy(one.trace) }, say("copy_trace"))));
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
@@ -12592,7 +12496,7 @@ class Page(NamedTuple):
 
 def page_words(text: str) -> Dict[str, Dict[str, str]]:
     """The words of each language by their keys.  Raises ValueError for an odd row."""
-    rows = re.sub(r"\n +", " ", text.strip()).split("\n")
+    rows = re.split(r"\n| \|\| ", re.sub(r"\n +", " ", text.strip()))
     words: Dict[str, Dict[str, str]] = {language: {} for language in PAGE_LANGUAGES}
     for row in rows:
         key, _, given = row.partition(":")

@@ -57,12 +57,14 @@ def test_a_language_is_in_its_own_letters(language, letters):
     assert len(same) < 15
 
 
+# Fields of a record that are told in the words of the tables.
+PLAIN_FIELDS = {"api", "client", "model", "key", "status", "cached"}
 # Keys that are put together when the page runs: the beginning, and what follows it.
 COMPOSED = {
     "link_": ("waiting", "live", "ok", "draining", "lost", "asleep"),
     "theme_": ("auto", "light", "dark"), "status_": ("ok", "failed", "left"),
     "phase_": ("reading", "waiting", "thinking", "answering"),
-    "field_": ccproxy.Record._fields, "alert_": tuple(ccproxy.ALERT_RULES),
+    "field_": tuple(one for one in ccproxy.Record._fields if one not in PLAIN_FIELDS), "alert_": tuple(ccproxy.ALERT_RULES),
     "state_": ("usable", "refused", "skipped", "unknown")}
 
 
@@ -80,7 +82,7 @@ def used_keys():
     given |= set(re.findall(r'\["(?:five_hour|weekly|monthly|free|purchased)", "(\w+)"\]', SOURCES))
     given |= set(re.findall(r'", "(to_\w+)", \(', SOURCES))         # snippets
     given |= set(REASONS.values()) | {"switched_on", "still_off", "switched_off"}
-    given |= {"nothing_fits", "nothing_yet", "client_left"}
+    given |= {"nothing_fits", "nothing_yet"} | PLAIN_FIELDS
     return {key for key in given if not key.endswith("_")} | {
         head + tail for head, tails in COMPOSED.items() for tail in tails}
 
@@ -107,6 +109,11 @@ def test_a_row_goes_on_where_it_is_indented():
     assert ccproxy.page_words("a: one\n  more | two\n  | three\nb: x | y | z") == {
         "en": {"a": "one more", "b": "x"}, "ko": {"a": "two", "b": "y"},
         "zh": {"a": "three", "b": "z"}}
+
+
+def test_rows_may_share_a_line():
+    assert ccproxy.page_words("a: one | two | three || b: x |\n  y | z") == {
+        "en": {"a": "one", "b": "x"}, "ko": {"a": "two", "b": "y"}, "zh": {"a": "three", "b": "z"}}
 
 
 # Policy.
