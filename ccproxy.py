@@ -10497,40 +10497,37 @@ class DemoAnswer(NamedTuple):
     cut: bool = False           # the connection ends in mid-stream
 
 
-def as_number(value: Any, otherwise: float) -> float:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if plain else otherwise
+def number_of(schema: Json, word: str, otherwise: float) -> float:
+    value = schema.get(word)
+    return value if is_number(value, int, float) else otherwise
 
 
 def example_number(schema: Json, root: Any, depth: int) -> Any:
     """A number within the bounds of a schema."""
-    least = max(as_number(schema.get("minimum"), 1),
-                as_number(schema.get("exclusiveMinimum"), 0) + 1)
-    most = min(as_number(schema.get("maximum"), least),
-               as_number(schema.get("exclusiveMaximum"), least + 1) - 1)
+    least = max(number_of(schema, "minimum", 1), number_of(schema, "exclusiveMinimum", 0) + 1)
+    most = min(number_of(schema, "maximum", least),
+               number_of(schema, "exclusiveMaximum", least + 1) - 1)
     value = min(least, most)
     return int(value) if schema.get("type") == "integer" else value
 
 
 def example_string(schema: Json, root: Any, depth: int) -> str:
-    least = min(int(as_number(schema.get("minLength"), 0)), DEMO_LENGTH)
-    most = int(as_number(schema.get("maxLength"), DEMO_LENGTH))
+    least = min(int(number_of(schema, "minLength", 0)), DEMO_LENGTH)
+    most = int(number_of(schema, "maxLength", DEMO_LENGTH))
     return "example".ljust(least, "x")[:most]
 
 
 def example_array(schema: Json, root: Any, depth: int) -> List[Any]:
-    count = min(max(1, int(as_number(schema.get("minItems"), 1))), DEMO_ITEMS,
-                int(as_number(schema.get("maxItems"), DEMO_ITEMS)))
+    count = min(max(1, int(number_of(schema, "minItems", 1))), DEMO_ITEMS,
+                int(number_of(schema, "maxItems", DEMO_ITEMS)))
     return [example_value(schema.get("items"), root, depth + 1) for _ in range(count)]
 
 
 def example_object(schema: Json, root: Any, depth: int) -> Json:
     """The required members, or all where none is."""
-    members, wanted = schema.get("properties"), schema.get("required")
-    members = members if isinstance(members, dict) else {}
-    wanted = wanted if isinstance(wanted, list) and wanted else list(members)
+    members = object_in(schema, "properties")
     return {name: example_value(members.get(name), root, depth + 1)
-            for name in wanted if isinstance(name, str)}
+            for name in list_in(schema, "required") or members if isinstance(name, str)}
 
 
 EXAMPLES: Dict[str, Callable[[Json, Any, int], Any]] = {
@@ -10561,7 +10558,7 @@ def example_value(schema: Any, root: Any, depth: int = 0) -> Any:
         schema = plain
     if "const" in schema:
         return schema["const"]
-    if isinstance(schema.get("enum"), list) and schema["enum"]:
+    if list_in(schema, "enum"):
         return schema["enum"][0]
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) and kind else kind
