@@ -10703,8 +10703,7 @@ PAGE_STYLE = r"""
   --warn: light-dark(#8a5200, #f0b75e); --warn-soft: light-dark(#fcf0da, #35270f);
   --bad: light-dark(#b3261e, #ff8f86); --bad-soft: light-dark(#fdeaea, #3c1a19);
   --second: light-dark(#0b7285, #59c5d6); }
-:root[data-theme="light"] { color-scheme: light; }
-:root[data-theme="dark"] { color-scheme: dark; }
+:root[data-theme="light"] { color-scheme: light; } :root[data-theme="dark"] { color-scheme: dark; }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 72px; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
@@ -10717,8 +10716,8 @@ h2 { font-size: 20px; line-height: 1.3; letter-spacing: -0.01em; }
 h3 { font-size: 14px; font-weight: 600; }
 ul { list-style: none; }
 a { color: var(--accent); }
-code, pre, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono",
-  monospace; font-size: 13px; }
+code, pre, p.mono, td.mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas,
+  "Liberation Mono", monospace; font-size: 13px; }
 [hidden] { display: none !important; }
 .away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
@@ -10734,8 +10733,7 @@ code, pre, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "
 .brand { display: flex; align-items: center; gap: 8px; font-size: 16px; font-weight: 650;
   letter-spacing: -0.01em; }
 .brand svg { color: var(--accent); }
-.link { display: flex; align-items: center; gap: 7px; color: var(--dim); font-size: 13px;
-  min-width: 0; }
+.link { display: flex; align-items: center; gap: 7px; min-width: 0; }
 .dot { flex: none; width: 9px; height: 9px; border-radius: 50%; background: var(--edge); }
 .link[data-link="live"] .dot { background: var(--good); box-shadow: 0 0 0 3px var(--good-soft); }
 .link[data-link="lost"] .dot { background: var(--bad); box-shadow: 0 0 0 3px var(--bad-soft); }
@@ -10751,8 +10749,7 @@ main { max-width: 1240px; margin: 0 auto; padding: 20px 20px 48px; }
 main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0, 1fr); }
 .heading { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; }
 .heading > :last-child:not(:first-child) { margin-left: auto; }
-.note, .empty { color: var(--dim); font-size: 14px; max-width: 74ch; }
-.empty { padding: 18px 4px; }
+.note, .empty { color: var(--dim); font-size: 14px; max-width: 74ch; } .empty { padding: 18px 4px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius);
   padding: 16px; min-width: 0; }
 .stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr);
@@ -10760,29 +10757,28 @@ main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0
 #banners:not(:empty) { margin-bottom: var(--gap); }
 .grid { display: grid; gap: var(--gap); grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
-.dim { color: var(--dim); }
-.small { font-size: 13px; }
+.dim, .link, .legend, .readout, summary, dt { color: var(--dim); }
+.small, .link, .legend, .readout, summary, .tile dt { font-size: 13px; }
+/* The colours of what is good, bad, the first or the second: of chips, banners and charts. */
+.first, .info { --tone: var(--accent); --tint: var(--soft); }
+.second { --tone: var(--second); }
+.good { --tone: var(--good); --tint: var(--good-soft); }
+.warn { --tone: var(--warn); --tint: var(--warn-soft); }
+.bad { --tone: var(--bad); --tint: var(--bad-soft); }
 /* Figures. */
 .facts { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 14px; }
-.facts div { display: flex; gap: 7px; }
-.facts dt { color: var(--dim); flex: none; }
+.facts div { display: flex; gap: 7px; } .facts dt { flex: none; }
 .tiles { display: grid; gap: 12px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
 .tile { padding: 12px 14px; }
-.tile dt { color: var(--dim); font-size: 13px; }
 .tile dd { font-size: 24px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.25; }
 .tile small { display: block; font-size: 12.5px; font-weight: 400; color: var(--dim);
   letter-spacing: 0; min-height: 1.5em; }
 .chip { display: inline-block; padding: 1px 8px; border-radius: 99px; font-size: 12.5px;
-  font-weight: 550; background: var(--raised); color: var(--dim); white-space: nowrap; }
-.chip.good { background: var(--good-soft); color: var(--good); }
-.chip.warn { background: var(--warn-soft); color: var(--warn); }
-.chip.bad { background: var(--bad-soft); color: var(--bad); }
-.chip.info { background: var(--soft); color: var(--accent); }
+  font-weight: 550; white-space: nowrap; background: var(--tint, var(--raised));
+  color: var(--tone, var(--dim)); }
 .banner { border-radius: var(--radius); padding: 11px 14px; font-size: 14px;
-  background: var(--warn-soft); color: var(--warn); }
-.banner.bad { background: var(--bad-soft); color: var(--bad); }
-.banner.good { background: var(--good-soft); color: var(--good); }
-.banner.info { background: var(--soft); color: var(--text); }
+  background: var(--tint, var(--warn-soft)); color: var(--tone, var(--warn)); }
+.banner.info { color: var(--text); }
 /* Controls. */
 button, select, input, textarea { font: inherit; color: inherit; }
 input, select, textarea { background: var(--card); border: 1px solid var(--edge);
@@ -10790,9 +10786,7 @@ input, select, textarea { background: var(--card); border: 1px solid var(--edge)
 textarea { min-height: 72px; resize: vertical; font-family: ui-monospace, Menlo, Consolas,
   monospace; font-size: 13px; }
 input::placeholder { color: var(--dim); opacity: 1; }
-input[type="checkbox"] { width: auto; min-height: 0; }
-.wrong { border-color: var(--bad); }
-.fault { color: var(--bad); font-size: 13px; }
+.wrong { border-color: var(--bad); } .fault { color: var(--bad); font-size: 13px; }
 button { cursor: pointer; border: 1px solid var(--line); background: var(--card);
   border-radius: 8px; padding: 6px 13px; min-height: 36px; font-weight: 550; font-size: 14px; }
 button:hover:not(:disabled) { background: var(--raised); }
@@ -10810,17 +10804,14 @@ button.text { border: 0; background: none; padding: 0; min-height: 0; text-align
   padding: 4px; font-size: 14px; }
 .tools option { background: var(--card); color: var(--text); }
 .switch { appearance: none; -webkit-appearance: none; flex: none; position: relative; width: 40px;
-  height: 24px; min-height: 24px; padding: 0; border-radius: 99px; cursor: pointer;
+  height: 24px; min-height: 24px; margin: 0; padding: 0; border-radius: 99px; cursor: pointer;
   border: 1px solid var(--edge); background: var(--raised); vertical-align: middle; }
-input.switch { width: 40px; min-height: 24px; margin: 0; }
 .switch::after { content: ""; position: absolute; left: 3px; top: 3px; width: 16px; height: 16px;
   border-radius: 50%; background: var(--dim); }
 .switch:checked { background: var(--accent); border-color: var(--accent); }
 .switch:checked::after { left: 19px; background: var(--on-accent); }
 .field { display: grid; gap: 4px; font-size: 13px; color: var(--dim); min-width: 0; }
-.field > * { color: var(--text); font-size: 15px; }
-.field > span { color: var(--dim); font-size: 13px; }
-.field .fault { color: var(--bad); }
+.field > :not(span) { color: var(--text); font-size: 15px; }
 .narrow { width: 100%; max-width: 420px; }
 .filters { display: grid; gap: 10px; grid-template-columns: 2fr repeat(4, minmax(0, 1fr)); }
 #connect-form { grid-template-columns: 2fr 2fr 1fr; }
@@ -10830,51 +10821,37 @@ table { width: 100%; border-collapse: collapse; font-size: 14px; }
 th { text-align: left; font-weight: 500; color: var(--dim); font-size: 13px; white-space: nowrap;
   padding: 6px 10px; border-bottom: 1px solid var(--line); }
 td { padding: 8px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th.mono { font-family: inherit; }
-th.model { font-weight: 500; }
 tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
-.figure { text-align: right; white-space: nowrap; }
-td.mono, .fixed { white-space: nowrap; }
-tr.open { cursor: pointer; }
-tr.open:hover td { background: var(--raised); }
+.figure { text-align: right; white-space: nowrap; } td.mono, .fixed { white-space: nowrap; }
+tr.open { cursor: pointer; } tr.open:hover td { background: var(--raised); }
 tr.off td { color: var(--dim); }
-.model { font-weight: 550; }
+td.model, span.model { font-weight: 550; }
 /* Charts. */
-.chart { position: relative; }
 .chart figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: baseline; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-left: auto; font-size: 13px;
-  color: var(--dim); }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-left: auto; }
 .legend i { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 5px;
-  background: var(--accent); }
-.legend i.second { background: var(--second); }
-.legend i.bad { background: var(--bad); }
-.readout { min-height: 1.5em; font-size: 13px; color: var(--dim); }
+  background: var(--tone); }
+.readout { min-height: 1.5em; }
 .plot { display: block; width: 100%; height: 168px; touch-action: pan-y; cursor: crosshair; }
 .plot text { fill: var(--dim); font-size: 11px; }
 .plot .rule { stroke: var(--line); stroke-width: 1; }
 .plot .cross { stroke: var(--edge); stroke-width: 1; stroke-dasharray: 3 3; }
-.plot .first { fill: var(--accent); }
-.plot .second { fill: var(--second); }
-.plot .bad { fill: var(--bad); }
-.plot path { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.plot path.first { fill: none; stroke: var(--accent); }
-.plot path.second { fill: none; stroke: var(--second); }
+.plot rect, .plot circle { fill: var(--tone); }
+.plot path { fill: none; stroke: var(--tone); stroke-width: 2; stroke-linejoin: round;
+  stroke-linecap: round; }
 .plot path.area { fill: var(--accent); stroke: none; opacity: 0.13; }
-details summary { cursor: pointer; color: var(--dim); font-size: 13px; }
+summary { cursor: pointer; }
 .tall { max-height: 260px; overflow: auto; }
 /* Windows and credit as bars. */
 .meter { height: 10px; border-radius: 99px; background: var(--raised); overflow: hidden;
   display: block; width: 100%; }
-.meter rect { fill: var(--accent); }
-.meter .warn { fill: var(--warn); }
-.meter .bad { fill: var(--bad); }
+.meter rect { fill: var(--tone, var(--accent)); }
 .between { display: flex; justify-content: space-between; gap: 10px; flex-wrap: wrap; }
 .big { font-size: 26px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.2; }
 .pair { display: grid; gap: 4px 16px; grid-template-columns: max-content minmax(0, 1fr);
   font-size: 14px; }
-.pair dt { color: var(--dim); }
 /* Options. */
 .option { display: grid; gap: 4px 24px; padding: 12px 0; border-bottom: 1px solid var(--line);
   grid-template-columns: minmax(0, 1fr) minmax(0, 340px); }
