@@ -10916,7 +10916,7 @@ dialog::backdrop { background: rgb(8 10 16 / 0.5); }
 # === PAGE MARKUP (pure) =====================================================
 # What the dashboard is made of: a shell without any data, the same for
 # everybody. Texts come from PAGE WORDS by data-word; @STYLE@ and @SCRIPT@ are
-# filled in once.
+# filled in once.  A form with method="dialog" is sent nowhere.
 
 PAGE_MARKUP = r"""
 <!doctype html>
@@ -10989,7 +10989,7 @@ PAGE_MARKUP = r"""
   <section id="page-requests" aria-labelledby="requests-title" hidden>
     <div class="heading"><h2 id="requests-title" data-word="requests"></h2><span class="note"
       id="shown"></span></div>
-    <form class="card filters" id="filters">
+    <form class="card filters" id="filters" method="dialog">
       <label class="field"><span data-word="search"></span><input id="filter-text" type="search"
         autocomplete="off" data-hint="search_hint"></label>
       <label class="field"><span data-word="status"></span><select
@@ -11000,7 +11000,8 @@ PAGE_MARKUP = r"""
         id="filter-client"></select></label>
       <label class="field"><span data-word="api"></span><select id="filter-api"></select></label>
     </form>
-    <div class="card" id="recent"></div>
+    <div class="card"><div id="recent"></div><button type="button" id="more" data-word="more"
+      hidden></button></div>
   </section>
   <section id="page-models" aria-labelledby="models-title" hidden>
     <div class="heading"><h2 id="models-title" data-word="models"></h2><label><span class="away"
@@ -11011,7 +11012,7 @@ PAGE_MARKUP = r"""
   </section>
   <section id="page-keys" aria-labelledby="keys-title" hidden>
     <h2 id="keys-title" data-word="stand"></h2>
-    <form class="card stack" id="usage-form" autocomplete="off">
+    <form class="card stack" id="usage-form" method="dialog" autocomplete="off">
       <p class="note" id="usage-note" data-word="stand_note"></p>
       <div class="row"><label class="field narrow"><span data-word="your_key"></span><input
         id="own-key" type="password" autocomplete="off" spellcheck="false"
@@ -11028,7 +11029,7 @@ PAGE_MARKUP = r"""
   <section id="page-connect" aria-labelledby="connect-title" hidden>
     <h2 id="connect-title" data-word="connect_title"></h2>
     <p class="note" data-word="connect_note"></p>
-    <form class="card filters" id="connect-form">
+    <form class="card filters" id="connect-form" method="dialog">
       <label class="field"><span data-word="address"></span><input id="address" type="url"
         autocomplete="off" spellcheck="false"></label>
       <label class="field"><span data-word="model"></span><select id="pick-model"></select></label>
@@ -11044,7 +11045,7 @@ PAGE_MARKUP = r"""
     <div class="stack" id="config-notes" aria-live="polite"></div>
     <label class="field"><span data-word="search"></span><input id="option-search" type="search"
       autocomplete="off"></label>
-    <form id="config-form" class="stack" autocomplete="off">
+    <form id="config-form" class="stack" method="dialog" autocomplete="off">
       <div class="card" id="options"></div>
       <div class="card savebar" id="savebar" hidden><span id="changes" role="status"></span>
         <button type="button" id="discard" data-word="discard"></button>
@@ -11314,9 +11315,8 @@ function span(seconds) {
   if (!Number.isFinite(seconds)) return "–";
   if (seconds < 1) return unit(seconds * 1000, "millisecond");
   if (seconds < 60) return unit(seconds, "second", seconds < 10 ? 1 : 0);
-  const whole = Math.floor(seconds), parts = [["day", 86400], ["hour", 3600], ["minute", 60],
-    ["second", 1]].map(([name, size], at, all) => [
-    Math.floor((at ? whole % all[at - 1][1] : whole) / size), name]);
+  const parts = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]].map(
+    ([name, size], at, all) => [Math.floor((at ? seconds % all[at - 1][1] : seconds) / size), name]);
   const first = parts.findIndex(([count]) => count > 0);
   return parts.slice(first, first + 2).filter(([count]) => count)
     .map(([count, name]) => unit(count, name)).join(" ");
@@ -11380,24 +11380,18 @@ async function write(method, path, body) {
 
 // Dialogs: what to enter, or whether to go on; null is "no".
 function ask(title, note, fields, yes, danger) {
-  const inputs = fields.map((field) => make("input", { type: field.type || "text",
-    name: field.name, value: field.value ?? "", autocomplete: "off", spellcheck: "false",
-    checked: field.checked || false, step: field.step, min: field.min,
-    class: field.type === "checkbox" ? "switch" : null, placeholder: field.hint }));
-  const form = make("form.stack", { method: "dialog" }, make("h2", null, title),
-    note && make("p.note", null, note),
-    fields.map((field, at) => make("label.field", null, make("span", null, field.label), inputs[at],
+  return new Promise((resolve) => {
+    let given = null;
+    const form = make("form.stack", { method: "dialog",
+      submit: () => { given = Object.fromEntries(new FormData(form)); } },
+    make("h2", null, title), note && make("p.note", null, note),
+    fields.map((field) => make("label.field", null, make("span", null, field.label),
+      make("input", { type: field.type || "text", name: field.name, value: field.value ?? "",
+        autocomplete: "off", spellcheck: "false", placeholder: field.hint }),
       field.fault && make("span.fault", { role: "alert" }, field.fault))),
     make("div.row", null, make(danger ? "button.danger" : "button.first", null, yes),
       make("button", { type: "button", click: () => dialog.close() }, say("cancel"))));
-  const dialog = make("dialog", { "aria-label": title }, form);
-  return new Promise((resolve) => {
-    let given = null;
-    form.addEventListener("submit", () => {
-      given = Object.fromEntries(inputs.map((input) => [input.name,
-        input.type === "checkbox" ? input.checked : input.value]));
-    });
-    dialog.addEventListener("close", () => resolve(given));
+    const dialog = make("dialog", { "aria-label": title, close: () => resolve(given) }, form);
     open(dialog);
   });
 }
@@ -11444,10 +11438,8 @@ const TAKERS = {
   },
   lost: () => stopEvents() };
 function takeEvent(text) {
-  const lines = text.split("\n"), name = lines.find((line) => line.startsWith("event: "));
-  const data = lines.filter((line) => line.startsWith("data: ")).map((line) => line.slice(6));
-  const taker = name && TAKERS[name.slice(7)];
-  if (taker && data.length) taker(JSON.parse(data.join("\n")));
+  const [, name, data] = /^event: (\w+)\ndata: (.+)/m.exec(text) || [];
+  if (TAKERS[name]) TAKERS[name](JSON.parse(data));
 }
 async function listen() {
   const control = new AbortController();
@@ -11544,10 +11536,8 @@ function put(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
 function showLock() {
-  const label = say(adminKey ? "lock" : "unlock_changes");
-  $("lock").setAttribute("aria-label", label);
-  $("lock").title = label;
-  $("lock").setAttribute("aria-pressed", String(Boolean(adminKey)));
+  $("lock").title = $("lock").ariaLabel = say(adminKey ? "lock" : "unlock_changes");
+  $("lock").ariaPressed = String(Boolean(adminKey));
   $("shackle").setAttribute("d", "M7 9V6.5a3 3 0 0 1 " + (adminKey ? "5.8-1" : "6 0V9"));
 }
 let bannersShown = "";
@@ -11577,6 +11567,13 @@ function tableOf(columns, rows, caption) {
       make("th", { role: "columnheader", scope: "col", class: column.class }, column.label)))),
     make("tbody", { role: "rowgroup" }, rows));
 }
+function listOf(columns, rows, caption, given) {
+  return make("div.scroll", null, tableOf(columns, rows.map((one) =>
+    rowOf(columns, one, given && given(one))), caption));
+}
+function empty(word) {
+  return make("p.empty", null, say(word));
+}
 function pairs(rows) {
   return make("dl.pair", null, rows.filter(Boolean).map(([name, value]) =>
     [make("dt", null, name), make("dd", null, value ?? "–")]));
@@ -11596,8 +11593,7 @@ function go() {
   shared.page = views[wanted] ? wanted : "overview";
   for (const name of Object.keys(views)) $("page-" + name).hidden = name !== shared.page;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === "#" + shared.page) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    link.ariaCurrent = link.hash === "#" + shared.page ? "page" : null;
   }
   if (views[shared.page].early) views[shared.page].early();
   reload();
@@ -11626,9 +11622,7 @@ function showTheme() {
   const theme = THEMES.includes(remembered("theme")) ? remembered("theme") : "auto";
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  const label = say("theme") + ": " + say("theme_" + theme);
-  $("theme").setAttribute("aria-label", label);
-  $("theme").title = label;
+  $("theme").title = $("theme").ariaLabel = say("theme") + ": " + say("theme_" + theme);
   return theme;
 }
 function startFrame() {
@@ -11760,15 +11754,15 @@ function bars(drawn, x, y) {
   }));
 }
 function lines(drawn, x, y) {
-  return drawn.chart.series.flatMap(([, kind, value], number) => {
-    const points = drawn.slots.map((slot, at) => [x(at + 0.5), y(value(slot.minute))]);
-    const path = pathOf(points), base = HEIGHT - BOTTOM;
-    const ends = points.length && !number && drawn.chart.kind === "lines";
-    const alone = points.filter(([, level], at) => drawn.chart.kind === "dots" && level !== null &&
-      (!points[at - 1] || points[at - 1][1] === null || !points[at + 1] ||
-        points[at + 1][1] === null));
-    return [ends && draw("path", { class: "area", d: path + "L" + points[SPAN - 1][0] + " " + base +
-      "L" + points[0][0] + " " + base + "Z" }), draw("path", { class: kind, d: path }),
+  const { chart, slots } = drawn;
+  return chart.series.flatMap(([, kind, value], number) => {
+    const points = slots.map((slot, at) => [x(at + 0.5), y(value(slot.minute))]);
+    const path = pathOf(points), gap = (at) => !points[at] || points[at][1] === null;
+    const alone = points.filter((point, at) => chart.kind === "dots" && !gap(at) &&
+      (gap(at - 1) || gap(at + 1)));
+    return [chart.kind === "lines" && !number && draw("path", { class: "area",
+      d: path + "V" + (HEIGHT - BOTTOM) + "H" + points[0][0] + "Z" }),
+    draw("path", { class: kind, d: path }),
     alone.map(([cx, cy]) => draw("circle", { class: kind, cx, cy, r: 2.5 }))];
   });
 }
@@ -11871,18 +11865,16 @@ const named = (columns) => columns.map((one) => ({ ...one, label: say(one.key) }
 function showLive() {
   const live = shared.link === "live" ? shared.state.live || [] : [];
   put("live-count", figure(live.length));
-  if (!live.length) { fill("live", make("p.empty", null, say("nothing_runs"))); return; }
-  const columns = named(LIVE_COLUMNS), shown = live.slice(0, 50);
-  fill("live", make("div.scroll", null, tableOf(columns, shown.map((one) =>
-    rowOf(columns, one)), say("live"))), live.length > shown.length &&
-    make("p.note", null, say("and_more", { count: figure(live.length - shown.length) })));
+  fill("live", live.length ? listOf(named(LIVE_COLUMNS), live.slice(0, 50), say("live")) :
+    empty("nothing_runs"), live.length > 50 &&
+    make("p.note", null, say("and_more", { count: figure(live.length - 50) })));
 }
 setInterval(() => {
   if (!document.hidden && shared.state && shared.page === "overview") { showFacts(); showLive(); }
 }, 1000);
 views.overview = {
   show: () => { showFacts(); showTiles(); showLive(); showCharts(); showRows("latest",
-    shared.recent.slice(0, 6)); },
+    shared.recent.slice(0, 6), "nothing_yet"); },
   renew: () => { charts = []; $("charts").replaceChildren(); } };
 
 // Requests that are over.
@@ -11904,10 +11896,10 @@ const RECENT_COLUMNS = [
   { key: "first_event", class: "figure", short: true, of: (one) => span(one.first) },
   { key: "total", class: "figure end", of: (one) => span(one.total) }];
 const tables = {};
-function showRows(id, records, empty) {
+function showRows(id, records, nothing) {
   if (!records.length) {
     delete tables[id];
-    fill(id, make("p.empty", null, say(empty || "nothing_yet")));
+    fill(id, empty(nothing));
     return;
   }
   const columns = named(RECENT_COLUMNS);
@@ -11924,15 +11916,11 @@ function showRows(id, records, empty) {
   }));
 }
 const WORDED = { at: day, first: span, total: span, cost: money, input: figure, output: figure,
-  cached: figure, reasoning: figure, stream: (value) => say(value ? "yes" : "no") };
+  cached: figure, reasoning: figure, stream: (value) => say(value ? "yes" : "no"),
+  notes: (value) => make("ul", null, value.split("; ").map((part) => make("li", null, part))) };
 function showRecord(one) {
-  const shownAs = (name, value) => {
-    if (value === null || value === "") return "–";
-    if (name === "notes") {
-      return make("ul", null, value.split("; ").map((part) => make("li", null, part)));
-    }
-    return WORDED[name] ? WORDED[name](value) : String(value);
-  };
+  const shownAs = (name, value) => (value === null || value === "" ? "–" :
+    (WORDED[name] || String)(value));
   const dialog = make("dialog.stack", { "aria-label": say("request"), id: "record" },
     make("div.heading", null, make("h2", null, say("request"), " ", statusChip(one)),
       make("button", { type: "button", click: () => dialog.close() }, say("close"))),
@@ -11982,16 +11970,13 @@ views.requests = {
     offerChoices();
     const found = wanted();
     put("shown", say("shown", { count: figure(found.length), of: figure(shared.recent.length) }));
-    showRows("recent", found.slice(0, mostShown), shared.recent.length && "nothing_fits");
-    if (found.length > mostShown) {
-      const more = $("more") || make("button", { id: "more", type: "button",
-        click: () => { mostShown += 100; refresh(); } }, say("more"));
-      $("recent").append(more);
-    } else if ($("more")) $("more").remove();
+    showRows("recent", found.slice(0, mostShown), shared.recent.length ? "nothing_fits" :
+      "nothing_yet");
+    $("more").hidden = found.length <= mostShown;
   },
   renew: () => { delete tables.recent; delete tables.latest; } };
 $("filters").addEventListener("input", refresh);
-$("filters").addEventListener("submit", (event) => event.preventDefault());
+$("more").addEventListener("click", () => { mostShown += 100; refresh(); });
 """
 
 
@@ -12030,10 +12015,8 @@ const MODEL_COLUMNS = [
   { key: "requests", class: "figure", short: true, of: (one) => figure(one.requests) }];
 function showModels() {
   const found = shared.models.filter((one) => holdsAll("model-search", one.id + " " + one.name));
-  const columns = named(MODEL_COLUMNS);
-  fill("model-list", writeNotes(), found.length ? make("div.scroll", null, tableOf(columns,
-    found.map((one) => rowOf(columns, one, { class: one.enabled ? null : "off" })),
-    say("models"))) : make("p.empty", null, say("nothing_fits")));
+  fill("model-list", writeNotes(), found.length ? listOf(named(MODEL_COLUMNS), found,
+    say("models"), (one) => ({ class: one.enabled ? null : "off" })) : empty("nothing_fits"));
 }
 async function switchModel(model, input) {
   const wanted = input.checked;
@@ -12144,8 +12127,7 @@ function showReport(report) {
   fill("config-notes", rows.filter(Boolean).map(([kind, text]) =>
     make("p", { class: "banner " + kind }, text)));
 }
-async function saveOptions(event) {
-  event.preventDefault();
+async function saveOptions() {
   faults.clear();
   try {
     const report = await write("PUT", "/admin/config", Object.fromEntries(edits));
@@ -12248,14 +12230,13 @@ function showUsage() {
   fill("usage", ownUsage.keys_of === "operator" && make("p.banner.info", null,
     say("operators_own")), make("div.grid", null, ownUsage.keys.map((entry) => keyCard(entry))));
 }
-async function lookUp(event) {
-  event.preventDefault();
+async function lookUp() {
   const given = $("own-key").value.trim();
   $("own-key").value = "";
   ownKey = given || ownKey;
   if (!ownKey) { $("own-key").focus(); return; }
   const used = ownKey;
-  fill("usage", make("p.empty", null, say("asking")));
+  fill("usage", empty("asking"));
   try {
     const usage = await call("GET", "/v1/usage", undefined, used);
     if (used === ownKey) ownUsage = usage;
@@ -12336,7 +12317,7 @@ function showOperator() {
     operator.file && make("p.note", null, say("keys_in", { file: operator.file,
       policy: operator.policy })),
     operator.keys.length ? make("div.grid", null, operator.keys.map((entry) =>
-      keyCard(entry, keyButtons(entry)))) : make("p.empty", null, say("no_keys")));
+      keyCard(entry, keyButtons(entry)))) : empty("no_keys"));
 }
 views.keys = { load: () => {
   showUsage();
@@ -12448,7 +12429,6 @@ views.connect = {
   renew: showSnippets };
 if (/Windows/.test(navigator.userAgent)) $("shell").value = "ps";
 $("connect-form").addEventListener("input", showSnippets);
-$("connect-form").addEventListener("submit", (event) => event.preventDefault());
 """
 
 
