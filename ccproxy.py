@@ -102,7 +102,6 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     PAGE WORDS (pure)
     PAGE SCRIPT (pure)
     PAGE FRAME (pure)
-    PAGE CHARTS (pure)
     PAGE REQUESTS (pure)
     PAGE SETTINGS (pure)
     PAGE KEYS (pure)
@@ -11316,7 +11315,8 @@ function span(seconds) {
   if (seconds < 1) return unit(seconds * 1000, "millisecond");
   if (seconds < 60) return unit(seconds, "second", seconds < 10 ? 1 : 0);
   const parts = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]].map(
-    ([name, size], at, all) => [Math.floor((at ? seconds % all[at - 1][1] : seconds) / size), name]);
+    ([name, size], at, all) => [Math.floor(seconds % (at ? all[at - 1][1] : Infinity) / size),
+      name]);
   const first = parts.findIndex(([count]) => count > 0);
   return parts.slice(first, first + 2).filter(([count]) => count)
     .map(([count, name]) => unit(count, name)).join(" ");
@@ -11509,7 +11509,8 @@ function setLink(link) {
 
 # === PAGE FRAME (pure) ======================================================
 # What is around the dashboard's pages: the way about, language and theme, the
-# state of the connection, and the forms that tables share.
+# state of the connection, and the forms that pages share: tables, and charts as
+# inline SVG, with a read-out for pointer and arrow keys.
 
 PAGE_FRAME = r"""
 // Drawing: at most once a frame, and only the page that is looked at.
@@ -11620,8 +11621,7 @@ function translate() {
 const THEMES = ["auto", "light", "dark"];
 function showTheme() {
   const theme = THEMES.includes(remembered("theme")) ? remembered("theme") : "auto";
-  if (theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
+  document.documentElement.dataset.theme = theme;
   $("theme").title = $("theme").ariaLabel = say("theme") + ": " + say("theme_" + theme);
   return theme;
 }
@@ -11651,14 +11651,7 @@ function startFrame() {
   go();
   follow();
 }
-"""
 
-
-# === PAGE CHARTS (pure) =====================================================
-# The last 60 minutes as inline SVG, with a read-out for pointer and arrow
-# keys, and the same figures as words and as a table.
-
-PAGE_CHARTS = r"""
 // Charts of the last 60 minutes: a row of CHARTS is one, its series are functions of a minute.
 const share = (minute) => (minute && minute.input ? (minute.cached || 0) / minute.input : null);
 const of = (name, empty) => (minute) => (minute ? minute[name] ?? empty : empty);
@@ -11696,34 +11689,31 @@ function pathOf(points) {
   }).join("");
 }
 function makeChart(chart) {
-  const plot = draw("svg", { class: "plot", tabindex: "0", role: "img" });
+  const aim = (event) => point(drawn, atPointer(drawn, event));
+  const plot = draw("svg", { class: "plot", tabindex: "0", role: "img", pointermove: aim,
+    pointerdown: aim, pointerleave: () => point(drawn, null), keydown: (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (event.key === "Escape") point(drawn, null);
+      if (!step) return;
+      event.preventDefault();
+      readout.setAttribute("aria-live", "polite");
+      point(drawn, (drawn.at ?? SPAN) + step);
+    } });
   const legend = make("div.legend"), readout = make("p.readout", { "aria-live": "off" });
   const table = make("div.tall");
-  const details = make("details", null, make("summary", null, say("as_table")), table);
+  const details = make("details", { toggle: () => tabulate(drawn) },
+    make("summary", null, say("as_table")), table);
   const node = make("figure.card.chart.stack", { id: "chart-" + chart.name },
     make("figcaption", null, make("h3", null, say(chart.name)), legend), plot, readout, details);
   const drawn = { chart, plot, legend, readout, table, details, node, at: null, slots: [] };
-  plot.addEventListener("pointermove", (event) => point(drawn, atPointer(drawn, event)));
-  plot.addEventListener("pointerdown", (event) => point(drawn, atPointer(drawn, event)));
-  plot.addEventListener("pointerleave", () => point(drawn, null));
-  plot.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (event.key === "Escape") point(drawn, null);
-    if (!step) return;
-    event.preventDefault();
-    readout.setAttribute("aria-live", "polite");
-    point(drawn, Math.max(0, Math.min(SPAN - 1, (drawn.at ?? SPAN) + step)));
-  });
-  details.addEventListener("toggle", () => tabulate(drawn));
   return drawn;
 }
 function atPointer(drawn, event) {
   const box = drawn.plot.getBoundingClientRect();
-  const at = Math.floor((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT) * SPAN);
-  return Math.max(0, Math.min(SPAN - 1, at));
+  return Math.floor((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT) * SPAN);
 }
 function point(drawn, at) {
-  drawn.at = at;
+  drawn.at = at === null ? null : Math.max(0, Math.min(SPAN - 1, at));
   paint(drawn);
 }
 function reading(drawn, slot) {
@@ -12437,8 +12427,7 @@ $("connect-form").addEventListener("input", showSnippets);
 # may show it: this one style, this one script, this address, nothing else.
 
 PAGE_LANGUAGES = ("en", "ko", "zh")
-PAGE_PARTS = (PAGE_SCRIPT, PAGE_FRAME, PAGE_CHARTS, PAGE_REQUESTS, PAGE_SETTINGS, PAGE_KEYS,
-              PAGE_CLIENTS)
+PAGE_PARTS = (PAGE_SCRIPT, PAGE_FRAME, PAGE_REQUESTS, PAGE_SETTINGS, PAGE_KEYS, PAGE_CLIENTS)
 
 
 class Page(NamedTuple):
