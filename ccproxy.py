@@ -9560,10 +9560,10 @@ class Target(NamedTuple):
 class Client(NamedTuple):
     """One row of CLIENTS."""
 
-    package: str                                    # what is to be installed
-    environment: Callable[[Target], Dict[str, str]]
-    arguments: Callable[[Target], List[str]]        # that come before the person's own
-    foreign: str                                    # names of settings that would defeat ours
+    package: str                    # what is to be installed
+    foreign: str                    # names of settings that would defeat ours
+    environment: Callable[[Target], Dict[str, str]] = lambda target: {KEY_VARIABLE: target.key}
+    arguments: Callable[[Target], List[str]] = lambda target: []    # before the person's own
     files: Callable[[Target], Dict[str, str]] = lambda target: {}
     home: str = ""                  # the variable that names the folder of `files`
     advice: Callable[[Target], List[str]] = lambda target: []   # what `env` cannot put into words
@@ -9588,23 +9588,22 @@ def claude_environment(target: Target) -> Dict[str, str]:
             "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST": "1"}
 
 
-def codex_entries(target: Target) -> Dict[str, Any]:
-    """Entries of Codex' config.toml that stand above its tables."""
-    entries = {"model": target.model.id, "model_provider": "ccproxy"}
-    return {**entries, "model_context_window": target.model.context} if target.model.context \
-        else entries
-
-
-def codex_provider(target: Target) -> Dict[str, str]:
-    return {"name": "ccproxy", "base_url": target.base + "/v1", "env_key": KEY_VARIABLE,
-            "wire_api": "responses"}
+def codex_entries(target: Target) -> Json:
+    """What Codex' config.toml gets; its table last."""
+    entries: Json = {"model": target.model.id, "model_provider": "ccproxy"}
+    if target.model.context:
+        entries["model_context_window"] = target.model.context
+    return {**entries, "model_providers": {"ccproxy": {
+        "name": "ccproxy", "base_url": target.base + "/v1", "env_key": KEY_VARIABLE,
+        "wire_api": "responses"}}}
 
 
 def codex_arguments(target: Target) -> List[str]:
     """Its configuration as -c words: without quotes, which Windows would eat; what is no TOML
     counts as a string."""
-    words = {**codex_entries(target), **{"model_providers.ccproxy." + name: value
-                                         for name, value in codex_provider(target).items()}}
+    words = codex_entries(target)
+    provider = words.pop("model_providers")["ccproxy"]
+    words.update(("model_providers.ccproxy." + name, value) for name, value in provider.items())
     return [word for name, value in words.items() for word in ("-c", "%s=%s" % (name, value))]
 
 
@@ -9697,29 +9696,20 @@ def pi_advice(target: Target) -> List[str]:
             json.dumps({"providers": {"ccproxy": pi_provider(target)}})]
 
 
-def key_environment(target: Target) -> Dict[str, str]:
-    return {KEY_VARIABLE: target.key}
-
-
-def no_arguments(target: Target) -> List[str]:
-    return []
-
-
 CLIENTS: Dict[str, Client] = {
-    "claude": Client("@anthropic-ai/claude-code (npm)", claude_environment, no_arguments,
+    "claude": Client("@anthropic-ai/claude-code (npm)",
                      "ANTHROPIC_.*|CLAUDE_CODE_(USE_(BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY)|"
                      "USE_ANTHROPIC_.*|OAUTH_.*|API_KEY_FILE_DESCRIPTOR|API_BASE_URL|"
-                     "SUBAGENT_MODEL.*|MAX_CONTEXT_TOKENS|HOST_.*)"),
-    "codex": Client("@openai/codex (npm)", key_environment, codex_arguments,
-                    "CODEX_(API_KEY|ACCESS_TOKEN)|OPENAI_.*"),
-    "opencode": Client("opencode-ai (npm)", opencode_environment, no_arguments,
-                       "OPENCODE_CONFIG_CONTENT"),
-    "aider": Client("aider-chat (PyPI)", aider_environment, no_arguments,
-                    "OPENAI_.*|AIDER_(OPENAI_.*|(WEAK_|EDITOR_)?MODEL)"),
-    "llm": Client("llm (PyPI)", llm_environment, no_arguments, "OPENAI_.*|LLM_(MODEL|USER_PATH)",
-                  llm_files, "LLM_USER_PATH", llm_advice),
-    "pi": Client("@mariozechner/pi-coding-agent (npm)", key_environment, pi_arguments,
-                 "", pi_files, advice=pi_advice)}
+                     "SUBAGENT_MODEL.*|MAX_CONTEXT_TOKENS|HOST_.*)", claude_environment),
+    "codex": Client("@openai/codex (npm)", "CODEX_(API_KEY|ACCESS_TOKEN)|OPENAI_.*",
+                    arguments=codex_arguments),
+    "opencode": Client("opencode-ai (npm)", "OPENCODE_CONFIG_CONTENT", opencode_environment),
+    "aider": Client("aider-chat (PyPI)", "OPENAI_.*|AIDER_(OPENAI_.*|(WEAK_|EDITOR_)?MODEL)",
+                    aider_environment),
+    "llm": Client("llm (PyPI)", "OPENAI_.*|LLM_(MODEL|USER_PATH)", llm_environment,
+                  files=llm_files, home="LLM_USER_PATH", advice=llm_advice),
+    "pi": Client("@mariozechner/pi-coding-agent (npm)", "", arguments=pi_arguments, files=pi_files,
+                 advice=pi_advice)}
 
 
 def foreign_names(client: Client, environment: Iterable[str]) -> List[str]:
@@ -10420,38 +10410,36 @@ def claude_paths(before: Json) -> List[Path]:
     return [*claude_foreign(before), *[("env", name) for name in CLAUDE_NAMES], ("apiKeyHelper",)]
 
 
-def set_opencode_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
-    entries = opencode_entries(target)
-    return {path: entry_at(entries, path) for path in OPENCODE_PATHS}
-
-
-def set_codex_entries(settings: Json, target: Target, windows: bool) -> Dict[Path, Any]:
-    entries = {**codex_entries(target), "model_providers": {"ccproxy": codex_provider(target)}}
-    return {path: entry_at(entries, path) for path in CODEX_PATHS}
+def entries_at(build: Callable[[Target], Json], paths: Collection[Path]
+               ) -> Callable[[Json, Target, bool], Dict[Path, Any]]:
+    """Entries that are the same whatever the settings hold."""
+    return lambda settings, target, windows: {path: entry_at(build(target), path)
+                                              for path in paths}
 
 
 class SetUp(NamedTuple):
-    """How one client's settings are edited and restored.  `places` are variables that name its
-    folder, and what follows; the one without a variable holds when none is set."""
+    """How one client's settings are edited and restored.  A variable names their folder, or one
+    that holds it; without it, it is in the person's home."""
 
     load: Callable[[str, str], Json]
     entries: Callable[[Json, Target, bool], Dict[Path, Any]]
     edit: Callable[[str, Mapping[Path, Any], str], str]
     restore: Callable[[str, str, Collection[Path], str], str]
     paths: Callable[[Json], Collection[Path]]       # of what is restored, by the settings before
-    places: Tuple[Tuple[str, str], ...]
+    variable: str
+    inside: str                     # of the folder that the variable names
+    home: str
     files: Tuple[str, ...]          # the last that there is wins
 
 
 SET_UPS: Dict[str, SetUp] = {
     "claude": SetUp(load_object, claude_entries, edit_json, restore_json, claude_paths,
-                    (("CLAUDE_CONFIG_DIR", ""), ("", "~/.claude")), ("settings.json",)),
-    "codex": SetUp(check_toml, set_codex_entries, edit_toml, restore_toml, lambda _: CODEX_PATHS,
-                   (("CODEX_HOME", ""), ("", "~/.codex")), ("config.toml",)),
-    "opencode": SetUp(load_object, set_opencode_entries, edit_json, restore_json,
-                      lambda _: OPENCODE_PATHS,
-                      (("XDG_CONFIG_HOME", "opencode"), ("", "~/.config/opencode")),
-                      ("opencode.json", "opencode.jsonc"))}
+                    "CLAUDE_CONFIG_DIR", "", "~/.claude", ("settings.json",)),
+    "codex": SetUp(check_toml, entries_at(codex_entries, CODEX_PATHS), edit_toml, restore_toml,
+                   lambda _: CODEX_PATHS, "CODEX_HOME", "", "~/.codex", ("config.toml",)),
+    "opencode": SetUp(load_object, entries_at(opencode_entries, OPENCODE_PATHS), edit_json,
+                      restore_json, lambda _: OPENCODE_PATHS, "XDG_CONFIG_HOME", "opencode",
+                      "~/.config/opencode", ("opencode.json", "opencode.jsonc"))}
 
 
 def change_lines(entries: Mapping[Path, Any]) -> List[str]:
@@ -19323,8 +19311,8 @@ def settings_file(name: str) -> str:
     set_up = SET_UPS[name]
     if name == "opencode" and os.environ.get("OPENCODE_CONFIG"):
         return os.path.realpath(os.environ["OPENCODE_CONFIG"])
-    folder = next(os.path.join(os.environ.get(variable, ""), rest) if variable else rest
-                  for variable, rest in set_up.places if not variable or os.environ.get(variable))
+    named = os.environ.get(set_up.variable)
+    folder = os.path.join(named, set_up.inside) if named else set_up.home
     paths = [os.path.realpath(os.path.join(os.path.expanduser(folder), one))
              for one in set_up.files]
     return next((one for ending in (BACKUP_ENDING, "") for one in reversed(paths)
