@@ -8838,14 +8838,13 @@ def state_cell(entry: Json) -> str:
 
 def usage_row(entry: Json) -> Tuple[str, ...]:
     """One key's line of the table, a cell a column."""
-    account = entry["account"] or {"plan": None, "days_left": None, "burn_usd_per_day": None,
-                                   "credits_usd": {}, "windows": {}}
-    credits, windows, through = account["credits_usd"], account["windows"], entry["through_proxy"]
-    days = account["days_left"]
-    return (entry["key"], entry["name"] or "-", account["plan"] or "-",
+    account, through = entry["account"] or {}, entry["through_proxy"]
+    credits, windows = account.get("credits_usd", {}), account.get("windows", {})
+    days = account.get("days_left")
+    return (entry["key"], entry["name"] or "-", account.get("plan") or "-",
             dollars(credits.get("monthly")), dollars(credits.get("free")),
             dollars(credits.get("purchased")), "-" if days is None else "%.1f" % days,
-            dollars(account["burn_usd_per_day"]), window_cell(windows.get("five_hour")),
+            dollars(account.get("burn_usd_per_day")), window_cell(windows.get("five_hour")),
             window_cell(windows.get("weekly")), "%d" % through["requests"],
             "%d" % through["input_tokens"], "%d" % through["output_tokens"],
             "%d" % through["cached_tokens"], "%.4f" % through["cost_usd"],
@@ -9318,9 +9317,6 @@ def cache_share(counts: Counts) -> Optional[float]:
                       if key[0] == "tokens_total" and key[2] == kind)
             for kind in ("input", "cached")}
     return sums["cached"] / sums["input"] if sums["input"] else None
-
-
-# The text.
 
 
 def label_text(names: Iterable[str], values: Iterable[str]) -> str:
@@ -10739,8 +10735,7 @@ main > section { display: grid; gap: var(--gap); grid-template-columns: minmax(0
 .note, .empty { color: var(--dim); font-size: 14px; max-width: 74ch; } .empty { padding: 18px 4px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius);
   padding: 16px; min-width: 0; }
-.stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr);
-  align-content: start; }
+.stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); align-content: start; }
 #banners:not(:empty) { margin-bottom: var(--gap); }
 .grid { display: grid; gap: var(--gap); grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
@@ -10785,12 +10780,11 @@ button.danger { color: var(--bad); }
 button.quiet { border-color: transparent; background: none; color: var(--dim); }
 button.quiet:hover { color: var(--text); background: var(--raised); }
 button.icon { display: grid; place-items: center; width: 36px; padding: 0; color: var(--dim); }
-button.text { border: 0; background: none; padding: 0; min-height: 0; text-align: left;
-  color: inherit; font-weight: 550; }
+button.text { border: 0; background: none; padding: 0; min-height: 0; text-align: left; }
 .tools select { width: auto; border-color: transparent; background: none; color: var(--dim);
   padding: 4px; font-size: 14px; }
 .tools option { background: var(--card); color: var(--text); }
-.switch { appearance: none; -webkit-appearance: none; flex: none; position: relative; width: 40px;
+.switch { appearance: none; flex: none; position: relative; width: 40px;
   height: 24px; min-height: 24px; margin: 0; padding: 0; border-radius: 99px; cursor: pointer;
   border: 1px solid var(--edge); background: var(--raised); vertical-align: middle; }
 .switch::after { content: ""; position: absolute; left: 3px; top: 3px; width: 16px; height: 16px;
@@ -11053,14 +11047,13 @@ PAGE_MARKUP = r"""
 # before.  {name} is filled in by the script.
 
 PAGE_WORDS = r"""
-skip: Skip to content | 본문으로 건너뛰기 | 跳到正文 || language: Language | 언어 | 语言
-sections: Sections | 섹션 | 分区 || theme: Theme | 테마 | 主题 || theme_auto: as the system | 시스템 설정 | 跟随系统
+skip: Skip to content | 본문으로 건너뛰기 | 跳到正文 || language: Language | 언어 | 语言 || theme: Theme | 테마 | 主题
+sections: Sections | 섹션 | 分区 || theme_auto: as the system | 시스템 설정 | 跟随系统 || keys: Keys | 키 | 密钥
 theme_light: light | 밝게 | 浅色 || theme_dark: dark | 어둡게 | 深色 || overview: Overview | 개요 | 概览
-requests: Requests | 요청 | 请求 || models: Models | 모델 | 模型 || keys: Keys | 키 | 密钥
-connect: Connect | 연결 | 接入 || settings: Settings | 설정 | 设置
-link_waiting: Connecting… | 연결 중… | 连接中… || link_live: Live | 실시간 | 实时
-link_ok: Running | 실행 중 | 运行中 || link_draining: Draining | 종료 준비 중 | 正在排空
-link_lost: Connection lost | 연결 끊김 | 连接已断开 || link_asleep: Paused | 일시 중지 | 已暂停
+requests: Requests | 요청 | 请求 || models: Models | 모델 | 模型 || connect: Connect | 연결 | 接入
+settings: Settings | 설정 | 设置 || link_waiting: Connecting… | 연결 중… | 连接中…
+link_live: Live | 실시간 | 实时 || link_ok: Running | 실행 중 | 运行中 || link_asleep: Paused | 일시 중지 | 已暂停
+link_draining: Draining | 종료 준비 중 | 正在排空 || link_lost: Connection lost | 연결 끊김 | 连接已断开
 lost_note: Connection lost. What you see may be out of date; trying again…
   | 연결이 끊겼습니다. 표시된 내용이 최신이 아닐 수 있습니다. 다시 연결하는 중… | 连接已断开。所示内容可能已过时，正在重新连接…
 draining_note: The proxy is stopping: running answers may finish, new requests are refused.
@@ -11087,71 +11080,63 @@ connections: Connections | 연결 수 | 连接数 || last_hour: last 60 minutes 
 errors: Errors | 오류 | 错误 || tokens: Tokens | 토큰 | 令牌 || tokens_in: Tokens in | 입력 토큰 | 输入令牌
 tokens_out: Tokens out | 출력 토큰 | 输出令牌 || first_event: First event | 첫 이벤트 | 首个事件
 median: median | 중앙값 | 中位数 || p50: p50 | p50 | p50 || p95: p95 | p95 | p95
-cache_share: Cache share | 캐시 비율 | 缓存占比 || cached: From cache | 캐시에서 | 来自缓存
+cache_share: Cache share | 캐시 비율 | 缓存占比 || cached: From cache | 캐시에서 | 来自缓存 || time: Time | 시간 | 时间
 of_input: of tokens in | 입력 토큰 중 | 占输入令牌 || live: Running now | 진행 중 | 正在进行
-nothing_runs: Nothing is running. | 진행 중인 요청이 없습니다. | 目前没有进行中的请求。
-nothing_yet: No requests yet. | 아직 요청이 없습니다. | 还没有请求。
-nothing_fits: No request fits the filter. | 조건에 맞는 요청이 없습니다. | 没有符合条件的请求。
-and_more: and {count} more | 외 {count}개 | 另有 {count} 个 || latest: Last requests | 최근 요청 | 最近请求
-all_requests: All requests | 모든 요청 | 全部请求 || as_table: As a table | 표로 보기 | 以表格显示
+nothing_runs: Nothing is running. | 진행 중인 요청이 없습니다. | 目前没有进行中的请求。 || total: Total | 전체 | 总计
+nothing_yet: No requests yet. | 아직 요청이 없습니다. | 还没有请求。 || latest: Last requests | 최근 요청 | 最近请求
+nothing_fits: No request fits the filter. | 조건에 맞는 요청이 없습니다. | 没有符合条件的请求。 || model: Model | 모델 | 模型
+and_more: and {count} more | 외 {count}개 | 另有 {count} 个 || all_requests: All requests | 모든 요청 | 全部请求
+as_table: As a table | 표로 보기 | 以表格显示 || status: Status | 상태 | 状态 || client: Client | 클라이언트 | 客户端
 read_out: Point at the chart, or focus it and use the arrow keys. | 차트를 가리키거나 초점을 두고 화살표 키를 사용하세요.
   | 指向图表，或聚焦后使用方向键。
-time: Time | 시간 | 时间 || total: Total | 전체 | 总计 || status: Status | 상태 | 状态 || model: Model | 모델 | 模型
-client: Client | 클라이언트 | 客户端 || api: API | API | API || key: Key | 키 | 密钥 || phase: Phase | 단계 | 阶段
+api: API | API | API || key: Key | 키 | 密钥 || phase: Phase | 단계 | 阶段 || all: All | 전체 | 全部
 characters: Characters | 문자 수 | 字符数 || phase_reading: reading | 읽는 중 | 读取中
 phase_waiting: waiting | 대기 중 | 等待中 || phase_thinking: thinking | 생각 중 | 思考中
-phase_answering: answering | 응답 중 | 回答中 || search: Search | 검색 | 搜索
+phase_answering: answering | 응답 중 | 回答中 || search: Search | 검색 | 搜索 || more: Show more | 더 보기 | 显示更多
 search_hint: model, client, error, trace id… | 모델, 클라이언트, 오류, 추적 ID… | 模型、客户端、错误、追踪 ID…
-all: All | 전체 | 全部 || status_ok: succeeded | 성공 | 成功 || status_failed: failed | 실패 | 失败
-status_left: client left | 클라이언트 이탈 | 客户端离开
-shown: {count} of {of} | {of}개 중 {count}개 | {count} / {of} || more: Show more | 더 보기 | 显示更多
-request: Request | 요청 | 请求 || close: Close | 닫기 | 关闭 || cancel: Cancel | 취소 | 取消 || yes: yes | 예 | 是
-no: no | 아니요 | 否 || copied: Copied | 복사했습니다 | 已复制 || copy: Copy | 복사 | 复制
-copy_trace: Copy trace id | 추적 ID 복사 | 复制追踪 ID || field_at: Began | 시작 | 开始
-field_asked: Asked for | 요청한 모델 | 请求的模型 || field_stream: Streamed | 스트리밍 | 流式
-field_input: Tokens in | 입력 토큰 | 输入令牌 || field_output: Tokens out | 출력 토큰 | 输出令牌
-field_reasoning: For thinking | 추론 토큰 | 思考令牌 || field_cost: Cost | 비용 | 费用
-field_first: First event after | 첫 이벤트까지 | 首个事件用时 || field_total: Total time | 전체 시간 | 总用时
-field_retries: Retries | 재시도 | 重试 || field_notes: Notes | 참고 | 备注 || field_error: Error | 오류 | 错误
+status_ok: succeeded | 성공 | 成功 || status_failed: failed | 실패 | 失败 || request: Request | 요청 | 请求
+status_left: client left | 클라이언트 이탈 | 客户端离开 || close: Close | 닫기 | 关闭 || cancel: Cancel | 취소 | 取消
+shown: {count} of {of} | {of}개 중 {count}개 | {count} / {of} || yes: yes | 예 | 是 || no: no | 아니요 | 否
+copied: Copied | 복사했습니다 | 已复制 || copy: Copy | 복사 | 复制 || field_at: Began | 시작 | 开始
+copy_trace: Copy trace id | 추적 ID 복사 | 复制追踪 ID || field_asked: Asked for | 요청한 모델 | 请求的模型
+field_stream: Streamed | 스트리밍 | 流式 || field_input: Tokens in | 입력 토큰 | 输入令牌
+field_output: Tokens out | 출력 토큰 | 输出令牌 || field_reasoning: For thinking | 추론 토큰 | 思考令牌
+field_cost: Cost | 비용 | 费用 || field_first: First event after | 첫 이벤트까지 | 首个事件用时
+field_total: Total time | 전체 시간 | 总用时 || field_retries: Retries | 재시도 | 重试
+field_notes: Notes | 참고 | 备注 || field_error: Error | 오류 | 错误 || unlock: Unlock | 잠금 해제 | 解锁
 field_trace: Trace id | 추적 ID | 追踪 ID || admin_key: Enter the adminKey | adminKey 입력 | 输入 adminKey
 admin_key_note: It is kept in this tab's memory alone, until you close or reload the page.
   | 이 탭의 메모리에만 보관되며 페이지를 닫거나 새로 고치면 사라집니다. | 仅保存在此标签页的内存中，关闭或刷新后即消失。
-key_refused: This key was not accepted. | 이 키는 받아들여지지 않았습니다. | 该密钥未被接受。
+key_refused: This key was not accepted. | 이 키는 받아들여지지 않았습니다. | 该密钥未被接受。 || on: On | 사용 | 启用
 odd_key: A key holds visible ASCII characters only. | 키에는 ASCII 문자만 쓸 수 있습니다. | 密钥只能包含可见的 ASCII 字符。
-unlock: Unlock | 잠금 해제 | 解锁
 unlock_changes: Unlock changes with the adminKey | adminKey로 변경 허용 | 用 adminKey 解锁修改
-lock: Forget the adminKey | adminKey 지우기 | 忘记 adminKey
-locked: The adminKey is forgotten. | adminKey를 지웠습니다. | 已忘记 adminKey。
-not_changed: Nothing was changed. | 변경된 것이 없습니다. | 未作任何修改。
+lock: Forget the adminKey | adminKey 지우기 | 忘记 adminKey || context: Context | 컨텍스트 | 上下文
+locked: The adminKey is forgotten. | adminKey를 지웠습니다. | 已忘记 adminKey。 || vision: Vision | 이미지 | 图像
+not_changed: Nothing was changed. | 변경된 것이 없습니다. | 未作任何修改。 || max_output: Output | 최대 출력 | 最大输出
 no_admin_key: Nothing can be changed here until an adminKey is set: start the proxy with
   CC_ADMIN_KEY in its environment, or write "adminKey" into config.json, and start it again.
   | adminKey를 설정해야 변경할 수 있습니다. 환경 변수 CC_ADMIN_KEY를 주고 프록시를 시작하거나 config.json에 "adminKey"를 적고 다시
   시작하세요. | 设置 adminKey 后才能在此修改：启动代理时设置环境变量 CC_ADMIN_KEY，或在 config.json 中写入 "adminKey" 后重新启动。
-on: On | 사용 | 启用
 models_note: A model that is switched off is not listed, and asking for it is an error that names
   its nearest relatives. | 꺼진 모델은 목록에 나오지 않으며, 요청하면 비슷한 모델을 알려 주는 오류가 됩니다.
   | 关闭的模型不会列出；请求它会得到错误，并提示最接近的模型。
-context: Context | 컨텍스트 | 上下文 || max_output: Output | 최대 출력 | 最大输出 || vision: Vision | 이미지 | 图像
-efforts: Efforts | 추론 강도 | 思考强度 || plan: Plan | 요금제 | 套餐
-switched_on: {model} is on. | {model} 사용을 시작합니다. | 已启用 {model}。
+efforts: Efforts | 추론 강도 | 思考强度 || plan: Plan | 요금제 | 套餐 || from_file: from the file | 파일에서 | 来自文件
+switched_on: {model} is on. | {model} 사용을 시작합니다. | 已启用 {model}。 || default_is: Default | 기본값 | 默认
 still_off: {model} is still off: see `models` in Settings.
   | {model}이(가) 아직 꺼져 있습니다. 설정의 `models`를 확인하세요. | {model} 仍处于停用状态：请查看设置中的 `models`。
-switched_off: {model} is off. | {model} 사용을 중지합니다. | 已停用 {model}。
+switched_off: {model} is off. | {model} 사용을 중지합니다. | 已停用 {model}。 || save: Save | 저장 | 保存
 overridden: {name} stays as it is: {source} wins over the file.
   | {name}: {source} 값이 파일보다 우선하므로 그대로 유지됩니다. | {name} 保持不变：{source} 优先于文件。
-at_start: needs a restart | 재시작 필요 | 需要重启 || from_file: from the file | 파일에서 | 来自文件
-set_by: set by {source} | {source}에서 설정 | 由 {source} 设定 || default_is: Default | 기본값 | 默认
+at_start: needs a restart | 재시작 필요 | 需要重启 || set_by: set by {source} | {source}에서 설정 | 由 {source} 设定
 is_set: set; type to replace it | 설정됨, 바꾸려면 입력 | 已设置，输入以替换 || is_unset: not set | 설정 안 됨 | 未设置
-reset: Back to the default | 기본값으로 | 恢复默认
+reset: Back to the default | 기본값으로 | 恢复默认 || discard: Discard | 되돌리기 | 放弃
 config_in: What is saved here is written to {file}. | 저장하면 {file}에 기록됩니다. | 保存的内容写入 {file}。
 config_fixed: {file} cannot be written. | {file}에 쓸 수 없습니다. | 无法写入 {file}。
 no_config_file: This proxy was started without a config file. | 이 프록시는 설정 파일 없이 시작되었습니다.
   | 此代理启动时没有配置文件。
 changes: {count} to save: {names} | 저장할 변경 {count}개: {names} | {count} 项待保存：{names}
-save: Save | 저장 | 保存 || discard: Discard | 되돌리기 | 放弃
-applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names}
+applied: In effect now: {names} | 지금부터 적용: {names} | 已生效：{names} || restart: Restart | 재시작 | 重启
 restart_needed: In effect after a restart: {names} | 재시작 후 적용: {names} | 重启后生效：{names}
-restart: Restart | 재시작 | 重启
 restart_note: Requests in progress may finish. Until then, for at most {seconds} s (drainSeconds),
   new requests wait; no connection is refused. This page reconnects by itself.
   | 진행 중인 요청은 끝까지 처리됩니다. 그동안 새 요청은 최대 {seconds}초(drainSeconds) 대기하며 연결은 거부되지 않습니다. 이 페이지는 자동으로 다시
@@ -11160,34 +11145,31 @@ restarting: Restarting… | 재시작하는 중… | 正在重启… || stand: W
 stand_note: Your own key is sent to this proxy alone, and kept in this tab's memory until you forget
   it or close or reload the page. | 키는 이 프록시에만 보내고, 지우거나 페이지를 닫거나 새로 고칠 때까지 이 탭의 메모리에만 둡니다.
   | 密钥只发送给此代理，仅保存在此标签页的内存中，直到您忘记它、关闭或刷新页面。
-your_key: Your key | 내 키 | 您的密钥 || look_up: Look up | 조회 | 查询
-forget: Forget the key | 키 지우기 | 忘记密钥 || asking: Asking… | 조회 중… | 查询中…
+your_key: Your key | 내 키 | 您的密钥 || look_up: Look up | 조회 | 查询 || asking: Asking… | 조회 중… | 查询中…
+forget: Forget the key | 키 지우기 | 忘记密钥 || balance: Balance | 잔액 | 余额 || week: Week | 1주 | 一周
 operators_own: These are the operator's keys, which serve you here. | 여기서 대신 쓰이는 운영자의 키입니다.
   | 这些是在此为您服务的运营者密钥。
-balance: Balance | 잔액 | 余额 || credit_monthly: Monthly credit | 월간 크레딧 | 每月额度
-credit_free: Free credit | 무료 크레딧 | 免费额度 || credit_purchased: Purchased credit | 구매 크레딧 | 购买额度
-five_hours: 5 hours | 5시간 | 5 小时 || week: Week | 1주 | 一周 || resets: Resets | 초기화 | 重置于
-until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后 || burn: To spend | 소진 속도 | 需花费
-a_day: {amount} a day | 하루 {amount} | 每天 {amount} || period_end: Period ends | 기간 종료 | 周期结束
-figures_age: Figures from | 조회 시점 | 数据时间 || ago: {span} ago | {span} 전 | {span}前
+credit_monthly: Monthly credit | 월간 크레딧 | 每月额度 || credit_free: Free credit | 무료 크레딧 | 免费额度
+credit_purchased: Purchased credit | 구매 크레딧 | 购买额度 || five_hours: 5 hours | 5시간 | 5 小时
+resets: Resets | 초기화 | 重置于 || until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后
+burn: To spend | 소진 속도 | 需花费 || a_day: {amount} a day | 하루 {amount} | 每天 {amount}
+period_end: Period ends | 기간 종료 | 周期结束 || figures_age: Figures from | 조회 시점 | 数据时间
+ago: {span} ago | {span} 전 | {span}前 || state_usable: usable | 사용 가능 | 可用 || key_off: off | 꺼짐 | 已停用
 no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
-state_usable: usable | 사용 가능 | 可用 || state_refused: refused | 거부됨 | 被拒绝
-state_skipped: skipped | 건너뜀 | 已跳过 || state_unknown: unknown | 알 수 없음 | 未知
-unfit_refused: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。
-unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
+state_refused: refused | 거부됨 | 被拒绝 || state_skipped: skipped | 건너뜀 | 已跳过
+state_unknown: unknown | 알 수 없음 | 未知 || unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
+unfit_refused: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。 || weight: Weight | 가중치 | 权重
 unfit_window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
-unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。
+unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。 || through: Through here | 이 프록시 경유 | 经由此处
 unfit_model: Its plan or account lacks this model. | 요금제나 계정에 이 모델이 없습니다. | 其套餐或账户没有此模型。
 unfit_allowed: Its allowed models lack this model. | 허용 모델에 이 모델이 없습니다. | 其允许的模型中没有此模型。
-key_off: off | 꺼짐 | 已停用 || through: Through here | 이 프록시 경유 | 经由此处
 through_proxy: {requests} requests, {failures} failed · {input} → {output} tokens · {cost}
   | 요청 {requests}개, 실패 {failures}개 · 토큰 {input} → {output} · {cost}
   | {requests} 个请求，{failures} 个失败 · {input} → {output} 令牌 · {cost}
-weight: Weight | 가중치 | 权重 || in_flight: Running | 진행 중 | 进行中
+in_flight: Running | 진행 중 | 进行中 || allowed_models: Models allowed | 허용 모델 | 允许的模型
 max_in_flight: At most at once (0: any number) | 동시 요청 한도 (0: 제한 없음) | 并发上限（0：不限）
-allowed_models: Models allowed | 허용 모델 | 允许的模型
-models_hint: ids with commas; empty: all | 쉼표로 구분, 비우면 전체 | 以逗号分隔，留空为全部
-operator_keys: Operator's keys | 운영자 키 | 运营者密钥
+models_hint: ids with commas; empty: all | 쉼표로 구분, 비우면 전체 | 以逗号分隔，留空为全部 || key_id: Name | 이름 | 名称
+operator_keys: Operator's keys | 운영자 키 | 运营者密钥 || add_key: Add a key | 키 추가 | 添加密钥
 operator_note: Keys that are lent to callers without one of their own. A key comes in once and is
   never shown again. | 자기 키가 없는 호출자에게 빌려주는 키입니다. 한 번 입력한 키는 다시 표시되지 않습니다.
   | 借给没有自己密钥的调用者使用。密钥输入后不会再显示。
@@ -11196,22 +11178,19 @@ no_key_file: Keys can be added and changed here only where they are in a file of
   credentialsFile (COMMANDCODE_CREDENTIALS_FILE).
   | 키를 별도 파일에 둘 때만 여기서 추가하고 바꿀 수 있습니다. credentialsFile (COMMANDCODE_CREDENTIALS_FILE)을 설정하세요.
   | 只有密钥保存在单独的文件中时才能在此添加和修改：请设置 credentialsFile (COMMANDCODE_CREDENTIALS_FILE)。
-no_keys: There are no operator's keys. | 운영자 키가 없습니다. | 没有运营者密钥。 || add_key: Add a key | 키 추가 | 添加密钥
+no_keys: There are no operator's keys. | 운영자 키가 없습니다. | 没有运营者密钥。 || in_use: In use | 사용 | 使用
 add_key_note: The key is written to the operator's file and never shown again.
   | 키는 운영자 파일에 기록되며 다시 표시되지 않습니다. | 密钥写入运营者文件，之后不再显示。
-key_id: Name | 이름 | 名称 || key_secret: Key | 키 | 密钥 || in_use: In use | 사용 | 使用
-edit: Edit | 편집 | 编辑 || delete: Delete | 삭제 | 删除
+edit: Edit | 편집 | 编辑 || delete: Delete | 삭제 | 删除 || address: Address | 주소 | 地址
+key_added: The key was added. | 키를 추가했습니다. | 已添加密钥。 || shell: Shell | 셸 | Shell
 delete_note: {name} is taken out of the file; requests that run on it may finish.
   | {name} 키를 파일에서 지웁니다. 진행 중인 요청은 끝까지 처리됩니다. | 将从文件中删除 {name}；正在使用它的请求会完成。
-key_added: The key was added. | 키를 추가했습니다. | 已添加密钥。
-key_changed: The key was changed. | 키를 바꿨습니다. | 已修改密钥。
-key_deleted: The key was deleted. | 키를 삭제했습니다. | 已删除密钥。
-connect_title: Connect a client | 클라이언트 연결 | 接入客户端
+key_changed: The key was changed. | 키를 바꿨습니다. | 已修改密钥。 || then: then | 그다음 | 然后
+key_deleted: The key was deleted. | 키를 삭제했습니다. | 已删除密钥。 || to_shell: In a terminal. | 터미널에서. | 在终端中。
+connect_title: Connect a client | 클라이언트 연결 | 接入客户端 || or_run: Or in one command: | 명령 하나로: | 或用一条命令：
 connect_note: Any key field takes your own Command Code key (user_…). Put it into COMMANDCODE_KEY
   and copy what your client wants. | 모든 키 칸에 자신의 Command Code 키(user_…)를 쓸 수 있습니다. COMMANDCODE_KEY에
   넣고 필요한 부분을 복사하세요. | 任何密钥栏都可填您自己的 Command Code 密钥（user_…）。将它放入 COMMANDCODE_KEY，再复制所需内容。
-address: Address | 주소 | 地址 || shell: Shell | 셸 | Shell || then: then | 그다음 | 然后
-or_run: Or in one command: | 명령 하나로: | 或用一条命令： || to_shell: In a terminal. | 터미널에서. | 在终端中。
 to_codex: In ~/.codex/config.toml; the key is taken from COMMANDCODE_KEY. | ~/.codex/config.toml에
   적습니다. 키는 COMMANDCODE_KEY에서 읽습니다. | 写入 ~/.codex/config.toml；密钥取自 COMMANDCODE_KEY。
 to_opencode: In opencode.json; the key is taken from COMMANDCODE_KEY.
@@ -11221,7 +11200,6 @@ to_cursor: In Settings, Models. Cursor's servers make the call, so the address m
   | 在 Settings, Models 中。由 Cursor 的服务器发起调用，地址须可经 TLS 从外部访问。
 to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal. | llm 폴더의
   extra-openai-models.yaml에 적고 터미널에서 실행합니다. | 写入 llm 文件夹中的 extra-openai-models.yaml，然后在终端运行。
-
 """
 
 
@@ -11409,8 +11387,7 @@ async function copy(text) {
 // Events: one stream, taken up again when it breaks, let go of while nobody looks.
 let stopEvents = () => {}, heard = 0;
 const TAKERS = {
-  state: (data) => {
-    const { minute, ...state } = data;
+  state: ({ minute, ...state }) => {
     shared.state = { ...shared.state, ...state };
     shared.at = performance.now();
     if (minute) {
@@ -11420,8 +11397,7 @@ const TAKERS = {
     refresh();
   },
   request: (record) => {
-    shared.recent.unshift(record);
-    shared.recent.length = Math.min(shared.recent.length, MOST_RECORDS);
+    shared.recent = [record, ...shared.recent].slice(0, MOST_RECORDS);
     refresh();
   },
   lost: () => stopEvents() };
@@ -11669,12 +11645,8 @@ function niceTop(most) {
   return 2 * [1, 2, 2.5, 5, 10].find((one) => one * size >= half * 0.9999) * size;
 }
 function pathOf(points) {
-  let open = false;
-  return points.map(([x, y]) => {
-    const step = y === null ? "" : (open ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1);
-    open = y !== null;
-    return step;
-  }).join("");
+  return points.map(([x, y], at) => (y === null ? "" :
+    (at && points[at - 1][1] !== null ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1))).join("");
 }
 function makeChart(chart) {
   const aim = (event) => point(drawn, atPointer(drawn, event));
@@ -11973,6 +11945,7 @@ async function attempt(work) {
   try { return await work(); } catch (error) { toast(error.message); return null; }
 }
 const canWrite = () => Boolean(shared.state && shared.state.admin_key);
+const editable = () => canWrite() && shared.config.writable;
 function writeNotes() {
   return shared.state && !canWrite() ? [make("p.banner.info", null, say("no_admin_key"))] : [];
 }
@@ -12053,9 +12026,6 @@ function controlOf(option) {
     inputmode: KINDS[option.kind] && parse === fromNumber ? "decimal" : null,
     input: (event) => edit(option, parse(event.target.value)) });
 }
-function editable() {
-  return canWrite() && shared.config.writable;
-}
 function edit(option, value) {
   const same = option.secret ? value === "" : toJson(value) === toJson(option.value);
   if (same) edits.delete(option.name); else edits.set(option.name, value);
@@ -12112,14 +12082,14 @@ async function saveOptions() {
     edits.clear();
     showReport(report);
     shared.config = await read("/admin/config");
-    showOptions();
   } catch (error) {
     const known = shared.config.options.some((one) => one.name === error.param);
     if (known) faults.set(error.param, error.message);
     fill("config-notes", warn(error));
-    showOptions();
-    if (known && $("option-" + error.param)) $("option-" + error.param).focus();
   }
+  showOptions();
+  const [wrong] = faults.keys();
+  if (wrong && $("option-" + wrong)) $("option-" + wrong).focus();
 }
 async function restart() {
   const seconds = shared.config.options.find((one) => one.name === "drainSeconds").value;
@@ -12240,7 +12210,7 @@ $("forget").addEventListener("click", forget);
 let operator = null;
 function keyFields(entry) {
   return [{ name: "id", label: say("key_id"), value: entry ? entry.id : "" },
-    !entry && { name: "apiKey", label: say("key_secret"), type: "password", hint: "user_…" },
+    !entry && { name: "apiKey", label: say("key"), type: "password", hint: "user_…" },
     { name: "weight", label: say("weight"), value: entry ? entry.weight : 1 },
     { name: "maxInFlight", label: say("max_in_flight"),
       value: (entry && entry.max_in_flight) || 0 },
@@ -12314,25 +12284,27 @@ PAGE_CLIENTS = r"""
 const KEY = "COMMANDCODE_KEY";
 const plain = (text) => /^[\w@%+=:,./-]+$/.test(text);
 const quote = JSON.stringify;
+const quoted = (text, inner) => "'" + text.replaceAll("'", inner) + "'";
 const SHELLS = {
-  sh: { set: (name, value) => "export " + name + "=" + value, key: '"$' + KEY + '"',
-    word: (text) => (plain(text) ? text : "'" + text.replaceAll("'", "'\\''") + "'") },
-  ps: { set: (name, value) => "$env:" + name + " = " + value, key: "$env:" + KEY,
-    word: (text) => "'" + text.replaceAll("'", "''") + "'" } };
+  sh: { set: (name, value) => `export ${name}=${value}`, variable: "$" + KEY, key: `"$${KEY}"`,
+    quoted: (text) => quoted(text, "'\\''"), word: (text) => (plain(text) ? text :
+      SHELLS.sh.quoted(text)), curl: "curl ", on: " \\" },
+  ps: { set: (name, value) => `$env:${name} = ${value}`, variable: "$env:" + KEY,
+    key: "$env:" + KEY, quoted: (text) => quoted(text, "''"), word: (text) => quoted(text, "''"),
+    curl: "curl.exe ", on: " `" } };
 function claudeNames(model) {
   const names = /^claude/i.test(model) ? [] : ["OPUS", "SONNET", "HAIKU", "FABLE"];
   return ["ANTHROPIC_MODEL", ...names.map((name) => "ANTHROPIC_DEFAULT_" + name + "_MODEL")];
 }
-// Each: its name, its run command's name, what to know, and the text.
+// Each: its name, its run command's name, what to know, and the text.  `url` and `id` are quoted.
 const SNIPPETS = [
   ["Claude Code", "claude", "to_shell", ({ base, model, shell }) => [
     shell.set("ANTHROPIC_BASE_URL", shell.word(base)),
     shell.set("ANTHROPIC_AUTH_TOKEN", shell.key),
     ...claudeNames(model).map((name) => shell.set(name, shell.word(model))), "claude"]],
-  ["Codex", "codex", "to_codex", ({ base, model }) => [
-    "model = " + quote(model), 'model_provider = "ccproxy"', "", "[model_providers.ccproxy]",
-    'name = "ccproxy"', "base_url = " + quote(base + "/v1"), 'env_key = "' + KEY + '"',
-    'wire_api = "responses"']],
+  ["Codex", "codex", "to_codex", ({ url, id }) => [
+    "model = " + id, 'model_provider = "ccproxy"', "", "[model_providers.ccproxy]",
+    'name = "ccproxy"', "base_url = " + url, `env_key = "${KEY}"`, 'wire_api = "responses"']],
   ["opencode", "opencode", "to_opencode", ({ base, model }) => [JSON.stringify({ provider: {
     ccproxy: { npm: "@ai-sdk/openai-compatible", options: { baseURL: base + "/v1",
       apiKey: "{env:" + KEY + "}" }, models: { [model]: {} } } },
@@ -12343,41 +12315,35 @@ const SNIPPETS = [
   ["aider", "aider", "to_shell", ({ base, model, shell }) => [
     shell.set("OPENAI_API_BASE", shell.word(base + "/v1")),
     shell.set("OPENAI_API_KEY", shell.key), "aider --model " + shell.word("openai/" + model)]],
-  ["llm", "llm", "to_llm", ({ base, model, shell }) => [
-    "# extra-openai-models.yaml", "- model_id: " + quote(model), "  model_name: " + quote(model),
-    "  api_base: " + quote(base + "/v1"), "  api_key_name: ccproxy", "",
-    "# " + say("then"), "llm keys set ccproxy --value " + shell.key,
+  ["llm", "llm", "to_llm", ({ model, shell, url, id }) => [
+    "# extra-openai-models.yaml", "- model_id: " + id, "  model_name: " + id, "  api_base: " + url,
+    "  api_key_name: ccproxy", "", "# " + say("then"), "llm keys set ccproxy --value " + shell.key,
     "llm -m " + shell.word(model) + ' "Hi"']],
-  ["OpenAI SDK (Python)", "", "pip install openai", ({ base, model }) => [
-    "import os", "from openai import OpenAI", "client = OpenAI(base_url=" + quote(base + "/v1") +
-    ",", '                api_key=os.environ["' + KEY + '"])',
-    "answer = client.chat.completions.create(", "    model=" + quote(model) + ",",
-    '    messages=[{"role": "user", "content": "Hi"}])',
+  ["OpenAI SDK (Python)", "", "pip install openai", ({ url, id }) => [
+    "import os", "from openai import OpenAI", `client = OpenAI(base_url=${url},`,
+    `                api_key=os.environ["${KEY}"])`, "answer = client.chat.completions.create(",
+    `    model=${id},`, '    messages=[{"role": "user", "content": "Hi"}])',
     "print(answer.choices[0].message.content)"]],
-  ["Anthropic SDK (Python)", "", "pip install anthropic", ({ base, model }) => [
-    "import os", "from anthropic import Anthropic", "client = Anthropic(base_url=" + quote(base) +
-    ",", '                   api_key=os.environ["' + KEY + '"])',
-    "answer = client.messages.create(", "    model=" + quote(model) + ", max_tokens=1000,",
-    '    messages=[{"role": "user", "content": "Hi"}])', "print(answer.content[-1].text)"]],
-  ["OpenAI SDK (JavaScript)", "", "npm install openai", ({ base, model }) => [
-    'import OpenAI from "openai";', "const client = new OpenAI({ baseURL: " + quote(base + "/v1") +
-    ",", "  apiKey: process.env." + KEY + " });",
-    "const answer = await client.chat.completions.create({", "  model: " + quote(model) + ",",
-    '  messages: [{ role: "user", content: "Hi" }] });',
+  ["Anthropic SDK (Python)", "", "pip install anthropic", ({ base, id }) => [
+    "import os", "from anthropic import Anthropic", `client = Anthropic(base_url=${quote(base)},`,
+    `                   api_key=os.environ["${KEY}"])`, "answer = client.messages.create(",
+    `    model=${id}, max_tokens=1000,`, '    messages=[{"role": "user", "content": "Hi"}])',
+    "print(answer.content[-1].text)"]],
+  ["OpenAI SDK (JavaScript)", "", "npm install openai", ({ url, id }) => [
+    'import OpenAI from "openai";', `const client = new OpenAI({ baseURL: ${url},`,
+    `  apiKey: process.env.${KEY} });`, "const answer = await client.chat.completions.create({",
+    `  model: ${id},`, '  messages: [{ role: "user", content: "Hi" }] });',
     "console.log(answer.choices[0].message.content);"]],
-  ["Anthropic SDK (JavaScript)", "", "npm install @anthropic-ai/sdk", ({ base, model }) => [
-    'import Anthropic from "@anthropic-ai/sdk";', "const client = new Anthropic({ baseURL: " +
-    quote(base) + ",", "  apiKey: process.env." + KEY + " });",
-    "const answer = await client.messages.create({", "  model: " + quote(model) +
-    ", max_tokens: 1000,", '  messages: [{ role: "user", content: "Hi" }] });',
+  ["Anthropic SDK (JavaScript)", "", "npm install @anthropic-ai/sdk", ({ base, id }) => [
+    'import Anthropic from "@anthropic-ai/sdk";',
+    `const client = new Anthropic({ baseURL: ${quote(base)},`, `  apiKey: process.env.${KEY} });`,
+    "const answer = await client.messages.create({", `  model: ${id}, max_tokens: 1000,`,
+    '  messages: [{ role: "user", content: "Hi" }] });',
     "console.log(answer.content.at(-1).text);"]],
   ["curl", "", "to_shell", ({ base, model, shell }) => [
-    (shell === SHELLS.ps ? "curl.exe " : "curl ") + shell.word(base + "/v1/chat/completions") +
-    (shell === SHELLS.ps ? " `" : " \\"),
-    '  -H "Authorization: Bearer $' + (shell === SHELLS.ps ? "env:" : "") + KEY +
-    '" -H "Content-Type: application/json"' + (shell === SHELLS.ps ? " `" : " \\"),
-    "  -d '" + JSON.stringify({ model, messages: [{ role: "user", content: "Hi" }] })
-      .replaceAll("'", shell === SHELLS.ps ? "''" : "'\\''") + "'"]]];
+    shell.curl + shell.word(base + "/v1/chat/completions") + shell.on,
+    `  -H "Authorization: Bearer ${shell.variable}" -H "Content-Type: application/json"` + shell.on,
+    "  -d " + shell.quoted(quote({ model, messages: [{ role: "user", content: "Hi" }] }))]]];
 function snippetCard([name, runs, note, text], wanted) {
   const code = text(wanted).join("\n");
   const local = /^https?:\/\/(127\.|localhost|\[::1\])/.test(wanted.base);
@@ -12390,8 +12356,8 @@ function snippetCard([name, runs, note, text], wanted) {
 }
 function showSnippets() {
   const base = ($("address").value.trim() || location.origin).replace(/\/+$/, "");
-  const wanted = { base, model: $("pick-model").value || "default",
-    shell: SHELLS[$("shell").value] };
+  const model = $("pick-model").value || "default", shell = SHELLS[$("shell").value];
+  const wanted = { base, model, shell, url: quote(base + "/v1"), id: quote(model) };
   fill("snippets", SNIPPETS.map((snippet) => snippetCard(snippet, wanted)));
 }
 views.connect = {
