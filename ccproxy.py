@@ -9274,13 +9274,11 @@ def error_kind(record: Record) -> str:
 
 def count_span(counts: Counts, name: str, stream: str, bounds: Tuple[float, ...],
                seconds: float) -> None:
-    """Count a time in its histogram."""
     counts[name, stream, str(bisect.bisect_left(bounds, seconds))] += 1
     counts[name, stream, "sum"] += seconds
 
 
 def count_notes(counts: Counts, notes: str) -> None:
-    """Count each note by its code."""
     for note in notes.split("; "):
         code = note.partition("=")[0]
         counts["notes_total", code if code in NOTE_CODES else "other"] += 1
@@ -9320,7 +9318,6 @@ def cache_share(counts: Counts) -> Optional[float]:
 
 
 def label_text(names: Iterable[str], values: Iterable[str]) -> str:
-    """Labels as they stand behind a name."""
     pairs = ['%s="%s"' % (name, value.translate(LABEL_ESCAPES))
              for name, value in zip(names, values)]
     return "{%s}" % ",".join(pairs) if pairs else ""
@@ -9927,7 +9924,6 @@ def restore_toml(text: str, before: str, paths: Collection[Path], path: str) -> 
 
 
 def toml_block(head: List[str], rows: Mapping[str, Any]) -> str:
-    """Entries between marks."""
     lines = ["%s = %s" % (name, json.dumps(value)) for name, value in rows.items()
              if value is not ENTRY_GONE]
     return "\n".join([TOML_BEGIN, *head, *lines, TOML_END, ""])
@@ -11044,7 +11040,7 @@ PAGE_MARKUP = r"""
 # === PAGE WORDS (pure) ======================================================
 # Every text of the dashboard: `key: English | Korean | Chinese (simplified)`.
 # Short ones share a line, with || between; an indented line goes on with the one
-# before.  {name} is filled in by the script.
+# before.  {name} is filled in by the script.  A key may be a text of the server's.
 
 PAGE_WORDS = r"""
 skip: Skip to content | 본문으로 건너뛰기 | 跳到正文 || language: Language | 언어 | 语言 || theme: Theme | 테마 | 主题
@@ -11079,8 +11075,8 @@ uptime: Uptime | 가동 시간 | 运行时间 || open_streams: Open streams | �
 connections: Connections | 연결 수 | 连接数 || last_hour: last 60 minutes | 최근 60분 | 最近 60 分钟
 errors: Errors | 오류 | 错误 || tokens: Tokens | 토큰 | 令牌 || tokens_in: Tokens in | 입력 토큰 | 输入令牌
 tokens_out: Tokens out | 출력 토큰 | 输出令牌 || first_event: First event | 첫 이벤트 | 首个事件
-median: median | 중앙값 | 中位数 || p50: p50 | p50 | p50 || p95: p95 | p95 | p95
-cache_share: Cache share | 캐시 비율 | 缓存占比 || cached: From cache | 캐시에서 | 来自缓存 || time: Time | 시간 | 时间
+median: median | 중앙값 | 中位数 || p50: p50 | p50 | p50 || p95: p95 | p95 | p95 || time: Time | 시간 | 时间
+cache_share: Cache share | 캐시 비율 | 缓存占比 || cached: From cache | 캐시에서 | 来自缓存
 of_input: of tokens in | 입력 토큰 중 | 占输入令牌 || live: Running now | 진행 중 | 正在进行
 nothing_runs: Nothing is running. | 진행 중인 요청이 없습니다. | 目前没有进行中的请求。 || total: Total | 전체 | 总计
 nothing_yet: No requests yet. | 아직 요청이 없습니다. | 还没有请求。 || latest: Last requests | 최근 요청 | 最近请求
@@ -11146,27 +11142,30 @@ stand_note: Your own key is sent to this proxy alone, and kept in this tab's mem
   it or close or reload the page. | 키는 이 프록시에만 보내고, 지우거나 페이지를 닫거나 새로 고칠 때까지 이 탭의 메모리에만 둡니다.
   | 密钥只发送给此代理，仅保存在此标签页的内存中，直到您忘记它、关闭或刷新页面。
 your_key: Your key | 내 키 | 您的密钥 || look_up: Look up | 조회 | 查询 || asking: Asking… | 조회 중… | 查询中…
-forget: Forget the key | 키 지우기 | 忘记密钥 || balance: Balance | 잔액 | 余额 || week: Week | 1주 | 一周
+forget: Forget the key | 키 지우기 | 忘记密钥 || balance: Balance | 잔액 | 余额 || window_weekly: Week | 1주 | 一周
 operators_own: These are the operator's keys, which serve you here. | 여기서 대신 쓰이는 운영자의 키입니다.
   | 这些是在此为您服务的运营者密钥。
 credit_monthly: Monthly credit | 월간 크레딧 | 每月额度 || credit_free: Free credit | 무료 크레딧 | 免费额度
-credit_purchased: Purchased credit | 구매 크레딧 | 购买额度 || five_hours: 5 hours | 5시간 | 5 小时
+credit_purchased: Purchased credit | 구매 크레딧 | 购买额度 || window_five_hour: 5 hours | 5시간 | 5 小时
 resets: Resets | 초기화 | 重置于 || until: {when}, in {span} | {when}, {span} 후 | {when}，{span}后
 burn: To spend | 소진 속도 | 需花费 || a_day: {amount} a day | 하루 {amount} | 每天 {amount}
 period_end: Period ends | 기간 종료 | 周期结束 || figures_age: Figures from | 조회 시점 | 数据时间
 ago: {span} ago | {span} 전 | {span}前 || state_usable: usable | 사용 가능 | 可用 || key_off: off | 꺼짐 | 已停用
 no_figures: No figures are known of this account. | 이 계정의 수치를 알 수 없습니다. | 尚无此账户的数据。
 state_refused: refused | 거부됨 | 被拒绝 || state_skipped: skipped | 건너뜀 | 已跳过
-state_unknown: unknown | 알 수 없음 | 未知 || unfit_credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
-unfit_refused: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。 || weight: Weight | 가중치 | 权重
-unfit_window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
-unfit_cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。 || through: Through here | 이 프록시 경유 | 经由此处
-unfit_model: Its plan or account lacks this model. | 요금제나 계정에 이 모델이 없습니다. | 其套餐或账户没有此模型。
-unfit_allowed: Its allowed models lack this model. | 허용 모델에 이 모델이 없습니다. | 其允许的模型中没有此模型。
+state_unknown: unknown | 알 수 없음 | 未知 || weight: Weight | 가중치 | 权重
+it is out of credit: It is out of credit. | 크레딧이 없습니다. | 额度已用完。
+the upstream refused it: The upstream refused it. | 업스트림이 거부했습니다. | 上游拒绝了此密钥。
+it is over its usage window: It is over its usage window. | 사용량 한도를 넘었습니다. | 已超出用量窗口。
+it is in cooldown: It is in cooldown. | 잠시 쉬는 중입니다. | 正在冷却。 || in_flight: Running | 진행 중 | 进行中
+through: Through here | 이 프록시 경유 | 经由此处 || allowed_models: Models allowed | 허용 모델 | 允许的模型
+its plan or account lacks this model: Its plan or account lacks this model. | 요금제나 계정에 이 모델이 없습니다.
+  | 其套餐或账户没有此模型。
+its allowedModels lack this model: Its allowed models lack this model. | 허용 모델에 이 모델이 없습니다.
+  | 其允许的模型中没有此模型。
 through_proxy: {requests} requests, {failures} failed · {input} → {output} tokens · {cost}
   | 요청 {requests}개, 실패 {failures}개 · 토큰 {input} → {output} · {cost}
   | {requests} 个请求，{failures} 个失败 · {input} → {output} 令牌 · {cost}
-in_flight: Running | 진행 중 | 进行中 || allowed_models: Models allowed | 허용 모델 | 允许的模型
 max_in_flight: At most at once (0: any number) | 동시 요청 한도 (0: 제한 없음) | 并发上限（0：不限）
 models_hint: ids with commas; empty: all | 쉼표로 구분, 비우면 전체 | 以逗号分隔，留空为全部 || key_id: Name | 이름 | 名称
 operator_keys: Operator's keys | 운영자 키 | 运营者密钥 || add_key: Add a key | 키 추가 | 添加密钥
@@ -11213,7 +11212,6 @@ to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal. | llm �
 PAGE_SCRIPT = r"""
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const LANGUAGES = { en: "en", ko: "ko", zh: "zh-Hans" };
 const AWAY_MS = 60000, SILENT_MS = 40000, LONGEST_WAIT_MS = 15000, MOST_RECORDS = 500;
 const shared = { state: null, recent: [], minutes: [], models: [], config: null, page: "overview",
   link: "waiting", at: 0 };
@@ -11246,9 +11244,7 @@ function make(tag, given, ...inside) {
   if (classes.length) node.className = classes.join(" ");
   return attach(node, given, inside);
 }
-function draw(tag, given, ...inside) {
-  return attach(document.createElementNS(SVG, tag), given, inside);
-}
+const draw = (tag, given, ...inside) => attach(document.createElementNS(SVG, tag), given, inside);
 function fill(id, ...inside) {
   $(id).replaceChildren(...inside.flat(3).filter((one) => one || one === 0));
 }
@@ -11464,7 +11460,6 @@ document.addEventListener("visibilitychange", () => {
   else wakeUp();
 });
 function setLink(link) {
-  if (link === shared.link && link !== "lost") return;
   shared.link = link;
   refresh();
 }
@@ -11488,7 +11483,7 @@ function redraw() {
   showLink();
   showLock();
   showBanners();
-  if (shared.state && views[shared.page].show) views[shared.page].show();
+  if (shared.state) views[shared.page].show?.();
 }
 function showLink() {
   const { state, link } = shared, words = link === "live" && state ? state.status : link;
@@ -11536,21 +11531,15 @@ function listOf(columns, rows, caption, given) {
   return make("div.scroll", null, tableOf(columns, rows.map((one) =>
     rowOf(columns, one, given && given(one))), caption));
 }
-function empty(word) {
-  return make("p.empty", null, say(word));
-}
-function pairs(rows) {
-  return make("dl.pair", null, rows.filter(Boolean).map(([name, value]) =>
-    [make("dt", null, name), make("dd", null, value ?? "–")]));
-}
+const empty = (word) => make("p.empty", null, say(word));
+const pairs = (rows) => make("dl.pair", null, rows.filter(Boolean).map(([name, value]) =>
+  [make("dt", null, name), make("dd", null, value ?? "–")]));
 function meter(share, kind, label) {
   const width = Math.max(0, Math.min(1, share || 0)) * 100;
   return draw("svg", { class: "meter", viewBox: "0 0 100 10", preserveAspectRatio: "none",
     role: "img", "aria-label": label }, draw("rect", { width, height: 10, class: kind }));
 }
-function warn(error) {
-  return make("p.banner.bad", { role: "alert" }, error.message);
-}
+const warn = (error) => make("p.banner.bad", { role: "alert" }, error.message);
 
 // The ways about the page.
 function go() {
@@ -11560,16 +11549,14 @@ function go() {
   for (const link of document.querySelectorAll("nav a")) {
     link.ariaCurrent = link.hash === "#" + shared.page ? "page" : null;
   }
-  if (views[shared.page].early) views[shared.page].early();
+  views[shared.page].early?.();
   reload();
   refresh();
 }
-function reload() {
-  if (shared.state && views[shared.page].load) views[shared.page].load();
-}
+const reload = () => shared.state && views[shared.page].load?.();
 function translate() {
-  document.documentElement.lang = LANGUAGES[language];
   $("language").value = language;
+  document.documentElement.lang = $("language").selectedOptions[0].lang;
   for (const node of document.querySelectorAll("[data-word], [data-hint], [data-label-word]")) {
     const { word, hint, labelWord } = node.dataset;
     if (word) node.textContent = say(word);
@@ -11578,7 +11565,7 @@ function translate() {
   }
   showTheme();
   bannersShown = "";
-  Object.values(views).forEach((view) => view.renew && view.renew());
+  Object.values(views).forEach((view) => view.renew?.());
   reload();
   refresh();
 }
@@ -11590,9 +11577,8 @@ function showTheme() {
   return theme;
 }
 function startFrame() {
-  const known = Object.keys(LANGUAGES), wished = [remembered("language"), ...navigator.languages];
-  const short = wished.map((one) => String(one).slice(0, 2));
-  language = short.find((one) => known.includes(one)) || "en";
+  const wished = [remembered("language"), ...navigator.languages];
+  language = wished.map((one) => String(one).slice(0, 2)).find((one) => WORDS[one]) || "en";
   $("language").addEventListener("change", () => {
     language = $("language").value;
     remember("language", language);
@@ -11616,7 +11602,7 @@ function startFrame() {
   follow();
 }
 
-// Charts of the last 60 minutes: a row of CHARTS is one, its series are functions of a minute.
+// Charts of the last 60 minutes: a row is one, its series are functions of a minute.
 const share = (minute) => (minute && minute.input ? (minute.cached || 0) / minute.input : null);
 const of = (name, empty) => (minute) => (minute ? minute[name] ?? empty : empty);
 const CHARTS = [
@@ -11644,10 +11630,8 @@ function niceTop(most) {
   const half = most / 2, size = 10 ** Math.floor(Math.log10(half));
   return 2 * [1, 2, 2.5, 5, 10].find((one) => one * size >= half * 0.9999) * size;
 }
-function pathOf(points) {
-  return points.map(([x, y], at) => (y === null ? "" :
-    (at && points[at - 1][1] !== null ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1))).join("");
-}
+const pathOf = (points) => points.map(([x, y], at) => (y === null ? "" :
+  (at && points[at - 1][1] !== null ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1))).join("");
 function makeChart(chart) {
   const aim = (event) => point(drawn, atPointer(drawn, event));
   const plot = draw("svg", { class: "plot", tabindex: "0", role: "img", pointermove: aim,
@@ -11676,10 +11660,8 @@ function point(drawn, at) {
   drawn.at = at === null ? null : Math.max(0, Math.min(SPAN - 1, at));
   paint(drawn);
 }
-function reading(drawn, slot) {
-  return drawn.chart.series.map(([name, , value]) =>
-    say(name) + " " + drawn.chart.show(value(slot.minute))).join(" · ");
-}
+const reading = ({ chart }, slot) => chart.series.map(([name, , value]) =>
+  say(name) + " " + chart.show(value(slot.minute))).join(" · ");
 
 function axes(drawn, top, width, x) {
   const { chart, slots } = drawn, parts = [];
@@ -11890,9 +11872,8 @@ const CHOICES = { model: (one) => one.model || one.asked, client: (one) => one.c
   api: (one) => one.api };
 let mostShown = 100;
 // Whether a text holds every word of a search field.
-function holdsAll(id, text) {
-  return $(id).value.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word));
-}
+const holdsAll = (id, text) => $(id).value.toLowerCase().split(/\s+/)
+  .every((word) => text.toLowerCase().includes(word));
 function offer(id, rows) {
   const select = $(id), chosen = select.value;
   const now = JSON.stringify(rows);
@@ -11946,9 +11927,8 @@ async function attempt(work) {
 }
 const canWrite = () => Boolean(shared.state && shared.state.admin_key);
 const editable = () => canWrite() && shared.config.writable;
-function writeNotes() {
-  return shared.state && !canWrite() ? [make("p.banner.info", null, say("no_admin_key"))] : [];
-}
+const writeNotes = () => shared.state && !canWrite() &&
+  make("p.banner.info", null, say("no_admin_key"));
 
 // Models: what they can, and a switch.
 const MODEL_COLUMNS = [
@@ -12118,14 +12098,7 @@ $("discard").addEventListener("click", () => { edits.clear(); faults.clear(); sh
 PAGE_KEYS = r"""
 // An account: what is left, its windows, what it must spend.  Used for a caller's own key and for
 // the operator's.
-const WINDOWS = [["five_hour", "five_hours"], ["weekly", "week"]];
-const CREDITS = [["monthly", "credit_monthly"], ["free", "credit_free"],
-  ["purchased", "credit_purchased"]];
-const REASONS = {        // the server's words, and ours for them
-  "the upstream refused it": "unfit_refused", "it is out of credit": "unfit_credit",
-  "it is over its usage window": "unfit_window", "it is in cooldown": "unfit_cooldown",
-  "its plan or account lacks this model": "unfit_model",
-  "its allowedModels lack this model": "unfit_allowed" };
+const WINDOWS = ["five_hour", "weekly"], CREDITS = ["monthly", "free", "purchased"];
 const STATE_CHIPS = { usable: "good", refused: "bad", skipped: "bad" };
 function windowPart(name, window) {
   if (!window) return null;
@@ -12142,8 +12115,8 @@ function accountPart(account) {
   const credits = account.credits_usd, windows = account.windows || {};
   return [make("div", null, make("p.dim.small", null, say("balance")),
     make("p.big", null, money(credits.balance))),
-  ...WINDOWS.map(([name, word]) => windowPart(word, windows[name])),
-  pairs([...CREDITS.map(([name, word]) => credits[name] !== null && [say(word),
+  ...WINDOWS.map((name) => windowPart("window_" + name, windows[name])),
+  pairs([...CREDITS.map((name) => credits[name] !== null && [say("credit_" + name),
     money(credits[name])]), [say("burn"), account.burn_usd_per_day === null ? "–" :
     say("a_day", { amount: money(account.burn_usd_per_day) })],
   account.period_end && [say("period_end"), until(account.period_end)],
@@ -12158,7 +12131,7 @@ function keyCard(entry, buttons) {
       make("p.mono.dim", null, entry.key)), make("div.row", null, account && account.plan &&
       make("span.chip.info", null, account.plan), make("span", { class: "chip " + chip[0] },
       chip[1]))),
-    entry.reason && make("p.banner.bad", null, say(REASONS[entry.reason] || entry.reason),
+    entry.reason && make("p.banner.bad", null, say(entry.reason),
       entry.fit_at && [" · ", until(entry.fit_at)]),
     accountPart(account),
     pairs([[say("through"), say("through_proxy", { requests: figure(through.requests),
@@ -12280,7 +12253,6 @@ $("add-key").addEventListener("click", addKey);
 # what the README's Clients section says.
 
 PAGE_CLIENTS = r"""
-// Connect a client: what the README says, with this address and the chosen model in it.
 const KEY = "COMMANDCODE_KEY";
 const plain = (text) => /^[\w@%+=:,./-]+$/.test(text);
 const quote = JSON.stringify;

@@ -65,10 +65,8 @@ COMPOSED = {
     "theme_": ("auto", "light", "dark"), "status_": ("ok", "failed", "left"),
     "phase_": ("reading", "waiting", "thinking", "answering"),
     "field_": tuple(one for one in ccproxy.Record._fields if one not in PLAIN_FIELDS), "alert_": tuple(ccproxy.ALERT_RULES),
-    "state_": ("usable", "refused", "skipped", "unknown")}
-
-
-REASONS = dict(re.findall(r'"([^"]+)": "(unfit_\w+)"', ccproxy.PAGE_KEYS))
+    "state_": ("usable", "refused", "skipped", "unknown"), "window_": ("five_hour", "weekly"),
+    "credit_": ("monthly", "free", "purchased")}
 
 
 def used_keys():
@@ -79,9 +77,8 @@ def used_keys():
     given |= set(re.findall(r'\{ key: "(\w+)"', SOURCES))           # columns
     given |= set(re.findall(r'name: "(\w+)", show:', SOURCES))      # charts
     given |= set(re.findall(r'\["(\w+)", "(?:first|second|bad)", ', SOURCES))
-    given |= set(re.findall(r'\["(?:five_hour|weekly|monthly|free|purchased)", "(\w+)"\]', SOURCES))
     given |= set(re.findall(r'", "(to_\w+)", \(', SOURCES))         # snippets
-    given |= set(REASONS.values()) | {"switched_on", "still_off", "switched_off"}
+    given |= set(ccproxy.UNFIT_WORDS.values()) | {"switched_on", "still_off", "switched_off"}
     given |= {"nothing_fits", "nothing_yet"} | PLAIN_FIELDS
     return {key for key in given if not key.endswith("_")} | {
         head + tail for head, tails in COMPOSED.items() for tail in tails}
@@ -95,7 +92,8 @@ def test_every_key_that_is_used_has_words_and_every_other_one_is_gone():
 
 
 def test_every_reason_of_an_unfit_key_has_words():
-    assert set(REASONS) == set(ccproxy.UNFIT_WORDS.values())
+    assert "say(entry.reason)" in ccproxy.PAGE_KEYS
+    assert set(ccproxy.UNFIT_WORDS.values()) <= set(WORDS["en"])
 
 
 @pytest.mark.parametrize("row", ["a: one | two", "a: one | two | three | four", "a: one |  | three",
