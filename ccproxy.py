@@ -9119,14 +9119,12 @@ Minutes = Dict[int, Minute]         # by the minute's number since the epoch
 
 
 def is_failure(record: Record) -> bool:
-    """Whether a request went wrong, be it in the middle of its stream; a client that left is
-    none."""
+    """Whether a request went wrong, also in the middle of its stream; not: the client left."""
     return record.status != 499 and (record.status >= 400 or record.error != "")
 
 
 def error_percentage(records: Iterable[Record], since: float, least: float) -> Optional[float]:
-    """How many of the requests that ended since then failed; None where there are fewer than
-    `least`, or none."""
+    """How many of the requests that ended since then failed; None for fewer than `least`, or 0."""
     ended = [record for record in records if record.at + record.total >= since]
     if len(ended) < max(least, 1):
         return None
@@ -9563,8 +9561,7 @@ class Client(NamedTuple):
 
 
 def claude_models(target: Target) -> Dict[str, str]:
-    """The model for all that Claude Code does, titles and sub-agents too; beside a Claude model
-    its own choices stay."""
+    """The model for all that Claude Code does; beside a Claude model its own choices stay."""
     names = {"ANTHROPIC_BASE_URL": target.base, "ANTHROPIC_MODEL": target.model.id}
     if not target.model.id.startswith("claude"):
         names.update(("ANTHROPIC_DEFAULT_%s_MODEL" % family, target.model.id)
@@ -9755,8 +9752,7 @@ def shell_word(word: str, shell: Shell) -> str:
 
 def environment_lines(name: str, target: Target, shell: Shell,
                       variables: Mapping[str, str]) -> List[str]:
-    """A client's environment in the words of a shell; the key only as a reference to
-    KEY_VARIABLE."""
+    """A client's environment in the words of a shell; of the key only KEY_VARIABLE."""
     client = CLIENTS[name]
     wanted = {**client.environment(target), **without_detour(variables)}
     lines = ["# %s by way of ccproxy on %s; first set %s to your key (user_...), or its "
@@ -9787,8 +9783,7 @@ def load_object(text: str, path: str) -> Json:
 
 
 def dump_object(settings: Json, like: str, path: str) -> str:
-    """A JSON file's text, with the indentation and the line ends of another text.  Raises
-    ProxyError `config`."""
+    """A JSON text with the indentation and line ends of another.  Raises ProxyError `config`."""
     found = re.search(r"\n([ \t]+)\S", like)
     indent = found[1] if found else "  " if like.strip() in ("", "{}") else None
     try:
@@ -10668,8 +10663,7 @@ def demo_answer(body: Json) -> DemoAnswer:
 
 # === PAGE STYLE (pure) ======================================================
 # How the dashboard looks.  Colours stand once, for light and dark together;
-# there are no inline styles anywhere, for the page's policy allows this one
-# sheet alone.
+# there are no inline styles, for the page's policy allows this sheet alone.
 
 PAGE_STYLE = r"""
 :root { color-scheme: light dark; --radius: 12px; --gap: 16px;
@@ -10773,12 +10767,11 @@ button:disabled, input:disabled, select:disabled, textarea:disabled { opacity: 0
 button.first { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 button.first:hover:not(:disabled) { background: var(--accent); filter: brightness(1.08); }
 button.danger { color: var(--bad); }
-button.quiet { border-color: transparent; background: none; color: var(--dim); }
+button.quiet, .tools select { border-color: transparent; background: none; color: var(--dim); }
 button.quiet:hover { color: var(--text); background: var(--raised); }
 button.icon { display: grid; place-items: center; width: 36px; padding: 0; color: var(--dim); }
 button.text { border: 0; background: none; padding: 0; min-height: 0; text-align: left; }
-.tools select { width: auto; border-color: transparent; background: none; color: var(--dim);
-  padding: 4px; font-size: 14px; }
+.tools select { width: auto; padding: 4px; font-size: 14px; }
 .tools option { background: var(--card); color: var(--text); }
 .switch { appearance: none; flex: none; position: relative; width: 40px;
   height: 24px; min-height: 24px; margin: 0; padding: 0; border-radius: 99px; cursor: pointer;
@@ -11206,8 +11199,7 @@ to_llm: In extra-openai-models.yaml of llm's folder, then in a terminal. | llm í
 # The ground of the dashboard's script: building nodes, words and figures,
 # calls and events, asking.  Whatever a client, upstream or file wrote becomes
 # text by textContent or an attribute that holds text, never markup.  Keys live
-# in variables of the tab alone: no storage, no cookie, no address ever holds
-# one.
+# in variables of the tab alone: no storage, cookie or address ever holds one.
 
 PAGE_SCRIPT = r"""
 const $ = (id) => document.getElementById(id);
@@ -11913,8 +11905,7 @@ $("more").addEventListener("click", () => { mostShown += 100; refresh(); });
 
 # === PAGE SETTINGS (pure) ===================================================
 # Models with their switches, and the configuration: every option with its
-# value and source, edited as a whole.  What the server refuses is said at its
-# field.
+# value and source, edited as a whole.  A refusal is said at its field.
 
 PAGE_SETTINGS = r"""
 // Reading what a page shows; what stands in the way is said where it would be.
@@ -12182,13 +12173,12 @@ $("forget").addEventListener("click", forget);
 // The operator's keys: shown by their names, changed with the adminKey.
 let operator = null;
 function keyFields(entry) {
-  return [{ name: "id", label: say("key_id"), value: entry ? entry.id : "" },
+  return [{ name: "id", label: say("key_id"), value: entry?.id },
     !entry && { name: "apiKey", label: say("key"), type: "password", hint: "user_â€¦" },
     { name: "weight", label: say("weight"), value: entry ? entry.weight : 1 },
-    { name: "maxInFlight", label: say("max_in_flight"),
-      value: (entry && entry.max_in_flight) || 0 },
+    { name: "maxInFlight", label: say("max_in_flight"), value: entry?.max_in_flight || 0 },
     { name: "allowedModels", label: say("allowed_models"), hint: say("models_hint"),
-      value: ((entry && entry.allowed_models) || []).join(", ") }].filter(Boolean);
+      value: (entry?.allowed_models || []).join(", ") }].filter(Boolean);
 }
 // Only what a person changed is sent.
 function keyChanges(entry, given) {
@@ -12217,9 +12207,8 @@ async function editKey(entry) {
   }
 }
 async function deleteKey(entry) {
-  if (!await ask(say("delete"), say("delete_note", { name: entry.id }), [], say("delete"), true)) {
-    return;
-  }
+  const note = say("delete_note", { name: entry.id });
+  if (!await ask(say("delete"), note, [], say("delete"), true)) return;
   await changeKey("DELETE", keyPath(entry), undefined, say("key_deleted"));
 }
 function keyButtons(entry) {
