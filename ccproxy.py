@@ -11754,10 +11754,9 @@ function median(values) {
 }
 function showFacts() {
   const state = shared.state, passed = (performance.now() - shared.at) / 1000;
-  const kind = state.upstream.kind;
   fill("facts", [[say("state"), make("span.chip", { class: "chip " + (state.status === "ok" ?
     "good" : "warn") }, say("link_" + state.status))], [say("version"), state.version],
-  [say("upstream"), kind + " · " + state.upstream.address],
+  [say("upstream"), state.upstream.kind + " · " + state.upstream.address],
   [say("uptime"), span(Math.floor((state.uptime_seconds || 0) + passed))],
   [say("open_streams"), figure(state.open_streams)], [say("connections"), figure(state.clients)],
   [say("operator_keys"), figure(state.operator_keys)]]
