@@ -11625,7 +11625,10 @@ function niceTop(most) {
 const pathOf = (points) => points.map(([x, y], at) => (y === null ? "" :
   (at && points[at - 1][1] !== null ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1))).join("");
 function makeChart(chart) {
-  const aim = (event) => point(drawn, atPointer(drawn, event));
+  const aim = ({ clientX }) => {
+    const box = plot.getBoundingClientRect();
+    point(drawn, Math.floor((clientX - box.left - LEFT) / (box.width - LEFT - RIGHT) * SPAN));
+  };
   const plot = draw("svg", { class: "plot", tabindex: "0", role: "img", pointermove: aim,
     pointerdown: aim, pointerleave: () => point(drawn, null), keydown: (event) => {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -11643,10 +11646,6 @@ function makeChart(chart) {
     make("figcaption", null, make("h3", null, say(chart.name)), legend), plot, readout, details);
   const drawn = { chart, plot, legend, readout, table, details, node, at: null, slots: [] };
   return drawn;
-}
-function atPointer(drawn, event) {
-  const box = drawn.plot.getBoundingClientRect();
-  return Math.floor((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT) * SPAN);
 }
 function point(drawn, at) {
   drawn.at = at === null ? null : Math.max(0, Math.min(SPAN - 1, at));
