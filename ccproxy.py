@@ -17321,18 +17321,30 @@ SINCE_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 MAX_USAGE_LINES = 200           # of the table; clients can name any number of models
 
 
-@dataclass
-class UsageSum:
-    """The requests of one line, added up; cost is None until one was told."""
+# Figure of a line -> what SQLite makes of its requests; null where nothing was told.
+USAGE_FIGURES = {
+    "requests": "count(*)",
+    "errors": "coalesce(sum(status != 499 AND (status >= 400 OR error != '')), 0)",
+    "input_tokens": "coalesce(sum(input), 0)", "output_tokens": "coalesce(sum(output), 0)",
+    "cached_tokens": "coalesce(sum(cached), 0)", "cached_share": "total(cached) / sum(input)",
+    "cost_usd": "sum(cost)", "first_p50": "time_at(first, 0.5)",
+    "first_p95": "time_at(first, 0.95)", "total_p50": "time_at(total, 0.5)",
+    "total_p95": "time_at(total, 0.95)"}
 
-    requests: int = 0
-    errors: int = 0
-    input: int = 0
-    output: int = 0
-    cached: int = 0
-    cost: Optional[float] = None
-    firsts: Any = field(default_factory=lambda: array("d"))
-    totals: Any = field(default_factory=lambda: array("d"))
+
+class TimeAt:
+    """An aggregate for SQLite: the time that this share of all does not exceed."""
+
+    def __init__(self) -> None:
+        self.times, self.share = array("d"), 0.0
+
+    def step(self, seconds: Optional[float], share: float) -> None:
+        self.share = share
+        if seconds is not None:
+            self.times.append(seconds)
+
+    def finalize(self) -> Optional[float]:
+        return sorted(self.times)[ceil(len(self.times) * self.share) - 1] if self.times else None
 
 
 def read_since(given: str, now: float) -> float:
@@ -17347,60 +17359,33 @@ def read_since(given: str, now: float) -> float:
                          % printable(given, 40)) from None
 
 
-def add_request(line: UsageSum, row: Tuple[Any, ...]) -> None:
-    """Add one row of the database."""
-    status, error, given, sent, cached, cost, first, total = row
-    line.requests += 1
-    line.errors += status != 499 and (status >= 400 or error != "")
-    line.input += given or 0
-    line.output += sent or 0
-    line.cached += cached or 0
-    if cost is not None:
-        line.cost = (line.cost or 0.0) + cost
-    if first is not None:
-        line.firsts.append(first)
-    if total is not None:
-        line.totals.append(total)
-
-
-def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, UsageSum], UsageSum]:
-    """(sums by group, the sum of all).  Raises ProxyError `config`."""
+def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, Json], Json]:
+    """(figures by group, those of all), as JSON, CSV and table tell them.  Raises ProxyError
+    `config`."""
     import pathlib
     import sqlite3
     still = not (os.path.exists(path + "-wal") or os.access(os.path.dirname(path), os.W_OK))
     mode = "?immutable=1" if still else "?mode=ro"      # else SQLite wants to write beside it
-    sums: Dict[str, UsageSum] = {}
-    whole = UsageSum()
+    query = "SELECT %%s, %s FROM requests WHERE at >= ?%%s" % ", ".join(USAGE_FIGURES.values())
     try:
         db = sqlite3.connect(pathlib.Path(path).as_uri() + mode, timeout=5.0, uri=True)
         try:
-            rows = db.execute(
-                "SELECT %s, status, error, input, output, cached, cost, first, total FROM requests "
-                "WHERE at >= ?" % USAGE_GROUPS[group], (since,)) if check_schema(db) else ()
-            for name, *row in rows:
-                add_request(sums.setdefault(str(name), UsageSum()), tuple(row))
-                add_request(whole, tuple(row))
+            if not check_schema(db):        # an empty file
+                db.close()
+                db = sqlite3.connect(":memory:")
+                make_schema(db)
+            db.create_aggregate("time_at", 2, TimeAt)
+            db.execute("BEGIN")             # both queries are of the same moment
+            rows = db.execute(query % (USAGE_GROUPS[group], " GROUP BY 1"), (since,)).fetchall()
+            rows += db.execute(query % ("''", ""), (since,))
         finally:
             db.close()
     except (sqlite3.Error, ValueError, TypeError) as error:
         raise ProxyError("config", "usageDb %s: %s" % (path, printable(str(error), 200))) from None
-    return sums, whole
-
-
-def time_at(times: Any, share: float) -> Optional[float]:
-    """The time that this share of all does not exceed, None where there are none."""
-    place = -(-len(times) * share // 1)
-    return round(sorted(times)[int(place) - 1], 4) if times else None
-
-
-def usage_figures(line: UsageSum) -> Json:
-    """The figures of a line as JSON, CSV and table tell them; what is not known is null."""
-    return {"requests": line.requests, "errors": line.errors, "input_tokens": line.input,
-            "output_tokens": line.output, "cached_tokens": line.cached,
-            "cached_share": round(line.cached / line.input, 4) if line.input else None,
-            "cost_usd": None if line.cost is None else round(line.cost, 6),
-            "first_p50": time_at(line.firsts, 0.5), "first_p95": time_at(line.firsts, 0.95),
-            "total_p50": time_at(line.totals, 0.5), "total_p95": time_at(line.totals, 0.95)}
+    lines = [(str(name), {figure: value and round(value, 6 if figure == "cost_usd" else 4)
+                          for figure, value in zip(USAGE_FIGURES, values)})
+             for name, *values in rows]
+    return dict(lines[:-1]), lines[-1][1]
 
 
 # Column of the table: its head, which figure it shows and how, and when it gives way on a narrow
@@ -17474,9 +17459,8 @@ def show_usage_log(invocation: Invocation) -> int:
                          % path)
     sums, whole = read_usage_file(path, by, since)
     order = sorted(sums, key=(lambda name: name) if by == "day" else
-                   (lambda name: (-sums[name].requests, name)))
-    lines = [(printable(name, 200), usage_figures(sums[name])) for name in order]
-    lines.append(("total", usage_figures(whole)))
+                   (lambda name: (-sums[name]["requests"], name)))
+    lines = [*((printable(name, 200), sums[name]) for name in order), ("total", whole)]
     if given.json:
         return 0 if say(json.dumps({
             "since": shown_moment(since), "by": by, "total": lines[-1][1],
