@@ -17204,11 +17204,12 @@ def read_health(base: str, query: str = "") -> Optional[Json]:
     origin = parse_origin(base)
     url = "http://%s:%d/health%s" % (bracketed(origin.host), origin.port, query)
     try:
-        health = json.loads(ask_url(url, None, 2.0, {}, direct=True)[2])
-    except urllib.error.URLError:
+        _, _, body = ask_url(url, None, 2.0, {}, direct=True)
+    except (urllib.error.URLError, UnicodeError):       # of a host that no name server takes
         return None
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return {}
+    health = decode_anyhow(body.decode("utf-8", "replace"))
     return health if isinstance(health, dict) and "open_streams" in health else {}
 
 
@@ -17807,10 +17808,7 @@ def check_upstream(scene: Scene) -> List[Finding]:
         return [Finding(False, "%s does not answer: %s" % (
             scene.origin.authority, plain_reason(error)), "Try again later; check apiBase")]
     spent = time.monotonic() - began
-    try:
-        live = json.loads(body) if status == 200 else None
-    except (ValueError, RecursionError):
-        live = None
+    live = decode_anyhow(body.decode("utf-8", "replace")) if status == 200 else None
     scene.models = merge_live_models(live, builtin_models())
     if scene.models is None:
         return [Finding(False, "%s answers %d, not with its list of models" % (
@@ -18156,15 +18154,12 @@ def read_state(address: str, secret: Callable[[], str]) -> Json:
     if status == 401:
         shown = {"authorization": "Bearer " + secret()}
         status, _, body = ask_url(url, context, TOP_SECONDS, shown)
-    reason = "that is no ccproxy, or too old a one"
-    try:
-        told = json.loads(body)
-        if status == 200:
-            return {"version": told["version"], "live": told["live"], **told}
-        reason = told["error"]["message"] if status != 404 else reason
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise ProxyError("permission", "status %d: %s" % (status, reason))
+    told = decode_anyhow(body.decode("utf-8", "replace"))
+    if status == 200 and isinstance(told, dict) and {"version", "live"} <= told.keys():
+        return told
+    reason = inner_object(told, "error").get("message") if status != 404 else ""
+    raise ProxyError("permission", "status %d: %s" % (
+        status, reason or "that is no ccproxy, or too old a one"))
 
 
 def follow_state(address: str, secret: Callable[[], str], state: Json) -> int:
@@ -18601,26 +18596,23 @@ TEXT_MEMBERS = re.compile(
 
 def answers_as_wanted(port: int, trial: Trial) -> bool:
     """Try a request over a connection of its own (blocking)."""
-    import http.client
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    fields = {"authorization": "Bearer " + DEMO_KEY, **trial.fields}
+    import urllib.error
+    fields = {"authorization": "Bearer " + DEMO_KEY, "content-type": "application/json"}
     try:
-        if trial.body is None:
-            connection.request("GET", trial.path, headers=fields)
-        else:
-            connection.request("POST", trial.path, to_json(trial.body), fields)
-        answer = connection.getresponse()
-        body = answer.read().decode()
+        status, told, data = ask_url(
+            "http://127.0.0.1:%d%s" % (port, trial.path), None, 20.0, {**fields, **trial.fields},
+            None if trial.body is None else to_json(trial.body), direct=True)
+        body = data.decode()
         for frame in re.findall("^data: ({.*)", body, re.M) or [body]:
             json.loads(frame)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        sys.stderr.write("%s: %s: %s\n" % (trial.path, type(error).__name__, error))
+    except (OSError, ValueError) as error:
+        inner = error.args[0] if isinstance(error, urllib.error.URLError) else error
+        sys.stderr.write("%s: %s: %s\n" % (trial.path, type(inner).__name__, inner))
         return False
-    finally:
-        connection.close()
+    lines = ["%s: %s" % pair for pair in told.items()]
     text = "".join(json.loads(found) for found in TEXT_MEMBERS.findall(body))
-    found = re.search(trial.pattern, "%s\n%s\n%s" % (answer.headers, text, body), re.S)
-    return answer.status == trial.status and found is not None
+    found = re.search(trial.pattern, "\n".join([*lines, text, body]), re.S)
+    return status == trial.status and found is not None
 
 
 def selftest_trials() -> Iterator[Tuple[str, List[Trial]]]:
