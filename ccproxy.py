@@ -9947,7 +9947,8 @@ def edit_toml(text: str, entries: Mapping[Path, Any], path: str) -> str:
 
 CLOCK_SKEW_SECONDS = 60.0       # beyond this, TLS, OAuth and usage windows go wrong
 LIVE_PLANS = ("active", "trialing", "past_due", "")     # as the vendor's client counts them
-CERTIFICATE_NAMES = {b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O"}
+VALIDITY = re.compile(rb"[\x17\x18][\x0d\x0f][0-9]+Z[\x17\x18][\x0d\x0f]([0-9]+Z)")
+ISSUER_NAME = re.compile(rb"\x55\x04([\x03\x0a])[\x0c-\x1e]\x81?(.)", re.S)  # CN, O; the length
 INTERCEPTORS = re.compile(
     r"zscaler|netskope|forti(net|gate)|palo ?alto|blue ?coat|symantec|sophos|kaspersky|\beset\b"
     r"|avast|\bavg\b|bitdefender|mitmproxy|charles proxy|fiddler|portswigger|umbrella|mcafee"
@@ -9957,14 +9958,14 @@ INTERCEPTORS = re.compile(
 COMPANY_ADVICE = ("If your company or a virus scanner inspects TLS, save its root certificate as a "
                   "PEM file and name that in SSL_CERT_FILE; else somebody is in between")
 
-# What to do, by OpenSSL's code of what is wrong with a certificate.
+# What to do, by OpenSSL's code of what is wrong with a certificate; else COMPANY_ADVICE.
 VERIFY_ADVICE = {
     9: "Check this machine's clock", 10: "Check this machine's clock; if it is right, the "
-    "upstream must renew its certificate", 18: COMPANY_ADVICE, 19: COMPANY_ADVICE,
+    "upstream must renew its certificate",
     20: COMPANY_ADVICE + " (or the system's authorities are missing: install ca-certificates; "
-    "python.org's Python on macOS: run Install Certificates.command)", 21: COMPANY_ADVICE,
-    62: "Something else answers in its place: check apiBase, the hosts file and the proxy",
-    64: "Something else answers in its place: check apiBase, the hosts file and the proxy"}
+    "python.org's Python on macOS: run Install Certificates.command)",
+    **dict.fromkeys((62, 64), "Something else answers in its place: check apiBase, the hosts file "
+                    "and the proxy")}
 
 # Variables that say where a client sends its requests, and those that hold its key.
 ADDRESS_VARIABLES = (
@@ -9991,42 +9992,23 @@ class Certificate(NamedTuple):
     until: float
 
 
-def der_members(data: bytes) -> List[Tuple[int, bytes]]:
-    """The (tag, content) of each element in a DER content, X.690 8.1.  Raises ValueError,
-    IndexError."""
-    members, at = [], 0
-    while at < len(data):
-        tag, size, at = data[at], data[at + 1], at + 2
-        if size & 0x80:
-            count = size & 0x7f
-            size, at = int.from_bytes(data[at:at + count], "big"), at + count
-        if at + size > len(data):
-            raise ValueError("cut off")
-        members.append((tag, data[at:at + size]))
-        at += size
-    return members
-
-
 def read_certificate(der: bytes) -> Certificate:
     """Issuer and end of a certificate (RFC 5280 4.1), also of one that is not trusted: Python's own
     reader tells nothing of these.  What is not understood is told as unknown."""
     from datetime import datetime, timezone
-    try:
-        tbs = der_members(der_members(der_members(der)[0][1])[0][1])
-        fields = tbs[1:] if tbs[0][0] == 0xa0 else tbs      # [0] is the version
-        names = {}
-        for _, part in der_members(fields[2][1]):
-            for _, attribute in der_members(part):
-                (_, kind), (_, value) = der_members(attribute)[:2]
-                names[CERTIFICATE_NAMES.get(kind, "")] = value.decode("utf-8", "replace")
-        tag, moment = der_members(fields[3][1])[1]
-        end = datetime.strptime(moment.decode("ascii"),
-                                "%y%m%d%H%M%SZ" if tag == 0x17 else "%Y%m%d%H%M%SZ")
-        issuer = ", ".join(names[one] for one in ("CN", "O") if names.get(one))
-        return Certificate(printable(issuer or "nobody", 100),
-                           end.replace(tzinfo=timezone.utc).timestamp())
-    except (ValueError, IndexError):
+    validity = VALIDITY.search(der)         # behind the issuer's names, before the subject's
+    if validity is None or len(der) != 4 + int.from_bytes(der[2:4], "big"):
         return Certificate("somebody unknown", 0.0)
+    names = {found[1]: der[found.end():found.end() + found[2][0]].decode("utf-8", "replace")
+             for found in ISSUER_NAME.finditer(der, 0, validity.start())}
+    issuer = ", ".join(names[one] for one in (b"\x03", b"\x0a") if names.get(one))
+    moment = validity[1].decode()
+    try:
+        end = datetime.strptime(moment, "%y%m%d%H%M%SZ" if len(moment) == 13 else "%Y%m%d%H%M%SZ")
+    except ValueError:
+        return Certificate("somebody unknown", 0.0)
+    return Certificate(printable(issuer or "nobody", 100),
+                       end.replace(tzinfo=timezone.utc).timestamp())
 
 
 def certificate_finding(certificate: Certificate, now: float) -> Finding:
