@@ -16158,11 +16158,8 @@ def make_instance_key(path: str) -> None:
     OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     fresh = "%s.%s" % (path, random_hex(8))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    number = os.open(fresh, flags, 0o600)
+    replace_file(fresh, os.urandom(INSTANCE_KEY_BYTES), None, 0o600)
     try:
-        with os.fdopen(number, "wb") as file:
-            file.write(os.urandom(INSTANCE_KEY_BYTES))
         os.link(fresh, path)            # which never replaces a file, as a rename may
     except FileExistsError:
         pass
