@@ -16888,11 +16888,6 @@ async def start_demo(app: App) -> None:
 # in its loop, and how it stops.
 
 
-def terminal_is_gone(terminals: List[int]) -> bool:
-    """Whether the terminal that we were started on was closed: then SIGHUP is its goodbye."""
-    return bool(terminals) and not any(map(os.isatty, terminals))
-
-
 def watch_signals(app: App) -> None:
     """SIGINT and SIGTERM: the first stops in order, the second at once; in a restart, the first
     makes it a stop.  SIGHUP opens the log file anew and reads the configuration again, SIGUSR2
@@ -16909,7 +16904,7 @@ def watch_signals(app: App) -> None:
             (app.hurry if app.stop.is_set() else app.stop).set()
 
     def reload() -> None:
-        if terminal_is_gone(terminals):
+        if terminals and not any(map(os.isatty, terminals)):    # closed: this is its goodbye
             received()
         else:
             reopen_log(app.log)
