@@ -19106,9 +19106,8 @@ def await_client(process: Any) -> int:
             break
         if holds_terminal():
             os.kill(os.getpid(), signal.SIGSTOP)
-    process.returncode = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
-                          else os.WEXITSTATUS(status))
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else process.returncode
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
 
 
 def run_to_end(command: List[str], environment: Dict[str, str]) -> int:
