@@ -17653,15 +17653,13 @@ def check_authorities(scene: Scene) -> List[Finding]:
     """Whether there are authorities to verify the upstream's certificate by."""
     if scene.origin.scheme != "https":
         return [Finding(None, "not needed: apiBase is plain HTTP")]
-    named = [(name, exists) for name, exists in (
-        ("SSL_CERT_FILE", os.path.isfile), ("SSL_CERT_DIR", os.path.isdir))
-        if os.environ.get(name)]
-    lost = ["%s (%s)" % (name, os.environ[name]) for name, exists in named
-            if not exists(os.environ[name])]
+    kinds = {"SSL_CERT_FILE": os.path.isfile, "SSL_CERT_DIR": os.path.isdir}
+    named = {name: os.environ[name] for name in kinds if os.environ.get(name)}
+    lost = ["%s (%s)" % (name, path) for name, path in named.items() if not kinds[name](path)]
     if lost:
         return [Finding(False, "there is no such place: " + ", ".join(lost),
                         "Correct it, or unset it")]
-    place = " of " + (" and ".join(name for name, _ in named) or "the system")
+    place = " of " + (" and ".join(named) or "the system")
     try:
         loaded = ssl.create_default_context().cert_store_stats()["x509_ca"]
     except OSError as error:
