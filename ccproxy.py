@@ -17936,11 +17936,9 @@ def run_check(check: Check, scene: Scene) -> List[Finding]:
         return [Finding(False, plain_reason(error), "Try again")]
 
 
-def run_checks(scene: Scene, show: Callable[[Check, Finding], None],
-               checks: Tuple[Check, ...] = ()) -> bool:
-    """Make all checks and show each finding as it comes; whether nothing is wrong."""
+def run_checks(scene: Scene, checks: Tuple[Check, ...] = ()) -> Iterator[Tuple[Check, Finding]]:
+    """Make all checks, and give each finding as it comes."""
     failed: Dict[str, str] = {}         # name of a check -> of the one that is the cause
-    sound = True
     for check in checks or DOCTOR_CHECKS:
         cause = next((failed[name] for name in check.needs if name in failed), None)
         show_progress("checking: %s\u2026" % check.name)
@@ -17948,37 +17946,27 @@ def run_checks(scene: Scene, show: Callable[[Check, Finding], None],
             *(own_key_findings(scene.settings) if check.name == "keys" else ()),
             Finding(None, "not tried: see %s" % cause)]
         show_progress("")
-        wrong = any(finding.works is False for finding in findings)
-        sound = sound and not wrong
-        if wrong or cause is not None:
+        if cause is not None or any(finding.works is False for finding in findings):
             failed[check.name] = cause or check.name
         secrets = [one.key.key for one in scene.accounts]
         for finding in findings:
-            show(check, finding._replace(words=redact(finding.words, secrets),
-                                         advice=redact(finding.advice, secrets)))
-    return sound
-
-
-def show_finding(check: Check, finding: Finding) -> None:
-    """A finding as a line."""
-    advice = ". %s." % finding.advice if finding.advice else ""
-    show_feature(finding.works, "%-16s%s%s" % (check.name, finding.words, advice))
+            yield check, finding._replace(words=redact(finding.words, secrets),
+                                          advice=redact(finding.advice, secrets))
 
 
 def run_doctor(invocation: Invocation, checks: Tuple[Check, ...] = ()) -> int:
     """The command `doctor`."""
     settings = invocation.settings
-    scene = Scene(settings, parse_origin(settings.config.api_base))
-    if not invocation.given.json:
-        return 0 if run_checks(scene, show_finding, checks) else 1
     rows: List[Json] = []
-
-    def keep(check: Check, finding: Finding) -> None:
+    scene = Scene(settings, parse_origin(settings.config.api_base))
+    for check, finding in run_checks(scene, checks):
         rows.append({"check": check.name, **finding._asdict()})
-
-    sound = run_checks(scene, keep, checks)
-    said = say(json.dumps({"sound": sound, "version": __version__, "checks": rows}, indent=1)
-               + "\n")
+        if not invocation.given.json:
+            advice = ". %s." % finding.advice if finding.advice else ""
+            show_feature(finding.works, "%-16s%s%s" % (check.name, finding.words, advice))
+    sound = all(row["works"] is not False for row in rows)
+    said = not invocation.given.json or say(json.dumps(
+        {"sound": sound, "version": __version__, "checks": rows}, indent=1) + "\n")
     return 0 if sound and said else 1
 
 
