@@ -10001,7 +10001,7 @@ def read_certificate(der: bytes) -> Certificate:
         return Certificate("somebody unknown", 0.0)
     names = {found[1]: der[found.end():found.end() + found[2][0]].decode("utf-8", "replace")
              for found in ISSUER_NAME.finditer(der, 0, validity.start())}
-    issuer = ", ".join(names[one] for one in (b"\x03", b"\x0a") if names.get(one))
+    issuer = ", ".join(filter(None, map(names.get, (b"\x03", b"\x0a"))))
     moment = validity[1].decode()
     try:
         end = datetime.strptime(moment, "%y%m%d%H%M%SZ" if len(moment) == 13 else "%Y%m%d%H%M%SZ")
@@ -10016,8 +10016,7 @@ def certificate_finding(certificate: Certificate, now: float) -> Finding:
     days = int((certificate.until - now) // DAY_SECONDS)
     words = "issued by %s, %s left" % (certificate.issuer, counted(days, "day"))
     if INTERCEPTORS.search(certificate.issuer):
-        return Finding(True, words + "; this is an inspection in between: whoever runs it can read "
-                       "keys and prompts")
+        words += ("; this is an inspection in between: whoever runs it can read keys and prompts")
     return Finding(True, words)
 
 
