@@ -17304,6 +17304,7 @@ USAGE_FIGURES = {
     "cost_usd": "sum(cost)", "first_p50": "time_at(first, 0.5)",
     "first_p95": "time_at(first, 0.95)", "total_p50": "time_at(total, 0.5)",
     "total_p95": "time_at(total, 0.95)"}
+PLACES = {"cost_usd": 6}        # behind the point; 4 of the others
 
 
 class TimeAt:
@@ -17350,13 +17351,14 @@ def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, Json
                 make_schema(db)
             db.create_aggregate("time_at", 2, TimeAt)
             db.execute("BEGIN")             # both queries are of the same moment
-            rows = db.execute(query % (USAGE_GROUPS[group], " GROUP BY 1"), (since,)).fetchall()
+            rows = db.execute(query % (USAGE_GROUPS[group], " GROUP BY 1 ORDER BY %s" % (
+                "1" if group == "day" else "2 DESC, 1")), (since,)).fetchall()
             rows += db.execute(query % ("''", ""), (since,))
         finally:
             db.close()
     except (sqlite3.Error, ValueError, TypeError) as error:
         raise ProxyError("config", "usageDb %s: %s" % (path, printable(str(error), 200))) from None
-    lines = [(str(name), {figure: value and round(value, 6 if figure == "cost_usd" else 4)
+    lines = [(str(name), {figure: value and round(value, PLACES.get(figure, 4))
                           for figure, value in zip(USAGE_FIGURES, values)})
              for name, *values in rows]
     return dict(lines[:-1]), lines[-1][1]
@@ -17377,31 +17379,29 @@ USAGE_TABLE: Tuple[Tuple[str, str, Callable[[Any], str], int], ...] = (
 def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]:
     """Lines of the table, of which the last one is the sum of all, for a terminal so wide (0: any);
     columns give way before they are cut."""
+    names = [name or "-" for name, _ in lines]
+    columns = [(rank, [head, *("-" if told[figure] is None else show(told[figure])
+                               for _, told in lines)]) for head, figure, show, rank in USAGE_TABLE]
     least = min(24, max(len(name) for name, _ in lines)) + 1
-    columns = list(USAGE_TABLE)
-    while True:
-        rows = [(name or "-", *("-" if figures[figure] is None else show(figures[figure])
-                                for _, figure, show, _ in columns)) for name, figures in lines]
-        heads = (by, *(head for head, _, _, _ in columns))
-        needed = least + sum(2 + max(map(len, column))
-                             for column in list(zip(heads, *rows))[1:])
-        rank = min(rank for _, _, _, rank in columns)
-        if not width or needed <= width or rank == 9:
-            return table_lines(heads, rows, "l" + "r" * len(columns), width)
-        columns = [column for column in columns if column[3] != rank]
+    for rank in range(1, 10):
+        kept = [cells for own, cells in columns if own >= rank]
+        if not width or least + sum(2 + max(map(len, cells)) for cells in kept) <= width:
+            break
+    heads, *rows = zip([by, *names], *kept)
+    return table_lines(heads, rows, "l" + "r" * len(kept), width)
 
 
 def usage_screen(by: str, lines: List[Tuple[str, Json]], path: str, since: float) -> str:
     """All that is printed for a person."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
-    if len(lines) == 1:
+    *groups, whole = lines
+    if not groups:
         return "no requests since %s in %s\n" % (when, path)
-    more = len(lines) - 1 - MAX_USAGE_LINES
+    more = len(groups) - MAX_USAGE_LINES
+    head, *rows, total = usage_table(by, [*groups[:MAX_USAGE_LINES], whole], terminal_width())
     if more > 0:
-        del lines[MAX_USAGE_LINES:-1]
-    head, *rows, whole = usage_table(by, lines, terminal_width())
-    rest = ["(%d more: --csv and --json tell all)" % more] if more > 0 else []
-    return "\n".join([paint(head, "bold"), *rows, *rest, paint(whole, "bold"),
+        rows.append("(%d more: --csv and --json tell all)" % more)
+    return "\n".join([paint(head, "bold"), *rows, paint(total, "bold"),
                       paint("since %s, from %s" % (when, path), "dim"), ""])
 
 
@@ -17432,9 +17432,8 @@ def show_usage_log(invocation: Invocation) -> int:
         raise ProxyError("config", "usageDb: there is no file %s yet; start the proxy with it"
                          % path)
     sums, whole = read_usage_file(path, by, since)
-    order = sorted(sums, key=(lambda name: name) if by == "day" else
-                   (lambda name: (-sums[name]["requests"], name)))
-    lines = [*((printable(name, 200), sums[name]) for name in order), ("total", whole)]
+    lines = [(printable(name, 200), figures) for name, figures in sums.items()]
+    lines.append(("total", whole))
     if given.json:
         return 0 if say(json.dumps({
             "since": shown_moment(since), "by": by, "total": lines[-1][1],
