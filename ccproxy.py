@@ -17114,8 +17114,8 @@ def end_by_signals() -> None:
 
 
 def paint(text: str, colour: str) -> str:
-    """A text in one of COLOURS, where that may be."""
-    return "\x1b[%dm%s\x1b[0m" % (COLOURS[colour], text) if has_colours() else text
+    """A text in one of COLOURS ("": as it is), where that may be."""
+    return "\x1b[%dm%s\x1b[0m" % (COLOURS[colour], text) if colour and has_colours() else text
 
 
 def terminal_width() -> int:
@@ -17130,8 +17130,8 @@ def show_progress(text: str) -> None:
     import shutil
     if is_terminal(sys.stderr):
         width = shutil.get_terminal_size((80, 24)).columns - 1
-        sys.stderr.write("\r%s\r" % encodable(text[:width].ljust(width), sys.stderr))
-        sys.stderr.write(encodable(text[:width], sys.stderr))
+        sys.stderr.write(encodable("\r%s\r%s" % (text[:width].ljust(width), text[:width]),
+                                   sys.stderr))
         sys.stderr.flush()
 
 
@@ -17259,7 +17259,7 @@ def models_text(shown: List[Tuple[Model, str]], config: Config, why: str) -> str
              model.plan or "?", state) for model, state in shown]
     head, *lines = table_lines(("model", "context", "output", "vision", "efforts", "plan", ""),
                                rows, "lrrllll", terminal_width())
-    lines = [paint(line, "green" if state == "default" else "dim") if state else line
+    lines = [paint(line, {"": "", "default": "green"}.get(state, "dim"))
              for line, (_, state) in zip(lines, shown)]
     lines += ["alias %s = %s" % pair for pair in sorted(config.model_aliases.items())]
     source = "built in, not live (%s)" % why if why else "live from " + redact(config.api_base)
@@ -17543,7 +17543,7 @@ def check_port(scene: Scene) -> List[Finding]:
     host, port = config.host, config.port
     if not port:
         return [Finding(None, "0: any free one is taken at start")]
-    health = read_health(local_address(config.host, config.port))
+    health = read_health(local_address(host, port))
     if health:
         version = printable(str(health.get("version")), 20)
         same = "" if version == __version__ else " (this file is %s: restart it)" % __version__
@@ -17582,14 +17582,12 @@ def check_clients(scene: Scene) -> List[Finding]:
     """The clients on PATH and their versions, all asked at once."""
     import shutil
     from concurrent.futures import ThreadPoolExecutor
-    places = [(name, shutil.which(name)) for name in CLIENTS]
-    found = [(name, path) for name, path in places if path]
-    if not found:
+    places = {name: path for name in CLIENTS if (path := shutil.which(name))}
+    if not places:
         return [Finding(None, "none of %s is on PATH" % ", ".join(CLIENTS))]
-    with ThreadPoolExecutor(len(found)) as pool:
-        versions = list(pool.map(client_version, [path for _, path in found]))
-    return [one._replace(words="%s %s" % (name, one.words))
-            for (name, _), one in zip(found, versions)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        return [one._replace(words="%s %s" % (name, one.words))
+                for name, one in zip(places, pool.map(client_version, places.values()))]
 
 
 def read_home_file(variable: str, folder: str, name: str) -> str:
@@ -17641,10 +17639,8 @@ def check_proxy(scene: Scene) -> List[Finding]:
     scene.proxy, scene.proxy_authorization = app.proxy, app.proxy_authorization
     names = sorted(name for name in os.environ if name.lower() in (
         "http_proxy", "https_proxy", "all_proxy", "no_proxy") and os.environ[name])
-    given = " (%s)" % ", ".join(names) if names else ""
-    if app.proxy is None:
-        return [Finding(True, "none is used" + given)]
-    return [Finding(True, "%s%s" % (printable(app.proxy.authority, 100), given))]
+    words = "none is used" if app.proxy is None else printable(app.proxy.authority, 100)
+    return [Finding(True, words + (" (%s)" % ", ".join(names) if names else ""))]
 
 
 def check_authorities(scene: Scene) -> List[Finding]:
@@ -17802,17 +17798,8 @@ MAX_ASKED_KEYS = 32
 NEW_KEY = "Make a new one at commandcode.ai, settings, API keys"
 
 
-def own_keys(settings: Settings, notes: List[str]) -> Tuple[RingKey, ...]:
-    """The keys to try: COMMANDCODE_KEY's, then the operator's.  Raises ProxyError."""
-    given = os.environ.get(KEY_VARIABLE, "").strip()
-    own = () if mistaken_key(given) else parse_ring(given, KEY_VARIABLE, notes)
-    every = {key.digest: key for key in (*own, *settings.operator.keys)}
-    return tuple(every.values())
-
-
-def own_key_findings(settings: Settings) -> List[Finding]:
+def own_key_findings(settings: Settings, given: str) -> List[Finding]:
     """What is to be said of COMMANDCODE_KEY where it holds something else than a key."""
-    given = os.environ.get(KEY_VARIABLE, "").strip()
     kind = mistaken_key(given)
     if kind and given != settings.config.client_key:
         return [Finding(False, "%s is no Command Code key but %s" % (KEY_VARIABLE, kind),
@@ -17825,20 +17812,18 @@ def own_key_findings(settings: Settings) -> List[Finding]:
 
 def ask_about(scene: Scene, key: RingKey) -> Account:
     """What the upstream says of a key, as ACCOUNTS asks it."""
-    whoami, credits, subscriptions = ACCOUNT_PATHS
+    whoami, *paths = ACCOUNT_PATHS
     state = KeyState()
     try:
         status, body = ask_upstream(scene, whoami, key.key)
         org = read_org(json.loads(body)) if status == 200 else ""
         note_key_check(state, status, time.time())
-        if status != 200:
-            return Account(key, status, "", state)
-        answers = []
-        for path in (credits, subscriptions):
-            status, body = ask_upstream(scene, path + ("?orgId=" + org if org else ""), key.key)
-            answers.append(json.loads(body) if status == 200 else None)
-        state.figures = read_figures(answers[0], answers[1], time.time())
-        return Account(key, 200, "", state)
+        if status == 200:
+            query = "?orgId=" + org if org else ""
+            told = [ask_upstream(scene, path + query, key.key) for path in paths]
+            state.figures = read_figures(*(json.loads(body) if known == 200 else None
+                                           for known, body in told), time.time())
+        return Account(key, status, "", state)
     except (OSError, ValueError, RecursionError) as error:
         return Account(key, 0, plain_reason(error), state)
 
@@ -17860,11 +17845,13 @@ def check_keys(scene: Scene) -> List[Finding]:
     """Each key of the environment and of the operator, asked about a few at a time."""
     from concurrent.futures import ThreadPoolExecutor
     notes: List[str] = []
+    given = os.environ.get(KEY_VARIABLE, "").strip()
     try:
-        keys = own_keys(scene.settings, notes)
-        findings = own_key_findings(scene.settings)
+        own = () if mistaken_key(given) else parse_ring(given, KEY_VARIABLE, notes)
     except ProxyError as error:
         return [Finding(False, error.message, "Mend COMMANDCODE_KEY")]
+    findings = own_key_findings(scene.settings, given)
+    keys = tuple({key.digest: key for key in (*own, *scene.settings.operator.keys)}.values())
     if not keys:
         return findings or [
             Finding(None, "none is set: export COMMANDCODE_KEY=user_... to have one tried")]
@@ -18082,8 +18069,7 @@ def screen_lines(state: Json, address: str, trouble: str, width: int, height: in
     live = live[:max(room // 2, room - len(recent))]
     lines += top_table(LIVE_COLUMNS, live, width)
     lines += top_table(RECENT_COLUMNS, recent[:max(room - len(live), 0)], width)
-    return [paint(cut_text(line, width), colour) if colour else cut_text(line, width)
-            for line, colour in lines[:height]]
+    return [paint(cut_text(line, width), colour) for line, colour in lines[:height]]
 
 
 def lend_key(key: str, base: str, named: bool) -> str:
