@@ -18480,15 +18480,6 @@ class Trial(NamedTuple):
     fields: Mapping[str, str] = {}
 
 
-class Wanted(NamedTuple):
-    """The same of a request that every API has: what it says, and the two statuses."""
-
-    words: str
-    pattern: str
-    streaming: int = 200
-    plain: int = 200
-
-
 def selftest_body(api: str, feature: str, words: str, stream: bool = False) -> Json:
     """A request of an API with a text and what the feature needs."""
     text = {"type": "input_text" if api == "responses" else "text", "text": words}
@@ -18498,20 +18489,22 @@ def selftest_body(api: str, feature: str, words: str, stream: bool = False) -> J
             **SELFTEST_MEMBERS.get(feature, {}).get(api, {}), "stream": stream}
 
 
-FEATURES: Tuple[Tuple[str, Tuple[Wanted, ...]], ...] = (
-    ("text and unicode", (Wanted("Say hello.", "Grüße, 世界 🚀"),)),
-    ("tool calls", (Wanted("Call the tool. [demo:call get_weather]", "get_weather.*city"),)),
-    ("thinking", (Wanted("Think.", "thinks a little[.]"),)),
-    ("pictures", (Wanted("What is this?", "It holds 1 picture[.]"),)),
-    ("usage", (Wanted("Count.", '"(completion|output)_tokens": ?[1-9]'),)),
-    ("cut by length", (Wanted("Go on. [demo:length]",
-                              'reason": ?"(length|max_tokens|max_output_tokens)"'),)),
+# Of every API: the feature, and its requests: what one says, what its answer holds, and the
+# statuses of a streaming and of a plain one.
+FEATURES: Tuple[Tuple[str, Tuple[Tuple[str, str, int, int], ...]], ...] = (
+    ("text and unicode", (("Say hello.", "Grüße, 世界 🚀", 200, 200),)),
+    ("tool calls", (("Call the tool. [demo:call get_weather]", "get_weather.*city", 200, 200),)),
+    ("thinking", (("Think.", "thinks a little[.]", 200, 200),)),
+    ("pictures", (("What is this?", "It holds 1 picture[.]", 200, 200),)),
+    ("usage", (("Count.", '"(completion|output)_tokens": ?[1-9]', 200, 200),)),
+    ("cut by length", (("Go on. [demo:length]",
+                        'reason": ?"(length|max_tokens|max_output_tokens)"', 200, 200),)),
     # Errors before any output are real statuses, and permanent ones say so.
-    ("refusals (402, 429)", (Wanted("Hello. [demo:402]", "x-should-retry: false", 402, 402),
-                             Wanted("Hello. [demo:429]", "retry-after: 7", 429, 429))),
+    ("refusals (402, 429)", (("Hello. [demo:402]", "x-should-retry: false", 402, 402),
+                             ("Hello. [demo:429]", "retry-after: 7", 429, 429))),
     # An upstream that breaks off is an error and the last frame, never a made-up end.
-    ("a broken upstream", (Wanted("Hello. [demo:error]", r"Broken off[^\n]*\s*\Z", 200, 503),)),
-    ("structured output", (Wanted("Answer in JSON.", r'\\"city\\":'),)))
+    ("a broken upstream", (("Hello. [demo:error]", r"Broken off[^\n]*\s*\Z", 200, 503),)),
+    ("structured output", (("Answer in JSON.", r'\\"city\\":', 200, 200),)))
 
 PLAIN_FEATURES: Tuple[Tuple[str, Tuple[Trial, ...]], ...] = (
     ("model lists in both shapes", (
@@ -18553,22 +18546,22 @@ def answers_as_wanted(port: int, trial: Trial) -> bool:
         inner = error.args[0] if isinstance(error, urllib.error.URLError) else error
         sys.stderr.write("%s: %s: %s\n" % (trial.path, type(inner).__name__, inner))
         return False
-    lines = ["%s: %s" % pair for pair in told.items()]
+    head = "\n".join(map(": ".join, told.items()))
     text = "".join(json.loads(found) for found in TEXT_MEMBERS.findall(body))
-    found = re.search(trial.pattern, "\n".join([*lines, text, body]), re.S)
+    found = re.search(trial.pattern, "\n".join([head, text, body]), re.S)
     return status == trial.status and found is not None
 
 
-def selftest_trials() -> Iterator[Tuple[str, List[Trial]]]:
+def selftest_trials() -> Iterator[Tuple[str, Iterable[Trial]]]:
     """(feature, its trials), in order."""
     for api, path in SELFTEST_PATHS.items():
-        for name, wanted in FEATURES:
+        for name, asked in FEATURES:
             for stream in (True, False):
                 yield "%s: %s, %s" % (api, name, "streaming" if stream else "plain"), [
-                    Trial(path, selftest_body(api, name, one.words, stream), one.pattern,
-                          one.streaming if stream else one.plain) for one in wanted]
-    for name, trials in PLAIN_FEATURES:
-        yield name, list(trials)
+                    Trial(path, selftest_body(api, name, words, stream), pattern,
+                          streaming if stream else plain)
+                    for words, pattern, streaming, plain in asked]
+    yield from PLAIN_FEATURES
 
 
 def run_features(port: int) -> bool:
