@@ -17289,8 +17289,9 @@ def show_models(invocation: Invocation) -> int:
 # status.  The file is only read, so it does not matter who writes to it.  Times
 # are told at their median and at the 95th of a hundred.
 
-USAGE_GROUPS = {"model": "model", "key": "key", "day": "date(at, 'unixepoch', 'localtime')",
-                "client": "client", "status": "status"}
+USAGE_GROUPS = {        # the expression, and the order of its lines
+    **{column: (column, "2 DESC, 1") for column in ("model", "key", "client", "status")},
+    "day": ("date(at, 'unixepoch', 'localtime')", "1")}
 SINCE_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 MAX_USAGE_LINES = 200           # of the table; clients can name any number of models
 
@@ -17351,8 +17352,8 @@ def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, Json
                 make_schema(db)
             db.create_aggregate("time_at", 2, TimeAt)
             db.execute("BEGIN")             # both queries are of the same moment
-            rows = db.execute(query % (USAGE_GROUPS[group], " GROUP BY 1 ORDER BY %s" % (
-                "1" if group == "day" else "2 DESC, 1")), (since,)).fetchall()
+            name, order = USAGE_GROUPS[group]
+            rows = db.execute(query % (name, " GROUP BY 1 ORDER BY " + order), (since,)).fetchall()
             rows += db.execute(query % ("''", ""), (since,))
         finally:
             db.close()
