@@ -17217,8 +17217,7 @@ def find_models(config: Config, demo: bool) -> Tuple[Models, str]:
     origin = parse_origin(config.api_base)
     show_progress("asking the upstream\u2026")
     try:
-        context = ssl.create_default_context() if origin.scheme == "https" else None
-        live = with_deadline(LIST_SECONDS, lambda: fetch_models(origin, context, LIST_SECONDS))
+        live = with_deadline(LIST_SECONDS, lambda: fetch_models(origin, None, LIST_SECONDS))
         models = merge_live_models(live, builtin_models())
         return (models, "") if models else (
             builtin_models(), "%s gave no list of models" % origin.authority)
@@ -17759,9 +17758,8 @@ def ask_upstream(scene: Scene, path: str, key: str = "",
         fields.update({"authorization": "Bearer " + key, "x-cli-environment": "production",
                        "x-command-code-version": DEFAULT_CLI_VERSION if config.cli_version == "auto"
                        else config.cli_version})
-    context = ssl.create_default_context() if origin.scheme == "https" else None
     status, told, body = ask_url("%s://%s%s%s" % (
-        origin.scheme, origin.authority, origin.base, path), context, seconds, fields)
+        origin.scheme, origin.authority, origin.base, path), None, seconds, fields)
     scene.date, scene.heard = told.get("date", scene.date), time.time()
     return status, body
 
@@ -18094,11 +18092,10 @@ def read_state(address: str, secret: Callable[[], str]) -> Json:
     """What the proxy tells of itself; the secret is shown only to one that asks for it.  Raises
     OSError, and ProxyError for a refusal and for what no ccproxy says."""
     url = address + "/admin/state"
-    context = ssl.create_default_context() if url.startswith("https:") else None
-    status, _, body = ask_url(url, context, TOP_SECONDS, {})
+    status, _, body = ask_url(url, None, TOP_SECONDS, {})
     if status == 401:
         shown = {"authorization": "Bearer " + secret()}
-        status, _, body = ask_url(url, context, TOP_SECONDS, shown)
+        status, _, body = ask_url(url, None, TOP_SECONDS, shown)
     told = decode_anyhow(body.decode("utf-8", "replace"))
     if status == 200 and isinstance(told, dict) and {"version", "live"} <= told.keys():
         return told
