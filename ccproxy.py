@@ -17295,16 +17295,22 @@ SINCE_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 MAX_USAGE_LINES = 200           # of the table; clients can name any number of models
 
 
-# Figure of a line -> what SQLite makes of its requests; null where nothing was told.
-USAGE_FIGURES = {
-    "requests": "count(*)",
-    "errors": "coalesce(sum(status != 499 AND (status >= 400 OR error != '')), 0)",
-    "input_tokens": "coalesce(sum(input), 0)", "output_tokens": "coalesce(sum(output), 0)",
-    "cached_tokens": "coalesce(sum(cached), 0)", "cached_share": "total(cached) / sum(input)",
-    "cost_usd": "sum(cost)", "first_p50": "time_at(first, 0.5)",
-    "first_p95": "time_at(first, 0.95)", "total_p50": "time_at(total, 0.5)",
-    "total_p95": "time_at(total, 0.95)"}
-PLACES = {"cost_usd": 6}        # behind the point; 4 of the others
+# Figures of a line: the name, what SQLite makes of the requests (null where nothing was told), the
+# head of its column and how that shows it, and when the column gives way on a narrow terminal (the
+# lowest first; 9: never).
+USAGE_FIGURES: Tuple[Tuple[str, str, str, Callable[[Any], str], int], ...] = (
+    ("requests", "count(*)", "requests", str, 9),
+    ("errors", "coalesce(sum(status != 499 AND (status >= 400 OR error != '')), 0)", "errors",
+     str, 8),
+    ("input_tokens", "coalesce(sum(input), 0)", "in", short_number, 7),
+    ("output_tokens", "coalesce(sum(output), 0)", "out", short_number, 7),
+    ("cached_tokens", "coalesce(sum(cached), 0)", "cached", short_number, 1),
+    ("cached_share", "total(cached) / sum(input)", "share", lambda part: "%d%%" % (100 * part), 5),
+    ("cost_usd", "sum(cost)", "cost $", lambda cost: "%.4f" % cost, 6),
+    ("first_p50", "time_at(first, 0.5)", "first p50", short_span, 4),
+    ("first_p95", "time_at(first, 0.95)", "p95", short_span, 3),
+    ("total_p50", "time_at(total, 0.5)", "total p50", short_span, 2),
+    ("total_p95", "time_at(total, 0.95)", "p95", short_span, 2))
 
 
 class TimeAt:
@@ -17334,14 +17340,14 @@ def read_since(given: str, now: float) -> float:
                          % printable(given, 40)) from None
 
 
-def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, Json], Json]:
-    """(figures by group, those of all), as JSON, CSV and table tell them.  Raises ProxyError
-    `config`."""
+def read_usage_file(path: str, group: str, since: float) -> List[Tuple[str, Json]]:
+    """(name, figures) of each group, and last of all requests.  Raises ProxyError `config`."""
     import pathlib
     import sqlite3
     still = not (os.path.exists(path + "-wal") or os.access(os.path.dirname(path), os.W_OK))
     mode = "?immutable=1" if still else "?mode=ro"      # else SQLite wants to write beside it
-    query = "SELECT %%s, %s FROM requests WHERE at >= ?%%s" % ", ".join(USAGE_FIGURES.values())
+    query = "SELECT %%s, %s FROM requests WHERE at >= ?%%s" % ", ".join(
+        row[1] for row in USAGE_FIGURES)
     try:
         db = sqlite3.connect(pathlib.Path(path).as_uri() + mode, timeout=5.0, uri=True)
         try:
@@ -17353,27 +17359,14 @@ def read_usage_file(path: str, group: str, since: float) -> Tuple[Dict[str, Json
             db.execute("BEGIN")             # both queries are of the same moment
             name, order = USAGE_GROUPS[group]
             rows = db.execute(query % (name, " GROUP BY 1 ORDER BY " + order), (since,)).fetchall()
-            rows += db.execute(query % ("''", ""), (since,))
+            rows += db.execute(query % ("'total'", ""), (since,))
         finally:
             db.close()
     except (sqlite3.Error, ValueError, TypeError) as error:
         raise ProxyError("config", "usageDb %s: %s" % (path, printable(str(error), 200))) from None
-    lines = [(str(name), {figure: value and round(value, PLACES.get(figure, 4))
-                          for figure, value in zip(USAGE_FIGURES, values)})
-             for name, *values in rows]
-    return dict(lines[:-1]), lines[-1][1]
-
-
-# Column of the table: its head, which figure it shows and how, and when it gives way on a narrow
-# terminal (the lowest first; 9: never).
-USAGE_TABLE: Tuple[Tuple[str, str, Callable[[Any], str], int], ...] = (
-    ("requests", "requests", str, 9), ("errors", "errors", str, 8),
-    ("in", "input_tokens", short_number, 7), ("out", "output_tokens", short_number, 7),
-    ("cached", "cached_tokens", short_number, 1),
-    ("share", "cached_share", lambda share: "%d%%" % (100 * share), 5),
-    ("cost $", "cost_usd", lambda cost: "%.4f" % cost, 6),
-    ("first p50", "first_p50", short_span, 4), ("p95", "first_p95", short_span, 3),
-    ("total p50", "total_p50", short_span, 2), ("p95", "total_p95", short_span, 2))
+    return [(printable(str(name), 200), {
+        row[0]: value and round(value, 6 if row[0] == "cost_usd" else 4)
+        for row, value in zip(USAGE_FIGURES, values)}) for name, *values in rows]
 
 
 def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]:
@@ -17381,7 +17374,8 @@ def usage_table(by: str, lines: List[Tuple[str, Json]], width: int) -> List[str]
     columns give way before they are cut."""
     names = [name or "-" for name, _ in lines]
     columns = [(rank, [head, *("-" if told[figure] is None else show(told[figure])
-                               for _, told in lines)]) for head, figure, show, rank in USAGE_TABLE]
+                               for _, told in lines)])
+               for figure, _, head, show, rank in USAGE_FIGURES]
     least = min(24, max(len(name) for name, _ in lines)) + 1
     for rank in range(1, 10):
         kept = [cells for own, cells in columns if own >= rank]
@@ -17431,9 +17425,7 @@ def show_usage_log(invocation: Invocation) -> int:
     if not os.path.isfile(path):
         raise ProxyError("config", "usageDb: there is no file %s yet; start the proxy with it"
                          % path)
-    sums, whole = read_usage_file(path, by, since)
-    lines = [(printable(name, 200), figures) for name, figures in sums.items()]
-    lines.append(("total", whole))
+    lines = read_usage_file(path, by, since)
     if given.json:
         return 0 if say(json.dumps({
             "since": shown_moment(since), "by": by, "total": lines[-1][1],

@@ -139,8 +139,9 @@ def test_no_cell_is_a_formula_and_no_line_moves_the_cursor(path):
 
 @pytest.mark.parametrize("width", [0, 40, 60, 80, 100, 200])
 def test_the_table_fits(width):
-    figures = dict(zip(ccproxy.USAGE_FIGURES, (12345, 67, 10 ** 9, 10 ** 8, 10 ** 8, 0.1, 1.5,
-                                               None, None, None, None)))
+    names = [name for name, *_ in ccproxy.USAGE_FIGURES]
+    figures = dict(zip(names, (12345, 67, 10 ** 9, 10 ** 8, 10 ** 8, 0.1, 1.5, None, None, None,
+                               None)))
     lines = ccproxy.usage_table("model", [("a/very-long-name-of-a-model" * 2, figures),
                                           ("total", figures)], width)
     assert not width or max(map(len, lines)) <= width
@@ -239,8 +240,9 @@ def test_in_a_folder_that_nobody_may_write_to(tmp_path, monkeypatch):
     os.chmod(folder, 0o500)
     monkeypatch.setattr(os, "access", lambda *_: False)
     try:
-        sums, whole = ccproxy.read_usage_file(str(folder / "usage.db"), "model", 0.0)
+        found = ccproxy.read_usage_file(str(folder / "usage.db"), "model", 0.0)
     finally:
         os.chmod(folder, 0o700)
-    assert whole["requests"] == sums["moonshotai/Kimi-K3"]["requests"] == 1
+    assert [(name, figures["requests"]) for name, figures in found] == [
+        ("moonshotai/Kimi-K3", 1), ("total", 1)]
     assert os.listdir(folder) == ["usage.db"]
