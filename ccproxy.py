@@ -10020,12 +10020,6 @@ def certificate_finding(certificate: Certificate, now: float) -> Finding:
     return Finding(True, words)
 
 
-def untrusted_finding(code: int, message: str, certificate: Certificate) -> Finding:
-    """A certificate that could not be verified."""
-    words = "the certificate is not trusted: %s (issued by %s)" % (message, certificate.issuer)
-    return Finding(False, words, VERIFY_ADVICE.get(code, COMPANY_ADVICE))
-
-
 def clock_finding(date: str, now: float) -> Finding:
     """This machine's clock against a Date header."""
     from email.utils import parsedate_to_datetime
@@ -17043,11 +17037,10 @@ def own_command(invocation: Invocation, words: str = "") -> str:
     """A command of this program with the settings of this one, as a person can type it: its name
     and the flags that it was started with.  Secrets are left out."""
     import shlex
-    given, options = invocation.given, {option.name: option for option in OPTIONS}
+    given, values = invocation.given, invocation.settings.flags
     flags = ["%s=%s" % pair for pair in given_files(given)] + ["--demo"] * given.demo
-    flags += ["%s=%s" % (flag_name(options[name]), value)
-              for name, value in invocation.settings.flags.items()
-              if name in options and options[name].kind != "secret"]
+    flags += ["%s=%s" % (flag_name(option), values[option.name]) for option in OPTIONS
+              if option.name in values and option.kind != "secret"]
     return " ".join(filter(None, [program_name(), words, *map(shlex.quote, flags)]))
 
 
@@ -17653,10 +17646,10 @@ def check_authorities(scene: Scene) -> List[Finding]:
             place, plain_reason(error)), "It must be a PEM file")]
     folder = ssl.get_default_verify_paths().capath or ""
     hashed = re.compile(r"[0-9a-f]{8}\.[0-9]+")     # as OpenSSL looks for them, when it wants one
-    if not loaded and os.path.isdir(folder) and any(map(hashed.fullmatch, os.listdir(folder))):
-        return [Finding(True, "in the folder " + folder)]
     if loaded:
         return [Finding(True, "%d%s" % (loaded, place))]
+    if os.path.isdir(folder) and any(map(hashed.fullmatch, os.listdir(folder))):
+        return [Finding(True, "in the folder " + folder)]
     return [Finding(False, "there are no certificate authorities" + place,
                     "Install ca-certificates, or name a PEM file of them in SSL_CERT_FILE")]
 
@@ -17732,7 +17725,9 @@ def check_tls(scene: Scene) -> List[Finding]:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE     # to name it only
         shown = read_certificate(shake_hands(scene, context))
-        return [untrusted_finding(error.verify_code, printable(error.verify_message, 200), shown)]
+        return [Finding(False, "the certificate is not trusted: %s (issued by %s)" % (
+            printable(error.verify_message, 200), shown.issuer), VERIFY_ADVICE.get(
+                error.verify_code, COMPANY_ADVICE))]
     except ssl.SSLError as error:
         return [Finding(False, "the TLS handshake failed: %s" % plain_reason(error),
                         "Something in between may speak no TLS: check apiBase and the proxy")]
