@@ -19020,16 +19020,13 @@ def fill_folder(client: Client, target: Target) -> None:
     for name, text in files.items():
         with open(os.path.join(target.folder, name), "w", encoding="utf-8") as file:
             file.write(text)
-    home = llm_home()
-    if client.home != "LLM_USER_PATH" or not os.path.isdir(home):
-        return
-    for name in set(os.listdir(home)) | {"logs.db"}:
-        if name not in files:
-            try:
-                os.symlink(os.path.join(os.path.abspath(home), name),
-                           os.path.join(target.folder, name))
-            except OSError:         # Windows without the right to: the folder is as a new one
-                return
+    if client.home == "LLM_USER_PATH":
+        home = os.path.abspath(llm_home())
+        try:
+            for name in {"logs.db", *os.listdir(home)}.difference(files):
+                os.symlink(os.path.join(home, name), os.path.join(target.folder, name))
+        except OSError:     # there is none; or Windows, without the right to: as a new one
+            pass
 
 
 def holds_terminal() -> bool:
