@@ -17853,10 +17853,8 @@ def check_keys(scene: Scene) -> List[Finding]:
 def figures_findings(finding: Callable[[str, Figures, float], Finding], nothing: str,
                      scene: Scene) -> List[Finding]:
     """A finding for each account of which there are figures."""
-    known = [(key_words(one.key), one.state.figures) for one in scene.accounts
-             if one.state.figures]
-    return [finding(shown, figures, time.time()) for shown, figures in known] or [
-        Finding(None, nothing)]
+    return [finding(key_words(one.key), one.state.figures, time.time())
+            for one in scene.accounts if one.state.figures] or [Finding(None, nothing)]
 
 
 def check_models(scene: Scene) -> List[Finding]:
