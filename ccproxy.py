@@ -10016,7 +10016,7 @@ def certificate_finding(certificate: Certificate, now: float) -> Finding:
     days = int((certificate.until - now) // DAY_SECONDS)
     words = "issued by %s, %s left" % (certificate.issuer, counted(days, "day"))
     if INTERCEPTORS.search(certificate.issuer):
-        words += ("; this is an inspection in between: whoever runs it can read keys and prompts")
+        words += "; this is an inspection in between: whoever runs it can read keys and prompts"
     return Finding(True, words)
 
 
