@@ -17157,13 +17157,6 @@ def plain_reason(error: Exception) -> str:
     return printable(str(getattr(error, "strerror", None) or error), 200) or type(error).__name__
 
 
-def local_base(config: Config) -> str:
-    """The address at which clients of this machine reach the proxy.  Raises ProxyError."""
-    if not config.port:
-        raise ProxyError("config", "port 0 is a different one at every start: give --port")
-    return local_address(config.host, config.port)
-
-
 def read_health(base: str, query: str = "") -> Optional[Json]:
     """What a ccproxy says of itself at an address: {} for another program, None for nobody."""
     import urllib.error
@@ -18065,9 +18058,12 @@ def lend_key(key: str, base: str, named: bool) -> str:
 
 
 def top_address(url: Optional[str], config: Config) -> str:
-    """Where the proxy is.  Raises ProxyError `config`."""
+    """Where the proxy is: at --url, else where clients of this machine reach it.  Raises ProxyError
+    `config`."""
+    if not url and not config.port:
+        raise ProxyError("config", "port 0 is a different one at every start: give --port")
     try:
-        origin = parse_origin(url or local_base(config))
+        origin = parse_origin(url or local_address(config.host, config.port))
     except ValueError as error:
         raise ProxyError("config", "--url: %s" % error) from None
     return "%s://%s%s" % (origin.scheme, origin.authority, origin.base)
@@ -18675,8 +18671,8 @@ def find_proxy(invocation: Invocation, key: str) -> str:
     config = settings.config
     if invocation.given.url:
         return proxy_base(invocation)
-    base = local_base(config) if config.port else ""
-    health, proven = read_proven_health(base) if base else (None, False)
+    base = local_address(config.host, config.port)
+    health, proven = read_proven_health(base) if config.port else (None, False)
     wanted = {"status": "ok", "version": __version__,
               "upstream": "demo" if demo else configured_upstream(config)}
     served = is_served_here(invocation, key)
