@@ -19054,12 +19054,11 @@ def run_to_end(command: List[str], environment: Dict[str, str]) -> int:
     import subprocess
     running: List[Any] = []
     early: List[int] = []
-    keys = {getattr(signal, name, None) for name in TERMINAL_SIGNALS}
 
     def pass_on(number: int, frame: Any) -> None:
         if not running:
             early.append(number)
-        elif number not in keys or not holds_terminal():
+        elif signal.Signals(number).name not in TERMINAL_SIGNALS or not holds_terminal():
             running[0].send_signal(number)
 
     for name in PASSED_SIGNALS:
