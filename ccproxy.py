@@ -17802,7 +17802,7 @@ def ask_about(scene: Scene, key: RingKey) -> Account:
             told = [ask_upstream(scene, path + query, key.key) for path in paths]
             state.figures = read_figures(*(json.loads(body) if known == 200 else None
                                            for known, body in told), time.time())
-        return Account(key, status, "", state)
+        return Account(key, status, "the upstream answers %d" % status, state)
     except (OSError, ValueError, RecursionError) as error:
         return Account(key, 0, plain_reason(error), state)
 
@@ -17816,8 +17816,7 @@ def key_finding(account: Account) -> Finding:
     if account.status == 200:
         why = ", but " + UNFIT_WORDS[known.reason] if known.reason else ""
         return Finding(True, "%s is accepted%s" % (shown, why))
-    return Finding(False, "%s is %s: %s" % (shown, known.word, account.said or (
-        "the upstream answers %d" % account.status)), "Try again later")
+    return Finding(False, "%s is %s: %s" % (shown, known.word, account.said), "Try again later")
 
 
 def check_keys(scene: Scene) -> List[Finding]:
