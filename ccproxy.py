@@ -17904,7 +17904,8 @@ def run_checks(scene: Scene, checks: Tuple[Check, ...] = ()) -> Iterator[Tuple[C
         cause = next((failed[name] for name in check.needs if name in failed), None)
         show_progress("checking: %s\u2026" % check.name)
         findings = run_check(check, scene) if cause is None else [
-            *(own_key_findings(scene.settings) if check.name == "keys" else ()),
+            *(own_key_findings(scene.settings, os.environ.get(KEY_VARIABLE, "").strip())
+              if check.name == "keys" else ()),
             Finding(None, "not tried: see %s" % cause)]
         show_progress("")
         if cause is not None or any(finding.works is False for finding in findings):

@@ -133,7 +133,7 @@ def test_what_the_proxy_refuses_or_does_not_hear_is_no_upstreams_error(clinic, p
     assert ask().startswith("504 from ")
     assert len(clinic.requests) == 1
     proxy.app.origin = proxy.app.origin._replace(port=1)
-    proxy.app.pool.close()
+    proxy.app.pool.prune(float("inf"))
     proxy.app.limits = proxy.app.limits._replace(backoff=())
     assert "No connection" in ask()
 
