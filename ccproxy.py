@@ -4051,18 +4051,6 @@ def object_in(holder: Json, name: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def is_array(kind: Any) -> bool:
-    """Whether a schema's type, a word or a list of words, lets an array pass."""
-    return kind == "array" or (kind.__class__ is list and "array" in kind)
-
-
-def is_irregular(schema: Json) -> bool:
-    """Whether a schema itself has an array without items, or a bound that is a flag."""
-    if is_array(schema.get("type")) and not isinstance(schema.get("items"), (dict, bool)):
-        return True
-    return any((word, schema.get(word).__class__) in IRREGULAR for word, _ in IRREGULAR)
-
-
 def is_regular(schema: Json) -> bool:
     """Whether nothing inside a schema needs a change: nearly always so, and quickly seen.  A loop
     without calls, for it looks at all tools of every request."""
@@ -4071,8 +4059,8 @@ def is_regular(schema: Json) -> bool:
         if inner.__class__ is not dict:
             continue
         kind = inner.get("type")
-        if (kind == "array" or kind.__class__ is list) \
-                and inner.get("items").__class__ is not dict and is_irregular(inner):
+        if (kind == "array" or (kind.__class__ is list and "array" in kind)) \
+                and not isinstance(inner.get("items"), (dict, bool)):
             return False
         if NOT_IN_LEAVES.isdisjoint(inner):
             continue
@@ -4088,7 +4076,8 @@ def is_regular(schema: Json) -> bool:
 
 
 def change_schemas(schema: Any, change: Callable[[Json], Json], depth: int = 0) -> Any:
-    """A copy of a schema in which every schema is changed, the innermost first."""
+    """A copy of a schema in which every schema is changed, the innermost first; `change` is given
+    copies too."""
     if not isinstance(schema, dict) or depth > MAX_SCHEMA_DEPTH:
         return schema
     changed: Json = dict(schema)
@@ -4105,24 +4094,22 @@ def change_schemas(schema: Any, change: Callable[[Json], Json], depth: int = 0) 
 
 
 def regulate(schema: Json, changes: List[str]) -> Json:
-    """A schema with items for its array and numbers for its bounds.  Draft 4 wrote a tuple's items
+    """Give a schema items for its array and numbers for its bounds.  Draft 4 wrote a tuple's items
     as a list, and exclusiveMinimum as a flag beside minimum."""
-    if not is_irregular(schema):
-        return schema
-    fixed, items = dict(schema), schema.get("items")
+    items, kind = schema.get("items"), schema.get("type")
     if isinstance(items, list):
-        fixed["items"] = {"anyOf": items} if items else {}
+        schema["items"] = {"anyOf": items} if items else {}
         changes.append("a list of items made one schema")
-    elif is_array(schema.get("type")) and not isinstance(items, (dict, bool)):
-        fixed["items"] = {}
+    elif "array" in (kind if isinstance(kind, list) else [kind]) \
+            and not isinstance(items, (dict, bool)):
+        schema["items"] = {}
         changes.append("items added to an array")
     for flag, bound in BOUNDS_BY_FLAG.items():
         if isinstance(schema.get(flag), bool):
-            del fixed[flag]
             changes.append("%s made a number" % flag)
-            if schema[flag] and bound in fixed:
-                fixed[flag] = fixed.pop(bound)
-    return fixed
+            if schema.pop(flag) and bound in schema:
+                schema[flag] = schema.pop(bound)
+    return schema
 
 
 def resolve_reference(reference: Any, root: Any) -> Any:
@@ -4165,7 +4152,8 @@ def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) ->
     steps[0] -= 1 + len(own) + len(names)
     if steps[0] < 0:
         return []
-    found = Members({name: [value] for name, value in own.items()}, [*filter(is_name, names)])
+    found = Members({name: [value] for name, value in own.items()},
+                    [name for name in names if isinstance(name, str)])
     parts = [members for part in (resolve_reference(schema.get("$ref"), root),
                                   *list_in(schema, "allOf"))
              for members in gather_members(part, root, steps, depth + 1)]
@@ -4177,10 +4165,6 @@ def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) ->
         for name, schemas in part.properties.items():
             found.properties.setdefault(name, schemas)
     return [found._replace(required=list(dict.fromkeys(found.required)))]
-
-
-def is_name(given: Any) -> bool:
-    return isinstance(given, str)
 
 
 def unite_members(branches: List[Members]) -> List[Members]:
