@@ -180,7 +180,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import ceil, log
-from operator import ge, gt, lt
+from operator import ge, gt, le, lt
 from sys import intern
 from typing import (Any, Awaitable, Callable, Collection, Deque, Dict, FrozenSet, Iterable,
                     Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
@@ -5332,8 +5332,9 @@ def estimate_output(characters: int) -> int:
 # followed here, no steps left) counts as valid and is a doubt: `not` and oneOf
 # make no violation of it.  `pattern` is left out: a hostile one could run for ever.
 
-SCHEMA_TYPES: Dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool,
-                                "number": (int, float), "integer": (int, float)}
+SCHEMA_TYPES: Dict[str, Any] = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "number": (int, float),
+    "integer": (int, float), "null": type(None)}
 MAX_SCHEMA_STEPS = 20_000       # a schema that refers to itself must end somewhere
 
 
@@ -5348,8 +5349,6 @@ class Schema(NamedTuple):
 
 def has_type(value: Any, name: Any) -> bool:
     """Whether a value is of a JSON Schema type; a whole float is an integer there."""
-    if name == "null":
-        return value is None
     kind = SCHEMA_TYPES.get(name)
     if kind is None:
         return True
@@ -5358,21 +5357,21 @@ def has_type(value: Any, name: Any) -> bool:
     return isinstance(value, kind) and (name != "integer" or value == int(value))
 
 
-def check_type(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_type(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or value is None and schema.get("nullable") is True:
-        return None
-    known = [kind for kind in kinds if kind == "null" or kind in SCHEMA_TYPES]
+        return
+    known = [kind for kind in kinds if kind in SCHEMA_TYPES]
     if any(has_type(value, kind) for kind in known):
-        return None
-    if not kinds or known != kinds:
+        return
+    if kinds and known == kinds:
+        yield "%s must be of type %s" % (path, " or ".join(kinds))
+    else:
         work.doubts[0] += 1
-        return None
-    return "%s must be of type %s" % (path, " or ".join(kinds))
 
 
-def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     for keyword, words in (("enum", "one of "), ("const", "")):
         wanted = schema.get(keyword)
         allowed = wanted if keyword == "enum" else [wanted]
@@ -5380,8 +5379,7 @@ def check_choices(value: Any, schema: Json, path: str, work: Schema) -> Optional
                 same_value(value, one) for one in allowed):
             text = json.dumps(wanted)
             work.steps[0] -= len(text) // 100       # work too: `not` and anyOf do it often
-            return "%s must be %s%s" % (path, words, text[:300])
-    return None
+            yield "%s must be %s%s" % (path, words, text[:300])
 
 
 def same_value(one: Any, other: Any) -> bool:
@@ -5396,92 +5394,71 @@ def same_value(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-BOUNDS: Tuple[Tuple[str, Any, Callable[[Any], Any], Callable[[Any, Any], bool], str], ...] = (
-    # keyword, type it is for, what is measured, whether it fits, words
-    ("minimum", (int, float), lambda value: value, lambda size, bound: size >= bound, "at least"),
-    ("maximum", (int, float), lambda value: value, lambda size, bound: size <= bound, "at most"),
-    ("exclusiveMinimum", (int, float), lambda value: value, lambda size, end: size > end, "above"),
-    ("exclusiveMaximum", (int, float), lambda value: value, lambda size, end: size < end, "below"),
-    ("minLength", str, len, lambda size, bound: size >= bound, "of length at least"),
-    ("maxLength", str, len, lambda size, bound: size <= bound, "of length at most"),
-    ("minItems", list, len, lambda size, bound: size >= bound, "of length at least"),
-    ("maxItems", list, len, lambda size, bound: size <= bound, "of length at most"),
-    ("minProperties", dict, len, lambda size, bound: size >= bound, "of size at least"),
-    ("maxProperties", dict, len, lambda size, bound: size <= bound, "of size at most"))
+BOUNDS: Tuple[Tuple[str, str, Callable[[Any, Any], bool], str], ...] = (
+    # keyword, type it is for, whether a number or a size fits, words
+    ("minimum", "number", ge, "at least"), ("maximum", "number", le, "at most"),
+    ("exclusiveMinimum", "number", gt, "above"), ("exclusiveMaximum", "number", lt, "below"),
+    ("minLength", "string", ge, "of length at least"),
+    ("maxLength", "string", le, "of length at most"),
+    ("minItems", "array", ge, "of length at least"), ("maxItems", "array", le, "of length at most"),
+    ("minProperties", "object", ge, "of size at least"),
+    ("maxProperties", "object", le, "of size at most"))
 
 
-def check_bounds(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_bounds(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     """Numbers within their range, strings, lists and objects within their size."""
-    if isinstance(value, bool):
-        return None
-    for keyword, kind, measure, fits, words in BOUNDS:
+    for keyword, kind, fits, words in BOUNDS:
         bound = schema.get(keyword)
-        numeric = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-        if numeric and isinstance(value, kind) and not fits(measure(value), bound):
-            return "%s must be %s %s" % (path, words, bound)
-    return None
+        if has_type(bound, "number") and has_type(value, kind) \
+                and not fits(value if kind == "number" else len(value), bound):
+            yield "%s must be %s %s" % (path, words, bound)
 
 
-def check_object(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_object(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     """Required, known and additional members."""
     if not isinstance(value, dict):
-        return None
-    required, known = schema.get("required"), schema.get("properties", {})
-    for name in required if isinstance(required, list) else ():
+        return
+    for name in list_in(schema, "required"):
         if isinstance(name, str) and name not in value:
-            return "%s lacks the member %s" % (path, json.dumps(name))
+            yield "%s lacks the member %s" % (path, json.dumps(name))
     rest = schema.get("additionalProperties", True)
-    if "patternProperties" in schema or not isinstance(known, dict):
-        known, rest = known if isinstance(known, dict) else {}, True
+    if "patternProperties" in schema or not isinstance(schema.get("properties", {}), dict):
+        rest = True
+    known = object_in(schema, "properties")
     for name, item in value.items():
-        here = "%s.%s" % (path, name)
-        if name not in known and rest is False:
-            return "%s must not be there" % here
-        problem = check_value(item, known.get(name, rest), here, work)
-        if problem:
-            return problem
-    return None
+        yield from check_value(item, known.get(name, rest), "%s.%s" % (path, name), work)
 
 
-def check_array(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_array(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     """Each item under its schema."""
-    if not isinstance(value, list):
-        return None
-    first = schema.get("prefixItems")
-    first = first if isinstance(first, list) else []
-    for index, item in enumerate(value):
+    first = list_in(schema, "prefixItems")
+    for index, item in enumerate(value if isinstance(value, list) else []):
         under = first[index] if index < len(first) else schema.get("items", True)
-        problem = check_value(item, under, "%s[%d]" % (path, index), work)
-        if problem:
-            return problem
-    return None
+        yield from check_value(item, under, "%s[%d]" % (path, index), work)
 
 
-def check_combined(value: Any, schema: Json, path: str, work: Schema) -> Optional[str]:
+def check_combined(value: Any, schema: Json, path: str, work: Schema) -> Iterator[str]:
     """allOf, anyOf, oneOf, not and $ref."""
     under = list(schema.get("allOf", ()))
     if "$ref" in schema:
         found = resolve_reference(schema["$ref"], work.root)
         under.insert(0, None if found is True else found)
     for one in under:
-        problem = check_value(value, one, path, work)
-        if problem:
-            return problem
+        yield from check_value(value, one, path, work)
     for keyword in ("anyOf", "oneOf"):
         judged = [judge_value(value, one, path, work) for one in schema.get(keyword) or []]
         if judged and all(problem for problem, _ in judged):
-            return "%s fits none of %s: %s" % (path, keyword, judged[0][0])
+            yield "%s fits none of %s: %s" % (path, keyword, judged[0][0])
         if keyword == "oneOf" and judged.count((None, True)) > 1:
-            return "%s fits more than one of oneOf" % path
+            yield "%s fits more than one of oneOf" % path
     if "not" in schema and judge_value(value, schema["not"], path, work) == (None, True):
-        return "%s must not be what `not` describes" % path
-    return None
+        yield "%s must not be what `not` describes" % path
 
 
 def judge_value(value: Any, schema: Any, path: str, work: Schema) -> Tuple[Optional[str], bool]:
     """The first violation of a schema, and whether there was no doubt."""
     before = work.doubts[0]
-    return check_value(value, schema, path, work), work.doubts[0] == before
+    return next(check_value(value, schema, path, work), None), work.doubts[0] == before
 
 
 CHECKS = (check_type, check_choices, check_bounds, check_object, check_array, check_combined)
@@ -5493,20 +5470,23 @@ KEYWORDS = {name: kinds.split() for kinds, names in (       # and the types of t
             "deprecated examples readOnly writeOnly")) for name in names.split()}
 
 
-def check_value(value: Any, schema: Any, path: str, work: Schema) -> Optional[str]:
-    """The first violation of a schema, None when there is none."""
+def check_value(value: Any, schema: Any, path: str, work: Schema) -> Iterator[str]:
+    """The violations of a schema: nobody takes more than the first, so the others cost nothing."""
     work.steps[0] -= 1
     if work.steps[0] < 0 or not isinstance(schema, (dict, bool)):
         work.doubts[0] += 1
-        return None
+        return
+    if schema is False:
+        yield "%s must not be there" % path
     if isinstance(schema, bool):
-        return None if schema else "%s must not be there" % path
+        return
     work.steps[0] -= sum(len(part) for part in schema.values() if isinstance(part, list))
     work.doubts[0] += not all(any(has_type(given, kind) for kind in KEYWORDS.get(keyword, ()))
                               for keyword, given in schema.items())
     if isinstance(schema.get("$id"), str) and not schema["$id"].startswith("#"):
         work = work._replace(root=schema)       # references within are relative to it
-    return next(filter(None, (one(value, schema, path, work) for one in CHECKS)), None)
+    for one in CHECKS:
+        yield from one(value, schema, path, work)
 
 
 # === STRUCTURED ANSWERS (pure) ==============================================
@@ -5523,7 +5503,7 @@ def find_violation(text: str, schema: Any) -> Optional[str]:
     if schema is None:
         return None
     try:
-        return check_value(value, schema, "$", Schema(schema, [MAX_SCHEMA_STEPS], [0]))
+        return next(check_value(value, schema, "$", Schema(schema, [MAX_SCHEMA_STEPS], [0])), None)
     except (RecursionError, TypeError, ValueError, OverflowError):
         return None         # a schema that cannot be checked is not the answer's fault
 
