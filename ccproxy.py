@@ -5603,10 +5603,10 @@ def restore_names(names: Mapping[str, ToolName],
 
 
 RAW_START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-RAW_TEXT = re.compile(r'(?:[^"\\]|%s)*' % KNOWN_ESCAPE)
-RAW_UNREADABLE = re.compile(r'\\(?:[^"\\/bfnrtu]|u[0-9a-fA-F]{0,3}[^0-9a-fA-F])')
 MAX_RAW_START = 1000        # characters in which `{"input": "` must have come
-HALF_AT_END = re.compile(r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})\Z")
+# A surrogate's first half and an escape that is cut, at the end: the rest of both may come.
+UNFINISHED = r'(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z'
+RAW_TEXT = re.compile(r'((?:[^"\\]+|(?!%s)%s)*)(%s)?' % (UNFINISHED, KNOWN_ESCAPE, UNFINISHED))
 
 
 class RawInput:
@@ -5630,13 +5630,9 @@ class RawInput:
                 self.kept = [] if len(self.held) > MAX_RAW_START else None
                 return ""
             self.inside, self.held = True, self.held[start.end():]
-        found = RAW_TEXT.match(self.held)
-        text = found[0] if found else ""
-        half, behind = HALF_AT_END.search(text), self.held[len(text):]
-        if behind.startswith('"') or RAW_UNREADABLE.match(behind):
+        text, unfinished = RAW_TEXT.match(self.held).groups()   # type: ignore[union-attr]
+        if unfinished is None:
             self.kept = []
-        elif half:
-            text = text[:half.start(1)]     # its other half may come
         self.held = self.held[len(text):]
         return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
 
