@@ -3798,50 +3798,36 @@ def read_media(part: Json, path: str, notes: List[str]) -> List[Part]:
     return unreadable(MEDIA_KINDS[part["type"]], reason, path, read_cache(part, path), notes)
 
 
-def inner_file(part: Json, path: str) -> Tuple[Json, str]:
-    """(the members of a file, their path): Chat wraps them in `file`, the others do not."""
-    inner = get(part, "file", "an object", path)
-    return (part, path) if inner is None else (inner, path + ".file")
-
-
-def document_data(part: Json, path: str) -> Tuple[Optional[str], str, bool]:
-    """(data, media type, whether the data is base64) of a document, as far as they are given."""
-    inner, inner_path = inner_file(part, path)
-    source = get(part, "source", "an object", path) or {}
-    data = get(source, "data", "a string", path + ".source")
-    mime = get(source, "media_type", "a string", path + ".source")
-    data = get(inner, "file_data", "a string", inner_path) if data is None else data
-    if data is None:
-        return None, "", True
-    found = split_data_url(data, mime or "")
-    return found.data, found.mime or (
-        "text/plain" if found.prefixes else "application/octet-stream"), found.inline
-
-
-def document_text(part: Json, path: str, notes: List[str]) -> Tuple[str, str]:
+def document_text(part: Json, source: Json, found: Optional[Attached], path: str,
+                  notes: List[str]) -> Tuple[str, str]:
     """(text, "") of a document, or ("", the reason why it has none)."""
-    source = get(part, "source", "an object", path) or {}
     kind = get(source, "type", "a string", path + ".source")
-    data, mime, encoded = document_data(part, path)
     if kind == "content":
-        data = "\n".join(inner_texts(source, path + ".source", notes))
-    elif kind != "text" and data:
-        return decode_document(data, mime, encoded)
-    elif data is None:
+        text = "\n".join(inner_texts(source, path + ".source", notes))
+    elif found is None:
         return "", why_no_data(part, part.get("file"), source)
-    return (data, "") if data.strip() else ("", EMPTY)
+    elif kind != "text" and found.data:
+        unnamed = "text/plain" if found.prefixes else "application/octet-stream"
+        return decode_document(found.data, found.mime or unnamed, found.inline)
+    else:
+        text = found.data
+    return (text, "") if text.strip() else ("", EMPTY)
 
 
 def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
-    """A text document as text, a picture as a picture."""
-    inner, inner_path = inner_file(part, path)
-    title = (get(part, "title", "a string", path)
-             or get(inner, "filename", "a string", inner_path) or "")
+    """A text document as text, a picture as a picture; Chat wraps its members in `file`."""
+    file = get(part, "file", "an object", path)
+    inner, where = (part, path) if file is None else (file, path + ".file")
+    title = get(part, "title", "a string", path) or get(inner, "filename", "a string", where) or ""
     cache = read_cache(part, path)
-    data, mime, _ = document_data(part, path)
-    if data and mime.startswith("image/"):
-        return read_picture(data, mime, path, cache, notes)
-    text, reason = document_text(part, path, notes)
+    source = get(part, "source", "an object", path) or {}
+    data = get(source, "data", "a string", path + ".source")
+    mime = get(source, "media_type", "a string", path + ".source")
+    data = get(inner, "file_data", "a string", where) if data is None else data
+    found = None if data is None else split_data_url(data, mime or "")
+    if found and found.data and found.mime.startswith("image/"):
+        return read_picture(found.data, found.mime, path, cache, notes)
+    text, reason = document_text(part, source, found, path, notes)
     if reason:
         return unreadable(" ".join(title[:200].split()) or "document", reason, path, cache, notes)
     return [Text("<document title=%s>\n%s\n</document>" % (
@@ -3917,16 +3903,12 @@ def read_search_result(part: Json, path: str, notes: List[str]) -> List[Part]:
     return [] if is_blank(text) else [Text(text, read_cache(part, path))]
 
 
-def read_compaction(part: Json, path: str, notes: List[str]) -> List[Part]:
-    """Anthropic's summary of earlier turns; its content is null where summing up failed."""
-    text = "\n".join(inner_texts(part, path, notes))
-    return [Text(text, read_cache(part, path))] if text else []
-
-
-def read_system_block(part: Json, path: str, notes: List[str]) -> List[Part]:
-    """Anthropic's mid_conv_system, a system message inside a user's."""
-    text = "\n\n".join(inner_texts(part, path, notes))
-    return [Text(REMINDER % text, read_cache(part, path))] if text else []
+def read_wrapped(part: Json, path: str, notes: List[str]) -> List[Part]:
+    """Anthropic's compaction, a summary of earlier turns (null where that failed), and its
+    mid_conv_system, a system message inside a user's."""
+    between, words = ("\n", "%s") if part["type"] == "compaction" else ("\n\n", REMINDER)
+    texts = inner_texts(part, path, notes)
+    return [Text(words % between.join(texts), read_cache(part, path))] if texts else []
 
 
 def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
@@ -3951,7 +3933,7 @@ PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
     "thinking": read_thinking, "redacted_thinking": read_unusable,
     "tool_use": read_call, "tool_result": read_result, "tool_reference": read_tool_reference,
     "search_result": read_search_result, "computer_screenshot": read_image,
-    "compaction": read_compaction, "mid_conv_system": read_system_block,
+    "compaction": read_wrapped, "mid_conv_system": read_wrapped,
     **dict.fromkeys(MEDIA_KINDS, read_media)}
 
 
@@ -4671,20 +4653,24 @@ ROLE_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
     "developer": read_system_message}
 
 
+def read_message(message: Json, path: str, prompt: Prompt) -> None:
+    """A message of any role into the prompt."""
+    role = get(message, "role", "a string", path)
+    if role not in ROLE_READERS:
+        raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
+    if role not in TOOL_ROLES and not MESSAGE_FIELDS.keys().isdisjoint(message):
+        note_ignored(message, MESSAGE_FIELDS, prompt.notes, "message.")
+    ROLE_READERS[role](message, path, prompt)
+
+
 def read_messages(body: Json, prompt: Prompt) -> None:
     """All of `messages` into the prompt.  Raises ProxyError `invalid` with the field's path."""
     messages = get(body, "messages", "a list")
     if not messages:
         raise wrong("messages", "must be a list of at least one message")
-    known = frozenset(MESSAGE_FIELDS)
     for index, message in enumerate(messages):
         path = "messages[%d]" % index
-        role = get(check(message, "an object", path), "role", "a string", path)
-        if role not in ROLE_READERS:
-            raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
-        if role not in TOOL_ROLES and not known.isdisjoint(message):
-            note_ignored(message, MESSAGE_FIELDS, prompt.notes, "message.")
-        ROLE_READERS[role](message, path, prompt)
+        read_message(check(message, "an object", path), path, prompt)
     lift_leading_system(prompt)
 
 
@@ -7460,17 +7446,8 @@ def refuse_reference(item: Json, path: str, prompt: Prompt) -> None:
                 "SDKs: store false)")
 
 
-def read_message_item(item: Json, path: str, prompt: Prompt) -> None:
-    role = get(item, "role", "a string", path)
-    if role not in ROLE_READERS:
-        raise wrong(path + ".role", "must be one of " + ", ".join(ROLE_READERS))
-    if role not in TOOL_ROLES:
-        note_ignored(item, MESSAGE_FIELDS, prompt.notes, "message.")
-    ROLE_READERS[role](item, path, prompt)
-
-
 ITEM_READERS: Dict[str, Callable[[Json, str, Prompt], None]] = {
-    "message": read_message_item, "reasoning": read_reasoning_item,
+    "message": read_message, "reasoning": read_reasoning_item,
     "function_call": read_call_item, "custom_tool_call": read_call_item,
     "function_call_output": read_output_item, "custom_tool_call_output": read_output_item,
     "tool_search_output": read_found_tools, "additional_tools": read_found_tools,
