@@ -4020,7 +4020,7 @@ INTO_BRANCH = re.compile(rb'"\$ref":"#/(allOf|anyOf|oneOf)/([0-9]+)')
 MAX_SCHEMA_DEPTH = 64           # schemas inside one another that are looked at
 MAX_MERGE_DEPTH = 16            # branches inside branches, and references to references
 MAX_MERGE_STEPS = 20_000        # branches, properties and required names of a request's tools
-MAX_REFERENCE = 500             # characters of a $ref
+LOCAL_REFERENCE = re.compile(r"#(?:/.{0,498})?", re.S)      # # or #/$defs/..., of bounded length
 
 
 def list_in(schema: Json, word: str) -> List[Any]:
@@ -4096,8 +4096,7 @@ def regulate(schema: Json, changes: List[str]) -> Json:
 
 def resolve_reference(reference: Any, root: Any) -> Any:
     """The schema that a local $ref (# or #/$defs/...) points to; True when there is none."""
-    if not isinstance(reference, str) or len(reference) > MAX_REFERENCE \
-            or not re.match(r"#(?:/|\Z)", reference):
+    if not isinstance(reference, str) or not LOCAL_REFERENCE.fullmatch(reference):
         return True
     found = root
     for step in unquote(reference).split("/", MAX_SCHEMA_DEPTH)[1:]:
@@ -4941,14 +4940,9 @@ def tool_family(name: str) -> str:
     return re.sub(r"(_use)?(_preview)?(_20[0-9_]+)?\Z", "", name, count=1)
 
 
-def no_such_tool(prompt: Prompt, choice: Choice) -> ProxyError:
-    names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
-    return wrong("tool_choice", "names the tool %s, which is not one of tools (%s)"
-                 % (own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
-
-
 def find_tools(prompt: Prompt, choices: Iterable[Choice]) -> List[Tool]:
-    """The tools that choices name.  Raises ProxyError `invalid` where the request has none such."""
+    """The tools that choices name, with a note for each that is not offered anyway.  Raises
+    ProxyError `invalid` where the request has none such."""
     known: Dict[Tuple[str, str, str], Tool] = {}
     for tool in sorted(prompt.tools, key=lambda tool: tool.type == HOSTED):
         known.setdefault(("tool", tool.namespace, tool.name), tool)
@@ -4961,37 +4955,32 @@ def find_tools(prompt: Prompt, choices: Iterable[Choice]) -> List[Tool]:
         if named is None and choice.kind == "type":
             named = known.get(("type", "", tool_family(choice.name)))
         if named is None:
-            raise no_such_tool(prompt, choice)
+            names = ", ".join(own_words(tool.name, MAX_TOOL_NAME) for tool in prompt.tools[:20])
+            raise wrong("tool_choice", "names the tool %s, which is not one of tools (%s)" % (
+                own_words(choice.name, 2 * MAX_TOOL_NAME), names or "there are none"))
         found.append(named)
+    for named in found:
+        if named.type == HOSTED:
+            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % named.name)
     return found
-
-
-def allow_tools(prompt: Prompt, tools: List[Tool], choice: Choice) -> List[Tool]:
-    """Those of the tools that a choice allows; a note for each that is not offered anyway."""
-    if choice.allowed is None:
-        return tools
-    allowed = find_tools(prompt, choice.allowed)
-    for tool in allowed:
-        if tool.type == HOSTED:
-            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
-    identities = set(map(id, allowed))
-    return [tool for tool in tools if id(tool) in identities]
 
 
 def settle_choice(prompt: Prompt) -> None:
     """The tools that are offered, and a choice that these allow: `none` takes them away, for the
     upstream refuses that word.  Raises ProxyError `invalid` for a tool that is not there."""
-    if prompt.choice is None:
-        prompt.tools = offered_tools(prompt)
-        return
     choice, offered = prompt.choice, offered_tools(prompt)
+    if choice is None:
+        prompt.tools = offered
+        return
     if choice.kind in ("tool", "type"):
         tool, = find_tools(prompt, [choice])
-        choice = Choice("tool", tool.name, tool.namespace)
-        if tool.type == HOSTED:
-            add_note(prompt.notes, "ignored", "tool_choice %s, which is not offered" % tool.name)
-            choice = Choice("auto")
-    offered = [] if choice.kind == "none" else allow_tools(prompt, offered, choice)
+        choice = Choice("auto") if tool.type == HOSTED else Choice(
+            "tool", tool.name, tool.namespace)
+    elif choice.allowed is not None:
+        allowed = set(map(id, find_tools(prompt, choice.allowed)))
+        offered = [tool for tool in offered if id(tool) in allowed]
+    elif choice.kind == "none":
+        offered = []
     if choice.kind == "any" and not offered:
         add_note(prompt.notes, "ignored", "tool_choice without tools")
     prompt.choice = choice._replace(allowed=None) if offered else None
