@@ -7486,9 +7486,10 @@ RESPONSES_FIELDS = {
     "access_programs": ({"cyber": "standard"},), "personality": (),
     "image": ({"context_compression": "auto"}, {"context_compression": "disabled"})}
 TERMINAL = {LENGTH: ("incomplete", "max_output_tokens"), FILTERED: ("incomplete", "content_filter")}
-DELTA_EVENTS = {TEXT: "response.output_text.delta", TOOL: "response.function_call_arguments.delta",
-                THINKING: "response.reasoning_summary_text.delta",
-                REFUSAL: "response.refusal.delta"}
+# By a block's kind, a call's by its tool's type: its text's event, and the member that holds it.
+TEXT_EVENTS = {TEXT: ("output_text", "text"), THINKING: ("reasoning_summary_text", "text"),
+               REFUSAL: ("refusal", "refusal"), FUNCTION: ("function_call_arguments", "arguments"),
+               CUSTOM: ("custom_tool_call_input", "input")}
 
 
 def refuse_state(body: Json) -> None:
@@ -7501,14 +7502,13 @@ def refuse_state(body: Json) -> None:
 
 def echo_request(body: Json) -> Json:
     """What a response object repeats of its request, without its bulk: tools, instructions."""
-    reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
-    text = body.get("text") if isinstance(body.get("text"), dict) else {}
+    reasoning = object_in(body, "reasoning")
     return {"max_output_tokens": body.get("max_output_tokens"),
             "metadata": body.get("metadata") or {},
             "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "temperature": body.get("temperature"), "top_p": body.get("top_p"),
-            "text": {"format": text.get("format") or {"type": "text"}},
+            "text": {"format": object_in(body, "text").get("format") or {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto"}
 
 
@@ -7566,12 +7566,11 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
     """A block as an output item: empty while in_progress, whole when completed."""
     done = status == "completed"
     item: Json = {"id": item_id(reply, block), "type": "message", "status": status}
+    parts = [item_part(block, block.text)] if done and block.kind != TOOL else []
     if block.kind in (TEXT, REFUSAL):
-        content = [message_part(block, block.text)] if done else []
-        return {**item, "role": "assistant", "content": content}
+        return {**item, "role": "assistant", "content": parts}
     if block.kind == THINKING:
-        summary = [{"type": "summary_text", "text": block.text}] if done else []
-        item = {"id": item["id"], "type": "reasoning", "summary": summary}
+        item = {"id": item["id"], "type": "reasoning", "summary": parts}
         if reply.carry_thinking:
             item["encrypted_content"] = (
                 carry_thinking(block.text, block.signature) if done else "")
@@ -7586,10 +7585,12 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
     return item
 
 
-def message_part(block: Block, text: str) -> Json:
-    """The one content part of a message."""
+def item_part(block: Block, text: str) -> Json:
+    """The one part of a message, or of thinking's summary."""
     if block.kind == REFUSAL:
         return {"type": "refusal", "refusal": text}
+    if block.kind == THINKING:
+        return {"type": "summary_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
@@ -7614,14 +7615,19 @@ def responses_begin(reply: Reply, event: Any) -> bytes:
             + numbered_frame(reply, "response.in_progress", response=shell))
 
 
+def text_frame(reply: Reply, block: Block, kind: str, **members: Any) -> bytes:
+    """An event about the text of an item, or about the one part that holds it."""
+    place = {THINKING: {"summary_index": 0}, TOOL: {}}.get(block.kind, {"content_index": 0})
+    return numbered_frame(reply, "response." + kind, item_id=item_id(reply, block),
+                          output_index=block.index, **place, **members)
+
+
 def part_frame(reply: Reply, block: Block, step: str, text: str) -> bytes:
     """content_part.* or reasoning_summary_part.* of an item; a call has no parts."""
-    where = {"item_id": item_id(reply, block), "output_index": block.index}
-    if block.kind in (TEXT, REFUSAL):
-        return numbered_frame(reply, "response.content_part." + step, **where, content_index=0,
-                              part=message_part(block, text))
-    return numbered_frame(reply, "response.reasoning_summary_part." + step, **where,
-                          summary_index=0, part={"type": "summary_text", "text": text})
+    if block.kind == TOOL:
+        return b""
+    part = "reasoning_summary_part." if block.kind == THINKING else "content_part."
+    return text_frame(reply, block, part + step, part=item_part(block, text))
 
 
 def responses_open(reply: Reply, event: Any) -> bytes:
@@ -7632,28 +7638,15 @@ def responses_open(reply: Reply, event: Any) -> bytes:
         return b""
     frames = numbered_frame(reply, "response.output_item.added", output_index=block.index,
                             item=output_item(reply, block, "in_progress"))
-    return frames + (part_frame(reply, block, "added", "") if block.kind != TOOL else b"")
-
-
-def delta_place(reply: Reply, block: Block) -> Json:
-    place: Json = {"item_id": item_id(reply, block), "output_index": block.index}
-    if block.kind in (TEXT, REFUSAL):
-        return {**place, "content_index": 0}
-    return {**place, "summary_index": 0} if block.kind == THINKING else place
-
-
-def delta_kind(block: Block) -> str:
-    return "response.custom_tool_call_input.delta" if block.raw else DELTA_EVENTS[block.kind]
+    return frames + part_frame(reply, block, "added", "")
 
 
 def responses_delta(reply: Reply, event: Any) -> bytes:
     block = event.block
     if block.type in CALL_ITEMS:
         return b""
-    return numbered_frame(reply, delta_kind(block), **delta_place(reply, block), delta=event.text)
-
-
-DONE_MEMBERS = {TEXT: "text", THINKING: "text", REFUSAL: "refusal"}     # of a .done event
+    kind, _ = TEXT_EVENTS[block.type if block.kind == TOOL else block.kind]
+    return text_frame(reply, block, kind + ".delta", delta=event.text)
 
 
 def responses_close(reply: Reply, event: Any) -> bytes:
@@ -7665,14 +7658,12 @@ def responses_close(reply: Reply, event: Any) -> bytes:
     if block.kind == TOOL and not block.whole:
         return frames
     text = call_text(block)
-    member = DONE_MEMBERS.get(block.kind) or ("input" if block.raw else "arguments")
     if block.type not in CALL_ITEMS:
-        frames = numbered_frame(reply, delta_kind(block).replace(".delta", ".done"),
-                                **delta_place(reply, block), **{member: text})
-    if block.kind != TOOL:
-        frames += part_frame(reply, block, "done", text)
-    return frames + numbered_frame(reply, "response.output_item.done", output_index=block.index,
-                                   item=output_item(reply, block, "completed"))
+        kind, member = TEXT_EVENTS[block.type if block.kind == TOOL else block.kind]
+        frames = text_frame(reply, block, kind + ".done", **{member: text})
+    return (frames + part_frame(reply, block, "done", text)
+            + numbered_frame(reply, "response.output_item.done", output_index=block.index,
+                             item=output_item(reply, block, "completed")))
 
 
 def responses_body(reply: Reply) -> Json:
