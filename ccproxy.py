@@ -3949,8 +3949,7 @@ def read_content(content: Any, path: str, notes: List[str]) -> List[Part]:
     for index, part in enumerate(content):
         here = "%s[%d]" % (path, index)
         if isinstance(part, str):
-            parts += [] if is_blank(part) else [Text(part)]
-            continue
+            part = {"text": part}
         kind = check(part, "an object", here).get("type", "text")
         reader = PART_READERS.get(check(kind, "a string", here + ".type"), read_unusable)
         if kind in PART_FIELDS and (len(part) > 2 or kind == "image_url"):
@@ -3989,12 +3988,10 @@ def read_result_parts(content: Any, path: str, notes: List[str]) -> List[Part]:
         return [Text(content)] if content else []
     if isinstance(content, dict) or content and isinstance(content, list):
         values = content if isinstance(content, list) else [content]
-        are_parts = list(map(is_result_part, values))
-        if not any(are_parts):
+        if not any(map(is_result_part, values)):
             return [Text(ENCODER.encode(content))]
-        if not all(are_parts):
-            content = [value if is_part or isinstance(value, str) else ENCODER.encode(value)
-                       for value, is_part in zip(values, are_parts)]
+        content = [value if isinstance(value, str) or is_result_part(value)
+                   else ENCODER.encode(value) for value in values]
     return read_content(content, path, notes)
 
 
@@ -4123,10 +4120,8 @@ class Members(NamedTuple):
 
 def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) -> List[Members]:
     """The members of an object schema and of all its branches; [] where it lets no object pass.
-
     Of a name that is described twice an object's own description counts, then those of $ref and
-    allOf, then all those of a union.  `steps` counts down what may still be looked at.
-    """
+    allOf, then all those of a union.  `steps` counts down what may still be looked at."""
     if not takes_objects(schema) or depth > MAX_MERGE_DEPTH:
         return []
     own, names = object_in(schema, "properties"), list_in(schema, "required")
@@ -4998,8 +4993,7 @@ NO_RESULT = "(no result: the call was interrupted)"
 
 def order_parts(parts: List[Part]) -> List[Part]:
     """An assistant's parts as the upstream wants them: thinking, then text, then calls."""
-    order = (Thinking, Text, Call)
-    return [part for kind in order for part in parts if isinstance(part, kind)]
+    return [part for kind in (Thinking, Text, Call) for part in parts if isinstance(part, kind)]
 
 
 def merge_assistants(turns: List[Turn]) -> List[Turn]:
@@ -5024,12 +5018,9 @@ def merge_assistants(turns: List[Turn]) -> List[Turn]:
 
 
 def unique_id(wanted: str, taken: Dict[str, int]) -> str:
-    """The id wanted, or with a number behind it where it is empty or taken.
-
-    `taken` counts the uses of each id, so that a thousand equal ones cost linear time.
-    """
-    wanted = wanted or "call"
-    candidate = wanted
+    """The id wanted, or with a number behind it where it is empty or taken.  `taken` counts the
+    uses of each id, so that a thousand equal ones cost linear time."""
+    candidate = wanted = wanted or "call"
     while candidate in taken:
         taken[wanted] += 1
         candidate = "%s_%d" % (wanted, taken[wanted])
@@ -5039,10 +5030,8 @@ def unique_id(wanted: str, taken: Dict[str, int]) -> str:
 
 def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
                  notes: List[str]) -> Tuple[List[Part], List[Result]]:
-    """One result for each call, by its id, and the results that are left over.
-
-    `calls` pairs the client's own id of a call with the call under its unique id.
-    """
+    """One result for each call, by its id, and the results that are left over.  `calls` pairs the
+    client's own id of a call with the call under its unique id."""
     by_id: Dict[str, List[Result]] = {}
     for result in reversed(results):
         by_id.setdefault(result.id, []).append(result)
