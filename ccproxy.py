@@ -3711,6 +3711,12 @@ def get(holder: Json, name: str, expected: str, path: str = "") -> Any:
     return check(value, expected, "%s.%s" % (path, name) if path else name)
 
 
+def unwrap(holder: Json, name: str, path: str) -> Tuple[Json, str]:
+    """(the members of an object, their path): some APIs wrap them in the member `name`."""
+    inner = get(holder, name, "an object", path)
+    return (holder, path) if inner is None else (inner, "%s.%s" % (path, name))
+
+
 def read_cache(holder: Json, path: str) -> Optional[Json]:
     """cache_control as the upstream takes it."""
     if "cache_control" not in holder:
@@ -3770,9 +3776,7 @@ def picture_source(part: Json, path: str) -> Tuple[Any, Optional[str], str]:
         return get(given, "url", "a string", path + ".image_url"), None, path + ".image_url.url"
     if given is not None:
         return check(given, "a string", path + ".image_url"), None, path + ".image_url"
-    source = get(part, "source", "an object", path)
-    where = path if source is None else path + ".source"
-    source = part if source is None else source
+    source, where = unwrap(part, "source", path)
     get(source, "type", "a string", where)
     data = get(source, "data", "a string", where)
     mimes = [get(source, name, "a string", where) for name in ("media_type", "mimeType")]
@@ -3816,8 +3820,7 @@ def document_text(part: Json, source: Json, found: Optional[Attached], path: str
 
 def read_document(part: Json, path: str, notes: List[str]) -> List[Part]:
     """A text document as text, a picture as a picture; Chat wraps its members in `file`."""
-    file = get(part, "file", "an object", path)
-    inner, where = (part, path) if file is None else (file, path + ".file")
+    inner, where = unwrap(part, "file", path)
     title = get(part, "title", "a string", path) or get(inner, "filename", "a string", where) or ""
     cache = read_cache(part, path)
     source = get(part, "source", "an object", path) or {}
@@ -4410,9 +4413,8 @@ DATE = re.compile(r"[0-9]{8}\Z")       # ends the types of Anthropic's tools
 
 def read_function(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     """A function of any API: nested (Chat), flat (Responses, Cursor) or with input_schema."""
-    nested = entry.get("function")
-    tool, where = (nested, path + ".function") if nested is not None else (entry, path)
-    name = get(check(tool, "an object", where), "name", "a string", where)
+    tool, where = unwrap(entry, "function", path)
+    name = get(tool, "name", "a string", where)
     if not name:
         raise wrong(where + ".name", "must be a string that is not empty")
     note_ignored(tool, TOOL_FIELDS, notes, "tools.")
@@ -4430,8 +4432,7 @@ def read_custom(entry: Json, path: str, notes: List[str]) -> List[Tool]:
     words.  Anthropic writes `custom` for an ordinary tool."""
     if "input_schema" in entry:
         return read_function(entry, path, notes)
-    nested = get(entry, "custom", "an object", path)
-    tool, where = (nested, path + ".custom") if nested is not None else (entry, path)
+    tool, where = unwrap(entry, "custom", path)
     name = get(tool, "name", "a string", where)
     if not name:
         raise wrong(where + ".name", "must be a string that is not empty")
@@ -4502,8 +4503,7 @@ def read_choice_of_tool(given: Any, notes: List[str],
 
 def read_allowed_tools(given: Json, notes: List[str], path: str) -> Choice:
     """The choice of some of the tools: nested (Chat) or flat (Responses)."""
-    inner = get(given, "allowed_tools", "an object", path)
-    given, path = (given, path) if inner is None else (inner, path + ".allowed_tools")
+    given, path = unwrap(given, "allowed_tools", path)
     mode = get(given, "mode", "a string", path) or "auto"
     if mode not in ("auto", "required"):
         raise wrong(path + ".mode", "must be auto or required")
