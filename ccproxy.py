@@ -3650,26 +3650,19 @@ OPAQUE = frozenset({    # members that say nothing to another model
     "result", "media_type", "score", "annotations", "input_schema"})
 
 
-def add_hosted_lines(lines: List[str], name: str, value: Any) -> None:
-    """Add the titles, addresses, texts and numbers in a vendor's result, each behind its name."""
+def hosted_lines(name: str, value: Any) -> Iterator[str]:
+    """The titles, addresses, texts and numbers in a vendor's result, each behind its name."""
     if isinstance(value, dict) and value.get("type") != "base64":
         for member, inner in value.items():
             if member not in OPAQUE:
-                add_hosted_lines(lines, member[:MAX_TOOL_NAME], inner)
+                yield from hosted_lines(member[:MAX_TOOL_NAME], inner)
     elif isinstance(value, list):
         for inner in value:
-            add_hosted_lines(lines, name, inner)
+            yield from hosted_lines(name, inner)
     elif isinstance(value, (str, int, float)):
-        lines.append("%s: %s" % (name, value))
-
-
-def hosted_text(part: Json) -> str:
-    """A vendor's call or result as text, "" where nothing in it can be read."""
-    lines: List[str] = []
-    add_hosted_lines(lines, "", part)
-    lines = [line for line in lines if ": data:" not in line[:100]
-             and line.partition(": ")[2].strip() not in ("", "False")]
-    return "\n".join(["[%s]" % part["type"], *lines]) if lines else ""
+        line = "%s: %s" % (name, value)
+        if ": data:" not in line[:100] and line.partition(": ")[2].strip() not in ("", "False"):
+            yield line
 
 
 # === CONTENT PARTS (pure) ===================================================
@@ -3921,11 +3914,11 @@ def read_unusable(part: Json, path: str, notes: List[str]) -> List[Part]:
 
 def read_hosted(part: Json, path: str, notes: List[str]) -> List[Part]:
     """What a vendor's own tool was asked or gave, as text."""
-    text = hosted_text(part)
-    if not text:
+    lines = list(hosted_lines("", part))
+    if not lines:
         return read_unusable(part, path, notes)
     add_note(notes, "replaced", "%s at %s by its text" % (part["type"], path))
-    return [Text(text)]
+    return [Text("\n".join(["[%s]" % part["type"], *lines]))]
 
 
 PART_READERS: Dict[str, Callable[[Json, str, List[str]], List[Part]]] = {
