@@ -5083,25 +5083,9 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
     return settled
 
 
-def settle_assistant(turn: Turn, taken: Dict[str, int],
-                     notes: List[str]) -> Tuple[Turn, List[Tuple[str, Call]]]:
-    """An assistant's turn, and its calls under unique ids beside the client's own."""
-    parts: List[Part] = []
-    calls: List[Tuple[str, Call]] = []
-    for part in turn.parts:
-        if isinstance(part, Call):
-            own_id, unique = part.id, unique_id(part.id, taken)
-            if own_id != unique:
-                part = part._replace(id=unique)
-                if own_id:
-                    add_note(notes, "repaired", "tool call id used twice")
-            calls.append((own_id, part))
-        parts.append(part)
-    return Turn("assistant", parts), calls
-
-
 def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
-    """The whole history, repaired; roles are then user, assistant, system and tool."""
+    """The whole history, repaired; roles are then user, assistant, system and tool.  Calls get
+    unique ids, and stand beside the client's own until their results have come."""
     repaired: List[Turn] = []
     taken: Dict[str, int] = {}
     users: List[Turn] = []
@@ -5110,10 +5094,17 @@ def repair_turns(turns: List[Turn], notes: List[str]) -> List[Turn]:
         if turn.role != "assistant":
             users.append(turn)
             continue
-        repaired += settle_users(users, calls, notes)
-        turn, calls = settle_assistant(turn, taken, notes)
-        repaired.append(turn)
-        users = []
+        repaired += [*settle_users(users, calls, notes), turn]
+        users, calls = [], []
+        for index, part in enumerate(turn.parts):
+            if not isinstance(part, Call):
+                continue
+            own_id, unique = part.id, unique_id(part.id, taken)
+            if own_id != unique:
+                part = turn.parts[index] = part._replace(id=unique)
+            if own_id not in ("", unique):
+                add_note(notes, "repaired", "tool call id used twice")
+            calls.append((own_id, part))
     return repaired + settle_users(users, calls, notes)
 
 
