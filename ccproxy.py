@@ -7526,15 +7526,6 @@ def item_id(reply: Reply, block: Block) -> str:
     return "%s_%s%02d" % (prefix, reply.id.partition("_")[2], block.index)
 
 
-def client_call(block: Block, done: bool) -> Json:
-    """The members of a client tool's own item; a model may repeat the item's nesting."""
-    row = CALL_ITEMS[block.type]
-    given = read_arguments(block.text, "", []) if done else {}
-    inner = given.get(row.member)
-    return {"type": row.kind, row.member: row.make(inner if isinstance(inner, dict) else given),
-            **row.more}
-
-
 def output_item(reply: Reply, block: Block, status: str) -> Json:
     """A block as an output item: empty while in_progress, whole when completed."""
     done = status == "completed"
@@ -7549,7 +7540,10 @@ def output_item(reply: Reply, block: Block, status: str) -> Json:
                 carry_thinking(block.text, block.signature) if done else "")
         return item
     if block.type in CALL_ITEMS:
-        return {**item, **client_call(block, done), "call_id": block.call_id}
+        row, given = CALL_ITEMS[block.type], read_arguments(block.text, "", []) if done else {}
+        inner = given.get(row.member)       # a model may repeat the item's nesting
+        made = row.make(inner if isinstance(inner, dict) else given)
+        return {**item, "type": row.kind, row.member: made, **row.more, "call_id": block.call_id}
     item.update(type="custom_tool_call" if block.raw else "function_call",
                 call_id=block.call_id, name=block.name)
     item["input" if block.raw else "arguments"] = call_text(block) if done else ""
@@ -7654,19 +7648,15 @@ def responses_end(reply: Reply, event: Any) -> bytes:
     return numbered_frame(reply, "response." + body["status"], response=body)
 
 
-def failure_code(error: ProxyError) -> str:
-    """error.code of a failed response: a word of OpenAI's list where one fits."""
-    codes = {"rate_limit": "rate_limit_exceeded", "billing": "insufficient_quota",
-             "too_long": "context_length_exceeded"}
-    permanent = KINDS[error.kind].again == NEVER and error.status < 500 and not error.retryable
-    return codes.get(error.kind, "invalid_prompt" if permanent else "server_error")
-
-
 def responses_fail(reply: Reply, event: Any) -> bytes:
-    """The terminal event of an answer that broke."""
+    """The terminal event of an answer that broke, with a code of OpenAI's list."""
     error = event.error
+    permanent = KINDS[error.kind].again == NEVER and error.status < 500 and not error.retryable
+    code = {"rate_limit": "rate_limit_exceeded", "billing": "insufficient_quota",
+            "too_long": "context_length_exceeded"}.get(
+                error.kind, "invalid_prompt" if permanent else "server_error")
     return numbered_frame(reply, "response.failed", response=response_object(
-        reply, "failed", error={"code": failure_code(error), "message": error.message}))
+        reply, "failed", error={"code": code, "message": error.message}))
 
 
 RESPONSES_FRAMES: Dict[Any, Callable[[Reply, Any], bytes]] = {
