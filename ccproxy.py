@@ -4252,19 +4252,18 @@ COMPUTER_PARAMETERS = {
     "coordinate": "integers x and y in pixels from the top left corner.",
     "start_coordinate": "integers x and y where the drag begins.",
     "text": "string The text to type, or the keys to press or to hold (ctrl+s).",
-    "repeat": "integer How often the key is pressed.", "duration": "number Seconds.",
-    "scroll_direction": "up|down|left|right Where to.",
+    "duration": "number Seconds.", "scroll_direction": "up|down|left|right Where to.",
     "scroll_amount": "integer Clicks of the scroll wheel.",
-    "region": "integers x0, y0, x1 and y1 of the part to show enlarged."}
+    "region": "integers x0, y0, x1 and y1 of the part to show enlarged.",
+    "repeat": "integer How often the key is pressed."}      # in the toolset alone
 CLICK = "coordinate? text?"
-COMPUTER_ACTIONS = {        # the parameters of each, those of 20241022 first
+COMPUTER_ACTIONS = {        # the parameters of each; the first ten are those of 20241022
     "key": "text repeat?", "type": "text", "mouse_move": "coordinate", "left_click": CLICK,
     "left_click_drag": "start_coordinate coordinate text?", "right_click": CLICK,
     "middle_click": CLICK, "double_click": CLICK, "screenshot": "", "cursor_position": "",
     "hold_key": "text duration", "left_mouse_down": "", "left_mouse_up": "", "triple_click": CLICK,
     "scroll": "scroll_direction scroll_amount coordinate? text?", "wait": "duration",
     "zoom": "region"}
-FIRST_ACTIONS, FIRST_PARAMETERS = 10, ("coordinate", "text")        # of 20241022
 SHELL = """commands strings The commands, to run in order.
 timeout_ms? integer Time limit in milliseconds.
 max_output_length? integer Most characters of output to return."""
@@ -4327,11 +4326,11 @@ def editor_tool(entry: Json, date: int) -> Tuple[str, str, str]:
 
 def computer_tool(entry: Json, date: int) -> Tuple[str, str, str]:
     """Anthropic's computer tool; zoom is one of its actions where the client enables it."""
-    actions = list(COMPUTER_ACTIONS)[:-1] + ["zoom"] * bool(entry.get("enable_zoom"))
-    unused = {"repeat"} if actions[-1] == "zoom" else {"repeat", "region"}
-    names = [name for name in COMPUTER_PARAMETERS if name not in unused]
+    actions, names = list(COMPUTER_ACTIONS), list(COMPUTER_PARAMETERS)[:-1]
+    if not entry.get("enable_zoom"):
+        del actions[-1], names[-1]
     if date < 20250124:
-        actions, names = actions[:FIRST_ACTIONS], list(FIRST_PARAMETERS)
+        actions, names = actions[:10], ["coordinate", "text"]
     size = [entry.get("display_width_px"), entry.get("display_height_px")]
     words = " The screen is %s pixels wide and %s pixels high." % (*size,) if all(size) else ""
     return "computer", COMPUTER_WORDS + words, "\n".join(
@@ -4527,11 +4526,10 @@ def read_system(content: Any, path: str, notes: List[str]) -> List[Text]:
         if not isinstance(part, Text):
             add_note(notes, "dropped", "%s in %s" % (type(part).__name__.lower(), path))
             continue
-        text = part.text
-        if text.startswith(BILLING_LINE):
-            text = text.partition("\n")[2]
-        if not is_blank(text):
-            texts.append(part if text is part.text else part._replace(text=text))
+        if part.text.startswith(BILLING_LINE):
+            part = part._replace(text=part.text.partition("\n")[2])
+        if not is_blank(part.text):
+            texts.append(part)
     return texts
 
 
@@ -5022,9 +5020,9 @@ def unique_id(wanted: str, taken: Dict[str, int]) -> str:
 
 
 def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
-                 notes: List[str]) -> Tuple[List[Part], List[Result]]:
-    """One result for each call, by its id, and the results that are left over.  `calls` pairs the
-    client's own id of a call with the call under its unique id."""
+                 notes: List[str]) -> Tuple[List[Part], Set[int]]:
+    """One result for each call, by its id, and the identities of those that are left over.  `calls`
+    pairs the client's own id of a call with the call under its unique id."""
     by_id: Dict[str, List[Result]] = {}
     for result in reversed(results):
         by_id.setdefault(result.id, []).append(result)
@@ -5035,7 +5033,7 @@ def answer_calls(calls: List[Tuple[str, Call]], results: List[Result],
             add_note(notes, "repaired", "call of %s without a result" % call.name)
             found = Result(call.id, NO_RESULT)
         answers.append(found._replace(id=call.id, name=call.name, namespace=call.namespace))
-    return answers, [result for left in by_id.values() for result in left]
+    return answers, {id(result) for left in by_id.values() for result in left}
 
 
 def result_text(result: Result) -> str:
@@ -5062,8 +5060,7 @@ def settle_users(users: List[Turn], calls: List[Tuple[str, Call]],
     """The user and system turns that follow an assistant's: first all results of its calls, then
     the rest."""
     results = [part for turn in users for part in turn.parts if isinstance(part, Result)]
-    answers, left = answer_calls(calls, results, notes)
-    orphans = set(map(id, left))
+    answers, orphans = answer_calls(calls, results, notes)
     shown = show_images(answers)
     if shown:
         answers = [answer._replace(images=()) for answer in answers]    # type: ignore[call-arg]
@@ -5254,8 +5251,7 @@ def calibrated(estimate: float, known: Calibration) -> int:
 
 def learn_count(known: Calibration, estimate: float, true: int) -> Calibration:
     """What is known after one more answer."""
-    error = abs(calibrated(estimate, known) - true) / max(true, 1)
-    error = min(error, 10.0)
+    error = min(abs(calibrated(estimate, known) - true) / max(true, 1), 10.0)
     return Calibration(known.weight * FADING + 1, known.x * FADING + estimate,
                        known.y * FADING + true, known.xx * FADING + estimate * estimate,
                        known.xy * FADING + estimate * true,
@@ -5280,9 +5276,8 @@ def estimate_output(characters: int) -> int:
 # followed here, no steps left) counts as valid and is a doubt: `not` and oneOf
 # make no violation of it.  `pattern` is left out: a hostile one could run for ever.
 
-SCHEMA_TYPES: Dict[str, Any] = {
-    "object": dict, "array": list, "string": str, "boolean": bool, "number": (int, float),
-    "integer": (int, float), "null": type(None)}
+SCHEMA_TYPES: Dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool,
+                                "number": (int, float), "integer": (int, float), "null": type(None)}
 MAX_SCHEMA_STEPS = 20_000       # a schema that refers to itself must end somewhere
 
 
@@ -7299,8 +7294,7 @@ def text_list(given: Any) -> List[str]:
 
 def shell_action(given: Json) -> Json:
     return {"commands": text_list(given.get("commands", given.get("command"))),
-            "timeout_ms": given.get("timeout_ms"),
-            "max_output_length": given.get("max_output_length")}
+            **{name: given.get(name) for name in ("timeout_ms", "max_output_length")}}
 
 
 def exec_action(given: Json) -> Json:
