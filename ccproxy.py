@@ -4107,11 +4107,8 @@ def takes_objects(schema: Any) -> bool:
     return "object" in kind if isinstance(kind, list) else kind in ("object", None)
 
 
-class Members(NamedTuple):
-    """The members of an object: for each name the schemas of which one applies."""
-
-    properties: Dict[str, List[Any]]
-    required: List[str]
+# The members of an object: for each name the schemas of which one applies, and those required.
+Members = Tuple[Dict[str, List[Any]], List[str]]
 
 
 def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) -> List[Members]:
@@ -4124,31 +4121,31 @@ def gather_members(schema: Any, root: Json, steps: List[int], depth: int = 0) ->
     steps[0] -= 1 + len(own) + len(names)
     if steps[0] < 0:
         return []
-    found = Members({name: [value] for name, value in own.items()},
-                    [name for name in names if isinstance(name, str)])
+    properties = {name: [value] for name, value in own.items()}
+    required = [name for name in names if isinstance(name, str)]
     parts = [members for part in (resolve_reference(schema.get("$ref"), root),
                                   *list_in(schema, "allOf"))
              for members in gather_members(part, root, steps, depth + 1)]
     for word in ("anyOf", "oneOf"):
         parts += unite_members([members for branch in list_in(schema, word)
                                 for members in gather_members(branch, root, steps, depth + 1)])
-    for part in parts:
-        found.required.extend(part.required)
-        for name, schemas in part.properties.items():
-            found.properties.setdefault(name, schemas)
-    return [found._replace(required=list(dict.fromkeys(found.required)))]
+    for more, names in parts:
+        required += names
+        for name, schemas in more.items():
+            properties.setdefault(name, schemas)
+    return [(properties, list(dict.fromkeys(required)))]
 
 
 def unite_members(branches: List[Members]) -> List[Members]:
     """A union's members: all properties, and as required what every branch requires."""
     if not branches:
         return []
-    common = set.intersection(*[set(branch.required) for branch in branches])
-    united = Members({}, [name for name in branches[0].required if name in common])
-    for branch in branches:
-        for name, schemas in branch.properties.items():
-            united.properties.setdefault(name, []).extend(schemas)
-    return [united]
+    united: Dict[str, List[Any]] = {}
+    for properties, _ in branches:
+        for name, schemas in properties.items():
+            united.setdefault(name, []).extend(schemas)
+    common = set.intersection(*[set(required) for _, required in branches])
+    return [(united, [name for name in branches[0][1] if name in common])]
 
 
 def unite_schemas(schemas: List[Any]) -> Any:
@@ -4173,16 +4170,16 @@ def keep_branches(schema: Json) -> Json:
 def merge_top(schema: Json, steps: List[int], changes: List[str]) -> Json:
     """A schema whose reference and branches at the top are merged into one object."""
     schema = keep_branches(schema)
-    members = (gather_members(schema, schema, steps) or [Members({}, [])])[0]
+    properties, required = (gather_members(schema, schema, steps) or [({}, [])])[0]
     target = resolve_reference(schema.get("$ref"), schema)
     merged = {**(target if takes_objects(target) else {}), **schema}
     words = ", ".join(filter(schema.__contains__, TOP_WORDS))
     for word in [*TOP_WORDS, "required"]:
         merged.pop(word, None)
     merged["properties"] = {name: unite_schemas(schemas)
-                            for name, schemas in members.properties.items()}
-    if members.required:
-        merged["required"] = members.required
+                            for name, schemas in properties.items()}
+    if required:
+        merged["required"] = required
     changes.append("%s at the top merged into one object" % words)
     if steps[0] < 0:
         changes.append("left out what is beyond %d branches and members" % MAX_MERGE_STEPS)
