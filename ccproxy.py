@@ -5349,7 +5349,7 @@ def check_bounds(value: Any, schema: Json, path: str, work: Schema) -> Iterator[
     """Numbers within their range, strings, lists and objects within their size."""
     for keyword, kind, fits, words in BOUNDS:
         bound = schema.get(keyword)
-        if has_type(bound, "number") and has_type(value, kind) \
+        if bound is not None and has_type(bound, "number") and has_type(value, kind) \
                 and not fits(value if kind == "number" else len(value), bound):
             yield "%s must be %s %s" % (path, words, bound)
 
