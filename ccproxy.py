@@ -16458,7 +16458,7 @@ async def serve_connection(app: App, wire: Wire) -> None:
 NO_HEAD = RequestHead("", "", "", 1, {}, Framing(False, 0), False)     # until one has come
 
 
-def unfinished(app: App) -> Json:
+def cut_short(app: App) -> Json:
     """What is recorded of a request that was given up: who ended it."""
     if app.ending and app.ending.done():
         return {"status": 503, "error": "the proxy stopped first"}
@@ -16482,7 +16482,7 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
         await show_error(app, exchange, error)
     except (asyncio.CancelledError, ConnectionError):
         if exchange.record:
-            exchange.record.update(unfinished(app))
+            exchange.record.update(cut_short(app))
         raise
     finally:
         app.exchanges.discard(exchange)
