@@ -315,90 +315,75 @@ class Failure(NamedTuple):
     """One row: an upstream's failure, and the answer that a client gets for it."""
 
     kind: str
-    upstream: Tuple[int, ...]       # upstream statuses that mean it; () = by the rest, or ours
-    words: str                      # pattern in the upstream's message, any case: see `refines`
     status: int                     # ours
-    anthropic: str                  # error.type of Messages
-    openai: str                     # error.type of Chat Completions
-    code: Optional[str]             # error.code there
-    again: str                      # NEVER sends x-should-retry: false
+    code: Optional[str]             # error.code of Chat Completions
+    again: str = NEVER              # which sends x-should-retry: false
+    anthropic: str = "invalid_request_error"    # error.type of Messages
+    openai: str = "invalid_request_error"       # error.type of Chat Completions
+    upstream: Tuple[int, ...] = ()  # upstream statuses that mean it; () = by the rest, or ours
+    words: str = ""                 # pattern in the upstream's message, any case: see `refines`
     codes: Tuple[str, ...] = ()     # an upstream's code, type or name that means it, lower case
     refines: Tuple[Optional[int], ...] = ()     # statuses in which `words` mean it; None: untold
 
 
 FAILURES = (
     # A code counts whatever the status.  Words never outrank a status: they refine some.
-    Failure("billing", (402,), r"premium_credits_exhausted|credit balance is too low"
-            r"|insufficient[ _](credits?|balance|funds)", 402, "billing_error",
-            "insufficient_quota", "insufficient_quota", NEVER,
+    Failure("billing", 402, "insufficient_quota", NEVER, "billing_error", "insufficient_quota",
+            (402,), r"premium_credits_exhausted|credit balance is too low"
+            r"|insufficient[ _](credits?|balance|funds)",
             ("premium_credits_exhausted", "insufficient_quota", "insufficient_credits",
              "insufficient_balance", "billing_error", "payment_required",
              "billing_hard_limit_reached", "exceeded_current_quota_error"), (400, 403, 429, None)),
-    Failure("plan", (), r"model_not_in_plan|upgrade_required", 403, "permission_error",
-            "permission_error", "model_not_in_plan", NEVER,
+    Failure("plan", 403, "model_not_in_plan", NEVER, "permission_error", "permission_error", (),
+            r"model_not_in_plan|upgrade_required",
             ("model_not_in_plan", "upgrade_required", "usage_not_included"), (400, 403, None)),
     # Bedrock throttles with "Too many tokens, please wait": anomalyco/opencode#39620.
-    Failure("too_long", (), r"prompt is too long|context[ _](length|window)|maximum context"
+    Failure("too_long", 400, "context_length_exceeded",
+            words=r"prompt is too long|context[ _](length|window)|maximum context"
             r"|too many (input )?tokens(?!,? (please wait|per (second|minute|hour|day)))"
-            r"|input is too long|input token count|exceeded model token limit", 400,
-            "invalid_request_error", "invalid_request_error", "context_length_exceeded", NEVER,
-            ("context_length_exceeded",), (400, 413, None)),
-    Failure("model", (), r"model/provider not recognized|unsupported_model|model_not_found"
-            r"|unknown model(?! error)", 404, "not_found_error", "invalid_request_error",
-            "model_not_found", NEVER, ("model_not_found", "unsupported_model"),
-            (400, 403, 404, None)),
-    Failure("usage_window", (), r"usage limit|usage_limit|window limit", 429,
-            "rate_limit_error", "usage_limit_reached", "usage_limit_reached", NEVER,
+            r"|input is too long|input token count|exceeded model token limit",
+            codes=("context_length_exceeded",), refines=(400, 413, None)),
+    Failure("model", 404, "model_not_found", NEVER, "not_found_error",
+            words=r"model/provider not recognized|unsupported_model|model_not_found"
+            r"|unknown model(?! error)", codes=("model_not_found", "unsupported_model"),
+            refines=(400, 403, 404, None)),
+    Failure("usage_window", 429, "usage_limit_reached", NEVER, "rate_limit_error",
+            "usage_limit_reached", (), r"usage limit|usage_limit|window limit",
             ("usage_limit_reached", "usage_limit_exceeded"), (429, None)),
-    Failure("invalid", (400, 405, 406, 411, 415, 417), "", 400, "invalid_request_error",
-            "invalid_request_error", None, NEVER),
-    Failure("authentication", (401,), "", 401, "authentication_error",
-            "authentication_error", "invalid_api_key", NEVER),
-    Failure("permission", (403, 451), "", 403, "permission_error", "permission_error",
-            "permission_denied", NEVER),
-    Failure("not_found", (404, 410), "", 404, "not_found_error", "invalid_request_error",
-            "not_found", NEVER),
-    Failure("timeout", (408, 504), "", 504, "timeout_error", "timeout_error", "timeout", BOTH),
-    Failure("too_large", (413,), "", 413, "request_too_large", "invalid_request_error",
-            "request_too_large", NEVER),
-    Failure("unprocessable", (422,), "", 422, "invalid_request_error", "invalid_request_error",
-            "unprocessable", NEVER),
-    Failure("rate_limit", (429,), "", 429, "rate_limit_error", "rate_limit_exceeded",
-            "rate_limit_exceeded", BOTH),
-    Failure("unavailable", (503,), "", 503, "overloaded_error", "server_error",
-            "service_unavailable", BOTH),
-    Failure("overloaded", (529,), "", 529, "overloaded_error", "server_error", "overloaded",
-            BOTH),
-    Failure("upstream", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
+    Failure("invalid", 400, None, upstream=(400, 405, 406, 411, 415, 417)),
+    Failure("authentication", 401, "invalid_api_key", NEVER, "authentication_error",
+            "authentication_error", (401,)),
+    Failure("permission", 403, "permission_denied", NEVER, "permission_error", "permission_error",
+            (403, 451)),
+    Failure("not_found", 404, "not_found", NEVER, "not_found_error", upstream=(404, 410)),
+    Failure("timeout", 504, "timeout", BOTH, "timeout_error", "timeout_error", (408, 504)),
+    Failure("too_large", 413, "request_too_large", NEVER, "request_too_large", upstream=(413,)),
+    Failure("unprocessable", 422, "unprocessable", upstream=(422,)),
+    Failure("rate_limit", 429, "rate_limit_exceeded", BOTH, "rate_limit_error",
+            "rate_limit_exceeded", (429,)),
+    Failure("unavailable", 503, "service_unavailable", BOTH, "overloaded_error", "server_error",
+            (503,)),
+    Failure("overloaded", 529, "overloaded", BOTH, "overloaded_error", "server_error", (529,)),
+    Failure("upstream", 502, "upstream_error", BOTH, "api_error", "server_error"),
     # From here on: what is not told by an upstream's status or words.
-    Failure("unreachable", (), "", 502, "api_error", "server_error", "upstream_error", BOTH),
-    Failure("upstream_final", (), "", 502, "api_error", "server_error", "upstream_error", NEVER),
-    Failure("empty", (), "", 502, "api_error", "server_error", "empty_response", NEVER),
-    Failure("late", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
-    Failure("unconnected", (), "", 504, "timeout_error", "timeout_error", "timeout", CLIENT),
-    Failure("method", (), "", 405, "invalid_request_error", "invalid_request_error",
-            "method_not_allowed", NEVER),
-    Failure("slow_client", (), "", 408, "timeout_error", "timeout_error", "request_timeout",
-            CLIENT),
-    Failure("length_required", (), "", 411, "invalid_request_error", "invalid_request_error",
-            "length_required", NEVER),
-    Failure("target_too_long", (), "", 414, "invalid_request_error", "invalid_request_error",
-            "uri_too_long", NEVER),
-    Failure("encoding", (), "", 415, "invalid_request_error", "invalid_request_error",
-            "unsupported_encoding", NEVER),
-    Failure("expectation", (), "", 417, "invalid_request_error", "invalid_request_error",
-            "expectation_failed", NEVER),
-    Failure("head_too_large", (), "", 431, "invalid_request_error", "invalid_request_error",
-            "head_too_large", NEVER),
-    Failure("internal", (), "", 500, "api_error", "server_error", "internal_error", CLIENT),
-    Failure("not_implemented", (), "", 501, "invalid_request_error", "invalid_request_error",
-            "not_implemented", NEVER),
-    Failure("busy", (), "", 503, "overloaded_error", "server_error", "busy", CLIENT),
-    Failure("upgrade", (), "", 426, "invalid_request_error", "invalid_request_error",
-            "upgrade_refused", NEVER),
-    Failure("http_version", (), "", 505, "invalid_request_error", "invalid_request_error",
-            "http_version", NEVER),
-    Failure("config", (), "", 500, "api_error", "server_error", "config", NEVER),
+    Failure("unreachable", 502, "upstream_error", BOTH, "api_error", "server_error"),
+    Failure("upstream_final", 502, "upstream_error", NEVER, "api_error", "server_error"),
+    Failure("empty", 502, "empty_response", NEVER, "api_error", "server_error"),
+    Failure("late", 504, "timeout", CLIENT, "timeout_error", "timeout_error"),
+    Failure("unconnected", 504, "timeout", CLIENT, "timeout_error", "timeout_error"),
+    Failure("method", 405, "method_not_allowed"),
+    Failure("slow_client", 408, "request_timeout", CLIENT, "timeout_error", "timeout_error"),
+    Failure("length_required", 411, "length_required"),
+    Failure("target_too_long", 414, "uri_too_long"),
+    Failure("encoding", 415, "unsupported_encoding"),
+    Failure("expectation", 417, "expectation_failed"),
+    Failure("head_too_large", 431, "head_too_large"),
+    Failure("internal", 500, "internal_error", CLIENT, "api_error", "server_error"),
+    Failure("not_implemented", 501, "not_implemented"),
+    Failure("busy", 503, "busy", CLIENT, "overloaded_error", "server_error"),
+    Failure("upgrade", 426, "upgrade_refused"),
+    Failure("http_version", 505, "http_version"),
+    Failure("config", 500, "config", NEVER, "api_error", "server_error"),
 )
 
 
