@@ -3358,8 +3358,12 @@ def join_halves(block: Block, text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def grow(block: Block, text: str) -> Iterator[Event]:
-    """Add text to the open block; a call's is kept here too, for its end is judged by it."""
+def grow(reading: Reading, block: Block, text: str) -> Iterator[Event]:
+    """Add text to a block: to the open one as events, where a call's is kept here too, for its end
+    is judged by it; one that waits keeps it."""
+    if block is not reading.live:
+        block.pieces.append(text)
+        return
     whole = join_halves(block, text)
     if whole:
         if block.kind == TOOL:
@@ -3395,10 +3399,7 @@ def extend(reading: Reading, kind: str, text: str) -> Iterator[Event]:
     if last is None or last.kind != kind:
         last = Block(kind)
         yield from begin_block(reading, last)
-    if last is reading.live:
-        yield from grow(last, text)
-    else:
-        last.pieces.append(text)
+    yield from grow(reading, last, text)
 
 
 def start_call(reading: Reading, call_id: str, name: str, mark: str = "") -> None:
@@ -3429,10 +3430,7 @@ def extend_call(reading: Reading, call_id: str, text: str) -> Iterator[Event]:
     if block is None or block.whole:
         return
     yield from begin_call(reading, block)
-    if block is reading.live:
-        yield from grow(block, text)
-    else:
-        block.pieces.append(text)
+    yield from grow(reading, block, text)
 
 
 def finish_call(reading: Reading, call_id: str, name: str, arguments: str) -> Iterator[Event]:
@@ -3447,9 +3445,9 @@ def finish_call(reading: Reading, call_id: str, name: str, arguments: str) -> It
         return
     shown = block.text
     if not shown.strip():
-        yield from grow(block, arguments)
+        yield from grow(reading, block, arguments)
     elif arguments.startswith(shown):
-        yield from grow(block, arguments[len(shown):])
+        yield from grow(reading, block, arguments[len(shown):])
     elif not same_json(shown, arguments):
         add_note(reading.notes, "tool_input", "streamed pieces of %s differ from its call" % name)
         block.pieces = [arguments]      # the call is the truth, where it is not too late
@@ -3472,7 +3470,7 @@ def promote_waiting(reading: Reading) -> Iterator[Event]:
         held, block.pieces = block.text, []
         reading.live = block
         yield Open(block)
-        yield from grow(block, held)
+        yield from grow(reading, block, held)
         if block.whole or (block.kind != TOOL and reading.waiting):
             yield from close_live(reading)
 
@@ -5893,26 +5891,26 @@ def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
         block.signature = signature
 
 
-def known_call_id(reading: Reading, given: Any) -> str:
-    if isinstance(given, str) and given:
+def tool_name(given: Any) -> str:
+    return given if isinstance(given, str) and given else "unknown"
+
+
+def call_id_of(given: Any, taken: Collection[str], again: bool = False) -> str:
+    """The id given to a call, or one that none has; a taken one only where it may come `again`."""
+    if isinstance(given, str) and given and (again or given not in taken):
         return given
-    number = len(reading.calls)
-    while "call_%d" % number in reading.calls:
+    number = len(taken)
+    while "call_%d" % number in taken:
         number += 1
     return "call_%d" % number
 
 
-def call_name(raw: Json) -> str:
-    name = raw.get("toolName")
-    return name if isinstance(name, str) and name else "unknown"
-
-
 def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
-    name = known_call_id(reading, raw.get("id"))
+    name = call_id_of(raw.get("id"), reading.calls, again=True)
     if raw.get("providerExecuted"):
         reading.ignored.add(name)
     elif name not in reading.ignored:
-        start_call(reading, name, call_name(raw))
+        start_call(reading, name, tool_name(raw.get("toolName")))
     return iter(())
 
 
@@ -5956,9 +5954,9 @@ def call_arguments(raw: Json) -> str:
 
 def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
     """A whole call; those that the upstream runs itself are not the client's."""
-    name = known_call_id(reading, raw.get("toolCallId"))
+    name = call_id_of(raw.get("toolCallId"), reading.calls, again=True)
     if not raw.get("providerExecuted") and name not in reading.ignored:
-        yield from finish_call(reading, name, call_name(raw), call_arguments(raw))
+        yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
 
 
 def read_count(holder: Any, name: str) -> Optional[int]:
@@ -5981,6 +5979,10 @@ def read_usage(given: Any) -> Optional[Usage]:
     return Usage(used or 0, sent or 0, cached, read_count(inputs, "cacheWriteTokens"), reasoned)
 
 
+def ended_badly(how: str) -> ProxyError:
+    return ProxyError("upstream", "The upstream ended its answer %s." % how)
+
+
 def read_finish_step(reading: Reading, raw: Json) -> Iterator[Event]:
     reading.usage = read_usage(raw.get("usage")) or reading.usage
     return iter(())
@@ -5993,8 +5995,7 @@ def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
     if "pause_turn" in words:
         yield from end_answer(reading, PAUSED)
     elif words[0] == "error":
-        yield from fail_answer(reading, ProxyError(
-            "upstream", "The upstream ended its answer with an error."))
+        yield from fail_answer(reading, ended_badly("with an error"))
     else:
         known = [REASON_WORDS[word] for word in words
                  if isinstance(word, str) and word in REASON_WORDS]
@@ -6020,7 +6021,8 @@ def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
     return iter(())
 
 
-READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
+Readers = Dict[str, Callable[[Reading, Json], Iterator[Event]]]
+READERS: Readers = {
     "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
     "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
     "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
@@ -6080,9 +6082,10 @@ def settle_event(reading: Reading) -> Iterator[Json]:
             add_note(reading.notes, *NOT_JSON)
 
 
-def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
+def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading: Reading,
+                    line: bytes) -> Iterator[Event]:
     """The events of one line; what is not a JSON object with a known type has none."""
-    silent = SILENT_LINE.match(line)
+    silent = silent_line.match(line)
     if silent and reading.began:
         return
     for raw in [{}] if silent else read_objects(reading, line):
@@ -6092,7 +6095,7 @@ def read_alpha_line(reading: Reading, line: bytes) -> Iterator[Event]:
         kind = raw.get("type")
         if not isinstance(kind, str) and raw.get("error"):
             kind = "error"              # an envelope sent with status 200
-        reader = READERS.get(kind) if isinstance(kind, str) else None
+        reader = readers.get(kind) if isinstance(kind, str) else None
         if reader is not None and (not reading.over or reader is read_provider_metadata):
             yield from reader(reading, raw)
 
@@ -6237,8 +6240,8 @@ def lane_pattern(kind: bytes, member: bytes) -> bytes:
             + member + rb'":"(?!")(' + LANE_STRING + rb')"\}(?:\r?\n)+')
 
 
-ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP, read_alpha_line,
-                       read_upstream_failure,
+ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP,
+                       partial(read_typed_line, SILENT_LINE, READERS), read_upstream_failure,
                        {TEXT: lane_pattern(b"text-delta", b"text"),
                         THINKING: lane_pattern(b"reasoning-delta", b"text"),
                         TOOL: lane_pattern(b"tool-input-delta", b"delta")})
@@ -6258,7 +6261,6 @@ NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
 NO_ACCESS_ADVICE = (" (ccproxy: `upstream: provider`, or x-ccproxy-upstream, chose the documented "
                     "API. Use a key of a plan with API access, or choose `alpha`; there is no "
                     "falling back from one to the other.)")
-UNKNOWN_TOOL = "unknown"
 
 
 def fit_sampling(prompt: Prompt, refused: Tuple[str, ...]) -> Json:
@@ -6282,12 +6284,6 @@ def body_bytes(body: Json) -> bytes:
 
 def objects_in(given: Any) -> List[Json]:
     return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
-
-
-def begin_answer(reading: Reading) -> Iterator[Event]:
-    if not reading.began:
-        reading.began = True
-        yield Begin()
 
 
 def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
@@ -6328,6 +6324,16 @@ def settle_calls(reading: Reading, word: str) -> Iterator[Event]:
         yield from settle_call(reading, block, None if word == LENGTH else "{}")
 
 
+def settle_answer(reading: Reading) -> Iterator[Event]:
+    """The end, for the reason that was told before it; one that nobody knows is an ordinary one."""
+    if reading.reason in BROKEN_WORDS:
+        yield from fail_answer(reading, ended_badly("with an error"))
+        return
+    word = FINISH_WORDS.get(reading.reason, STOP)
+    yield from settle_calls(reading, word)
+    yield from end_answer(reading, word)
+
+
 def settle_live(reading: Reading) -> Iterator[Event]:
     """Finish the open call, before another block begins, where its arguments are a whole object:
     nothing can follow that.  Looked at once, for then the other block waits."""
@@ -6348,13 +6354,7 @@ def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
 
 def own_call_id(reading: Reading, given: Any) -> str:
     """The id given to a call, or one that no other call of the answer has."""
-    taken = {block.call_id for block in reading.calls.values()}
-    if isinstance(given, str) and given and given not in taken:
-        return given
-    number = len(taken)
-    while "call_%d" % number in taken:
-        number += 1
-    return "call_%d" % number
+    return call_id_of(given, {block.call_id for block in reading.calls.values()})
 
 
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================
@@ -6468,11 +6468,10 @@ def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
     said = object_in(call, "function")
     name, piece = said.get("name"), said.get("arguments")
     mark = call_mark(reading, call, bool(name))
-    name = name if isinstance(name, str) else ""
     if mark not in reading.calls:
-        start_call(reading, own_call_id(reading, call.get("id")), name or UNKNOWN_TOOL, mark)
+        start_call(reading, own_call_id(reading, call.get("id")), tool_name(name), mark)
     block = reading.calls[mark]
-    if name and not block.begun:
+    if name and isinstance(name, str) and not block.begun:
         block.name = name
     if isinstance(piece, dict):
         piece = call_arguments({"input": piece})
@@ -6522,13 +6521,10 @@ def read_chunk(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_openai_done(reading: Reading) -> Iterator[Event]:
     """The end of the stream; without a finish_reason before it, something went wrong there."""
-    if not reading.reason or reading.reason in BROKEN_WORDS:
-        yield from fail_answer(reading, ProxyError("upstream", "The upstream ended its answer "
-                               + ("with an error." if reading.reason else "without a reason.")))
-        return
-    word = FINISH_WORDS.get(reading.reason, STOP)
-    yield from settle_calls(reading, word)
-    yield from end_answer(reading, word)
+    if reading.reason:
+        yield from settle_answer(reading)
+    else:
+        yield from fail_answer(reading, ended_badly("without a reason"))
 
 
 def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
@@ -6538,7 +6534,9 @@ def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
     done = line.startswith(b"data:") and line[5:].strip() == b"[DONE]"
     for raw in settle_event(reading) if done else read_objects(reading, line):
         if not reading.over:
-            yield from begin_answer(reading)
+            if not reading.began:
+                reading.began = True
+                yield Begin()
             yield from (read_stream_error(reading, raw["error"]) if raw.get("error")
                         else read_chunk(reading, raw))
     if done and not reading.over:
@@ -6548,7 +6546,7 @@ def read_openai_line(reading: Reading, line: bytes) -> Iterator[Event]:
 def read_openai_end(reading: Reading) -> Iterator[Event]:
     """The end of the body: that of the answer too, where all but [DONE] was told."""
     if reading.reason and reading.usage is not None and not reading.over:
-        yield from read_openai_done(reading)
+        yield from settle_answer(reading)
 
 
 # A chunk that is one delta and nothing else, whatever scalars of no consequence stand around it.
@@ -6775,9 +6773,8 @@ def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
     block, mark = object_in(raw, "content_block"), block_mark(raw)
     kind = block.get("type")
     if kind == "tool_use":
-        name, given = block.get("name"), block.get("input")
-        start_call(reading, own_call_id(reading, block.get("id")),
-                   name if isinstance(name, str) and name else UNKNOWN_TOOL, mark)
+        given, call_id = block.get("input"), own_call_id(reading, block.get("id"))
+        start_call(reading, call_id, tool_name(block.get("name")), mark)
         if isinstance(given, dict) and given:       # counts where no deltas follow
             reading.calls[mark].pieces = [call_arguments({"input": given})]
     elif kind in ("text", "thinking"):
@@ -6828,39 +6825,18 @@ def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 def read_message_stop(reading: Reading, raw: Json) -> Iterator[Event]:
-    """The end; a reason nobody knows is an ordinary one."""
-    if reading.reason in BROKEN_WORDS:
-        yield from fail_answer(reading, ProxyError(
-            "upstream", "The upstream ended its answer with an error."))
-        return
-    word = FINISH_WORDS.get(reading.reason, STOP)
-    yield from settle_calls(reading, word)
-    yield from end_answer(reading, word)
+    yield from settle_answer(reading)
 
 
 def read_error_event(reading: Reading, raw: Json) -> Iterator[Event]:
     yield from read_stream_error(reading, raw.get("error") or {"message": "an unnamed error"})
 
 
-ANTHROPIC_READERS: Dict[str, Callable[[Reading, Json], Iterator[Event]]] = {
+ANTHROPIC_READERS: Readers = {
     "message_start": read_message_start, "content_block_start": read_block_start,
     "content_block_delta": read_block_delta, "content_block_stop": read_block_stop,
     "message_delta": read_message_delta, "message_stop": read_message_stop,
     "error": read_error_event}
-
-
-def read_anthropic_line(reading: Reading, line: bytes) -> Iterator[Event]:
-    """The events of one line of the stream."""
-    for raw in [{}] if SILENT_EVENT.match(line) else read_objects(reading, line):
-        if reading.over:
-            return
-        yield from begin_answer(reading)
-        kind = raw.get("type")
-        if not isinstance(kind, str) and raw.get("error"):
-            kind = "error"              # OpenAI's shape, from a gateway in between
-        reader = ANTHROPIC_READERS.get(kind) if isinstance(kind, str) else None
-        if reader is not None:
-            yield from reader(reading, raw)
 
 
 def anthropic_lane(kind: bytes, member: bytes) -> bytes:
@@ -6872,10 +6848,11 @@ def anthropic_lane(kind: bytes, member: bytes) -> bytes:
 
 
 ANTHROPIC = UpstreamFormat(
-    "anthropic", "/provider/v1/messages", build_anthropic, NOTHING_SKIPPED, read_anthropic_line,
-    read_provider_failure, {TEXT: anthropic_lane(b"text_delta", b"text"),
-                            THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
-                            TOOL: anthropic_lane(b"input_json_delta", b"partial_json")},
+    "anthropic", "/provider/v1/messages", build_anthropic, NOTHING_SKIPPED,
+    partial(read_typed_line, SILENT_EVENT, ANTHROPIC_READERS), read_provider_failure,
+    {TEXT: anthropic_lane(b"text_delta", b"text"),
+     THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
+     TOOL: anthropic_lane(b"input_json_delta", b"partial_json")},
     (("anthropic-version", "2023-06-01"),))
 
 
