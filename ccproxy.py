@@ -1646,14 +1646,17 @@ def clean_text(text: str) -> str:
     return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
 
 
-def clean_value(value: Any) -> Any:
-    if isinstance(value, str):
-        return clean_text(value)
+def change_json(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A JSON value in which `change` was made of each name and of each value without members."""
     if isinstance(value, list):
-        return [clean_value(item) for item in value]
+        return [change_json(item, change) for item in value]
     if isinstance(value, dict):
-        return {clean_text(name): clean_value(item) for name, item in value.items()}
-    return value
+        return {change(name): change_json(item, change) for name, item in value.items()}
+    return change(value)
+
+
+def clean_value(value: Any) -> Any:
+    return change_json(value, lambda one: clean_text(one) if isinstance(one, str) else one)
 
 
 def is_too_deep(value: Any) -> bool:
@@ -1669,13 +1672,8 @@ def is_too_deep(value: Any) -> bool:
 
 def finite_value(value: Any) -> Any:
     """A value whose infinite numbers are null: JSON has no word for them."""
-    if isinstance(value, float) and value - value != 0:
-        return None
-    if isinstance(value, list):
-        return [finite_value(item) for item in value]
-    if isinstance(value, dict):
-        return {name: finite_value(item) for name, item in value.items()}
-    return value
+    return change_json(value, lambda one: None if isinstance(one, float)
+                       and one - one != 0 else one)
 
 
 def escape_lone(found: Any) -> str:
