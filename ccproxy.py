@@ -1155,12 +1155,11 @@ def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
     given = [value for name, value in pairs if name == "transfer-encoding"]
     if not given:
         return False
-    codings = [coding.strip(" \t") for coding in ",".join(given).split(",")]
-    if len(codings) == 1 and codings[0].lower() == "chunked":
+    codings = [coding.strip(" \t").lower() for coding in ",".join(given).split(",")]
+    if codings == ["chunked"]:
         return True
-    plain = all(re.fullmatch("[A-Za-z0-9._-]+", coding) for coding in codings)
-    lower = [coding.lower() for coding in codings]
-    if plain and "chunked" not in lower[:-1] and fault is client_fault:
+    plain = all(re.fullmatch("[a-z0-9._-]+", coding) for coding in codings)
+    if plain and "chunked" not in codings[:-1] and fault is client_fault:
         raise ProxyError("not_implemented", "Transfer-Encoding: only `chunked` is understood.")
     raise fault("Transfer-Encoding must be exactly `chunked`")
 
@@ -1297,9 +1296,6 @@ class ChunkedBody:
         self.spent += end + 4
         return data[end + 2:-2]
 
-    def most_framing(self) -> int:
-        return CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES
-
     def read_chunk(self, data: bytes, at: int, pieces: List[bytes]) -> int:
         """Read a size line, and the whole chunk where all of it is here."""
         found = CHUNK_LINE.match(data, at)
@@ -1313,7 +1309,8 @@ class ChunkedBody:
         self.spent += start - at + 2
         if start - at > MAX_CHUNK_LINE_BYTES:
             raise self.fault("a chunk size line longer than %d bytes" % MAX_CHUNK_LINE_BYTES)
-        if self.spent > CHUNK_OVERHEAD_BYTES and self.spent > self.most_framing():
+        if self.spent > CHUNK_OVERHEAD_BYTES and \
+                self.spent > CHUNK_OVERHEAD_FACTOR * self.carried + CHUNK_OVERHEAD_BYTES:
             raise self.fault("chunks with more framing than content")
         if size and data[stop:stop + 2] == b"\r\n":
             pieces.append(data[start:stop])
@@ -1335,13 +1332,12 @@ class ChunkedBody:
             at += len(piece)
             if self.left:
                 return at
-        if len(data) - at < 2:
-            self.tail = data[at:]
-            if self.tail and self.tail != b"\r":
-                raise self.fault("a chunk must end with CR LF")
-            return len(data)
-        if data[at:at + 2] != b"\r\n":
+        end = data[at:at + 2]
+        if not b"\r\n".startswith(end):
             raise self.fault("a chunk must end with CR LF")
+        if len(end) < 2:
+            self.tail = end
+            return len(data)
         self.left = -2
         return at + 2
 
