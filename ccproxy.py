@@ -1422,28 +1422,19 @@ class InflatedBody:
     """A framed body whose content is gzip (of any number of members) or deflate; the API of
     ChunkedBody.  One `feed` gives at most `most` bytes: more is a 413, or the upstream's fault."""
 
-    __slots__ = ("framed", "inflater", "fault", "most", "members")
+    __slots__ = ("framed", "inflater", "fault", "most", "members", "done", "rest", "broken")
 
     def __init__(self, framed: Union[ChunkedBody, PlainBody], fault: Fault,
                  most: Optional[int] = None) -> None:
         self.framed, self.fault, self.most = framed, fault, most or MAX_INFLATED_BYTES
         self.inflater = zlib.decompressobj(47)      # gzip or zlib, told apart by its head
         self.members = 1
-
-    @property
-    def done(self) -> bool:
-        return self.framed.done
-
-    @property
-    def rest(self) -> bytes:
-        return self.framed.rest
-
-    @property
-    def broken(self) -> Optional[ProxyError]:
-        return self.framed.broken
+        self.done, self.rest, self.broken = framed.done, framed.rest, framed.broken
 
     def feed(self, data: bytes) -> bytes:
-        data, content = self.framed.feed(data), b""
+        framed, content = self.framed, b""
+        data = framed.feed(data)
+        self.done, self.rest, self.broken = framed.done, framed.rest, framed.broken
         while data:
             if self.inflater.eof:       # a further gzip member (RFC 1952 2.2)
                 self.inflater = zlib.decompressobj(47)
@@ -1458,12 +1449,13 @@ class InflatedBody:
                 raise too_large(self.most) if self.fault is client_fault else \
                     self.fault("compressed content that grows beyond all bounds")
             data = self.inflater.unused_data
-        if self.framed.done and not self.inflater.eof:
+        if self.done and not self.inflater.eof:
             raise self.fault("compressed content that is cut off")
         return content
 
     def eof(self) -> None:
         self.framed.eof()
+        self.done = True
 
 
 Body = Union[ChunkedBody, PlainBody, InflatedBody]
@@ -1471,12 +1463,12 @@ PLAIN_CODINGS = ("", "identity")
 CODINGS = (*PLAIN_CODINGS, "gzip", "x-gzip", "deflate")
 
 
-def open_body(framing: Framing, coding: str, fault: Fault) -> Body:
+def open_body(framing: Framing, coding: str, fault: Fault, most: Optional[int] = None) -> Body:
     """The reader for a body with this framing and Content-Encoding."""
     if coding not in CODINGS:
         raise fault("Content-Encoding %s, which was not asked for" % printable(coding, 40))
     framed = ChunkedBody(fault) if framing.chunked else PlainBody(framing.length, fault)
-    return framed if coding in PLAIN_CODINGS else InflatedBody(framed, fault)
+    return framed if coding in PLAIN_CODINGS else InflatedBody(framed, fault, most)
 
 
 def inflate(data: bytes, coding: str, most: int) -> bytes:
@@ -1487,8 +1479,7 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
     if coding not in CODINGS:
         raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip, "
                          "deflate or zstd.", param="content-encoding")
-    plain = PlainBody(len(data), client_fault)
-    return data if coding in PLAIN_CODINGS else InflatedBody(plain, client_fault, most).feed(data)
+    return open_body(Framing(False, len(data)), coding, client_fault, most).feed(data)
 
 
 # === STREAM FRAMING (pure) ==================================================
