@@ -179,6 +179,7 @@ from array import array
 from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import groupby
 from math import ceil, log
 from operator import ge, gt, le, lt
 from sys import intern
@@ -3182,17 +3183,8 @@ class Block:
     @property
     def text(self) -> str:
         """All pieces as one string; neighbouring escaped ones are decoded together."""
-        out: List[str] = []
-        raw: List[bytes] = []
-        for piece in self.pieces + [""]:
-            if isinstance(piece, bytes):
-                raw.append(piece)
-                continue
-            if raw:
-                out.append(json.loads(b'"%b"' % b"".join(raw)))
-                raw = []
-            out.append(piece)
-        return "".join(out)
+        return "".join([json.loads(b'"%b"' % b"".join(run)) if kind is bytes else "".join(run)
+                        for kind, run in groupby(self.pieces, type)])
 
 
 def call_text(block: Block) -> str:
