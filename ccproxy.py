@@ -3198,27 +3198,12 @@ def call_text(block: Block) -> str:
     return clean_text(given) if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
-class Begin(NamedTuple):
-    """The answer begins."""
-
-
-class Open(NamedTuple):
-    """A block begins."""
-
-    block: Block
-
-
-class Delta(NamedTuple):
-    """A block grows."""
-
-    block: Block
-    text: str
-
-
-class Close(NamedTuple):
-    """A block is complete (unless it is `broken`; a call that is not `whole` was cut off)."""
-
-    block: Block
+# At its Close a block is complete, unless it is `broken`; a call that is not `whole` was cut off.
+Begin = NamedTuple("Begin", [])
+Open = NamedTuple("Open", [("block", Block)])
+Delta = NamedTuple("Delta", [("block", Block), ("text", str)])
+Close = NamedTuple("Close", [("block", Block)])
+Fail = NamedTuple("Fail", [("error", ProxyError)])      # it will never be complete
 
 
 class End(NamedTuple):
@@ -3226,12 +3211,6 @@ class End(NamedTuple):
 
     reason: str
     sequence: Optional[str] = None
-
-
-class Fail(NamedTuple):
-    """The answer will never be complete."""
-
-    error: ProxyError
 
 
 Event = Union[Begin, Open, Delta, Close, End, Fail]
