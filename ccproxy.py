@@ -5915,9 +5915,9 @@ def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
 
 
-def read_count(holder: Any, name: str) -> Optional[int]:
+def read_count(holder: Any, name: str, otherwise: Optional[int] = None) -> Optional[int]:
     value = holder.get(name) if isinstance(holder, dict) else None
-    return value if type(value) is int and value >= 0 else None     # True is no count
+    return value if type(value) is int and value >= 0 else otherwise    # True is no count
 
 
 def read_usage(given: Any) -> Optional[Usage]:
@@ -5926,12 +5926,8 @@ def read_usage(given: Any) -> Optional[Usage]:
     if used is None and sent is None:
         return None
     inputs, outputs = given.get("inputTokenDetails"), given.get("outputTokenDetails")
-    cached = read_count(inputs, "cacheReadTokens")
-    reasoned = read_count(outputs, "reasoningTokens")
-    if cached is None:
-        cached = read_count(given, "cachedInputTokens")
-    if reasoned is None:
-        reasoned = read_count(given, "reasoningTokens")
+    cached = read_count(inputs, "cacheReadTokens", read_count(given, "cachedInputTokens"))
+    reasoned = read_count(outputs, "reasoningTokens", read_count(given, "reasoningTokens"))
     return Usage(used or 0, sent or 0, cached, read_count(inputs, "cacheWriteTokens"), reasoned)
 
 
@@ -5969,9 +5965,7 @@ def read_abort(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
     """What the answer cost, which comes after its end."""
-    metadata = raw.get("providerMetadata")
-    gateway = metadata.get("gateway") if isinstance(metadata, dict) else None
-    cost = gateway.get("cost") if isinstance(gateway, dict) else None
+    cost = object_in(object_in(raw, "providerMetadata"), "gateway").get("cost")
     if isinstance(cost, str) and re.fullmatch(r"[0-9.eE+-]{1,32}", cost):
         reading.cost = cost
     return iter(())
@@ -6443,9 +6437,7 @@ def openai_usage(given: Any) -> Optional[Usage]:
     if used is None and sent is None:
         return None
     inputs = given.get("prompt_tokens_details")
-    cached = read_count(inputs, "cached_tokens")
-    if cached is None:
-        cached = read_count(given, "prompt_cache_hit_tokens")
+    cached = read_count(inputs, "cached_tokens", read_count(given, "prompt_cache_hit_tokens"))
     return Usage(used or 0, sent or 0, cached, read_count(inputs, "cache_write_tokens"),
                  read_count(given.get("completion_tokens_details"), "reasoning_tokens"))
 
