@@ -6130,19 +6130,13 @@ def fold_system_turns(turns: List[Turn]) -> List[Turn]:
     if "system" not in [turn.role for turn in turns]:
         return turns            # nearly always
     folded: List[Turn] = []
-    waiting: List[Part] = []
-    for turn in turns:
+    for turn in reversed(turns):
         if turn.role == "system":
-            waiting += [part._replace(text=REMINDER % part.text) for part in turn.parts
-                        if isinstance(part, Text)]
-            continue
-        if waiting and turn.role == "user":
-            turn = Turn("user", waiting + turn.parts)
-        elif waiting:
-            folded.append(Turn("user", waiting))
-        waiting = []
+            behind = folded.pop().parts if folded and folded[-1].role == "user" else []
+            turn = Turn("user", [part._replace(text=REMINDER % part.text) for part in turn.parts
+                                 if isinstance(part, Text)] + behind)
         folded.append(turn)
-    return folded + ([Turn("user", waiting)] if waiting else [])
+    return folded[::-1]
 
 
 def alpha_messages(turns: List[Turn]) -> List[Json]:
