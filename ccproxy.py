@@ -7646,8 +7646,7 @@ class Answer:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
         self.filters = choose_filters(prompt, face.types)
-        self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters)) \
-            if self.filters else NEVER_COPIED
+        self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters))
         self.asked = without_body(prompt) if self.filters else None     # to make them anew
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes, one_call=not prompt.parallel)
@@ -7669,7 +7668,10 @@ class Answer:
             return b""
         self.lines_read += 1
         if not self.stream or self.face.keeps:
-            self.count_kept(len(lines))
+            self.kept += len(lines)
+            if self.kept > MAX_KEPT_BYTES:
+                raise ProxyError("upstream_final", "The upstream's answer is longer than %d bytes."
+                                 % MAX_KEPT_BYTES)
         clean = lines.isascii() or is_copyable(lines)
         frames: List[bytes] = []
         at, end = 0, len(lines)
@@ -7684,13 +7686,6 @@ class Answer:
             at = stop + 1
         return frames[0] if len(frames) == 1 else b"".join(frames)
 
-    def count_kept(self, size: int) -> None:
-        """Bound what one answer may take in memory."""
-        self.kept += size
-        if self.kept > MAX_KEPT_BYTES:
-            raise ProxyError("upstream_final", "The upstream's answer is longer than %d bytes."
-                             % MAX_KEPT_BYTES)
-
     def eof(self) -> bytes:
         """Frames for the end of the upstream's body; without a `finish` that is a failure."""
         frames: List[bytes] = []
@@ -7698,22 +7693,16 @@ class Answer:
             self.read_line(line, frames)
         for event in self.upstream.read_end(self.reading):
             self.pass_on(event, frames)
-        if not self.over:
-            problem = ("The upstream's answer stopped before its end." if self.reading.began
-                       else "The upstream's answer was empty.")
-            self.fail(ProxyError("upstream", problem), frames)
-        return b"".join(frames)
+        return b"".join(frames) + self.stop(ProxyError(
+            "upstream", "The upstream's answer stopped before its end." if self.reading.began
+            else "The upstream's answer was empty."))
 
     def stop(self, error: ProxyError) -> bytes:
-        """Frames for a failure of the connection, if the answer was not over."""
+        """Frames for a failure, as of the connection, if the answer was not over."""
         frames: List[bytes] = []
-        if not self.over:
-            self.fail(error, frames)
-        return b"".join(frames)
-
-    def fail(self, error: ProxyError, frames: List[bytes]) -> None:
-        for event in fail_answer(self.reading, error):
+        for event in () if self.over else fail_answer(self.reading, error):
             self.pass_on(event, frames)
+        return b"".join(frames)
 
     def restart(self) -> None:
         """Make ready for a repeated call.  In a stream, thinking that was shown stays open and the
