@@ -1515,20 +1515,16 @@ class LineBuffer:
         if data[-1:] == b"\n" and not self.pieces and not self.skipping:
             return data             # nearly always
         if self.skipping:
-            end = data.find(b"\n") + 1
-            if not end:
-                return b""
-            data, self.skipping = data[end:], False
-        end = data.rfind(b"\n") + 1
-        if not end:
+            _, newline, data = data.partition(b"\n")
+            self.skipping = not newline
+        whole, end = b"", data.rfind(b"\n") + 1
+        if end:
+            if self.size + data.find(b"\n") > MAX_LINE_BYTES:
+                raise upstream_fault("a line longer than %d bytes" % MAX_LINE_BYTES)
+            whole = b"".join(self.pieces + [data[:end]])
+            self.pieces, self.size, data = [], 0, data[end:]
+        if data:
             self.hold(data)
-            return b""
-        if self.size + data.find(b"\n") > MAX_LINE_BYTES:
-            raise upstream_fault("a line longer than %d bytes" % MAX_LINE_BYTES)
-        whole = b"".join(self.pieces + [data[:end]])
-        self.pieces, self.size = [], 0
-        if end < len(data):
-            self.hold(data[end:])
         return whole
 
     def unify(self, data: bytes) -> bytes:
@@ -1545,9 +1541,8 @@ class LineBuffer:
         self.size += len(data)
         if self.size > MAX_LINE_BYTES:
             raise upstream_fault("a line longer than %d bytes" % MAX_LINE_BYTES)
-        if self.pieces[0] is data or self.size - len(data) < len(self.skip):
-            if b"".join(self.pieces).startswith(self.skip):
-                self.pieces, self.size, self.skipping = [], 0, True
+        if self.size - len(data) < len(self.skip) and b"".join(self.pieces).startswith(self.skip):
+            self.pieces, self.size, self.skipping = [], 0, True
 
     def flush(self) -> bytes:
         """What stands behind the last newline: at the end of a stream, a line too."""
