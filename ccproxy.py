@@ -160,7 +160,6 @@ from __future__ import annotations      # Python 3.9 or newer is needed
 import asyncio
 import base64
 import bisect
-import copy
 import errno
 import gc
 import hashlib
@@ -5671,13 +5670,6 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     return filters
 
 
-def without_body(prompt: Prompt) -> Prompt:
-    """A prompt for as long as its answer streams: without what takes memory."""
-    light = copy.copy(prompt)
-    light.turns, light.system, light.tools, light.echo = [], [], [], {}
-    return light
-
-
 # === UPSTREAM ERRORS (pure) =================================================
 # What an upstream says when it fails, in a status with a body or inside its
 # stream, made a ProxyError: its own message, code and trace id are kept, keys
@@ -7642,7 +7634,9 @@ class Answer:
         self.stream, self.allow_empty = prompt.stream, allow_empty
         self.filters = choose_filters(prompt, face.types)
         self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters))
-        self.asked = without_body(prompt) if self.filters else None     # to make them anew
+        # To make the filters anew, without what takes memory as long as the answer streams.
+        self.asked = replace(prompt, turns=[], system=[], tools=[], echo={}) \
+            if self.filters else None
         self.lines = LineBuffer(upstream.skip)
         self.reading = Reading(notes=reply.notes, one_call=not prompt.parallel)
         self.lane: Optional[Lane] = None
