@@ -7767,13 +7767,12 @@ class Answer:
         self.reply.cost = self.reading.cost
         self.lane = self.find_lane()
 
-    def filtered(self, event: Event, place: int = 0) -> Iterator[Event]:
-        """What the filters from `place` on make of an event."""
-        if place == len(self.filters):
-            yield event
-            return
-        for changed in self.filters[place].run(event):
-            yield from self.filtered(changed, place + 1)
+    def filtered(self, event: Event) -> List[Event]:
+        """What the filters make of an event, one after another."""
+        events = [event]
+        for one in self.filters:
+            events = [changed for given in events for changed in one.run(given)]
+        return events
 
     def pass_on(self, event: Event, frames: List[bytes]) -> None:
         """Show what the filters make of an event, as long as the answer is not over."""
