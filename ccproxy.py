@@ -5490,6 +5490,7 @@ class RawInput:
         self.held = ""
         self.kept: Optional[List[str]] = None       # what is not looked at any more
         self.inside = False
+        self.told: List[str] = []
 
     def feed(self, piece: str) -> str:
         """The free text that is complete so far."""
@@ -5507,7 +5508,8 @@ class RawInput:
         if unfinished is None:
             self.kept = []
         self.held = self.held[len(text):]
-        return clean_text(json.loads('"%s"' % text, strict=False)) if text else ""
+        self.told.append(clean_text(json.loads('"%s"' % text, strict=False)) if text else "")
+        return self.told[-1]
 
     def rest(self) -> str:
         """The free text in what was kept, in its best reading."""
@@ -5515,32 +5517,13 @@ class RawInput:
         kept = kept.removesuffix("}").rstrip().removesuffix('"')
         return clean_text(LOOSE_DECODER.decode('"%s"' % ESCAPE_OR_QUOTE.sub(escape_lone, kept)))
 
-
-def unwrap_raw() -> Callable[[Event], List[Event]]:
-    """The arguments of a raw tool as the free text that they hold.
-
-    Arguments of another form than {"input": "..."} are told at the block's end, as its body is.
-    """
-    reader, told = RawInput(), [""]
-
-    def run(event: Event) -> List[Event]:
-        nonlocal reader, told
-        block = getattr(event, "block", None)
-        if block is None or not block.raw:
-            return [event]
-        if isinstance(event, Open):
-            reader, told = RawInput(), [""]
-            return [event]
-        closing, text = isinstance(event, Close), ""
-        if not closing:
-            text = reader.feed(event.text)      # type: ignore[union-attr]
-            told.append(text)
-        elif block.whole:
-            whole, before = call_text(block), "".join(told)
-            text = whole[len(before):] if whole.startswith(before) else reader.rest()
-        grown: List[Event] = [Delta(block, text)] if text else []
-        return grown + ([event] if closing else [])
-    return run
+    def close(self, block: Block) -> str:
+        """What of the free text was not told yet: arguments of another form than {"input": "..."}
+        are told at the block's end, as its body is."""
+        if not block.whole:
+            return ""
+        whole, told = call_text(block), "".join(self.told)
+        return whole[len(told):] if whole.startswith(told) else self.rest()
 
 
 def first_stop(text: str, fresh: int, stops: List[str]) -> Optional[Tuple[int, str]]:
@@ -5606,52 +5589,60 @@ def closing_size(text: str) -> int:
     return len(found) if re.fullmatch(r"\s*`{0,3}\s*", found) else 0
 
 
-def strip_fence() -> Callable[[Event], List[Event]]:
-    """Take a code fence off a JSON answer: models add one whatever they are told."""
-    state, held, size = "start", "", 0
-    begun: List[str] = []       # the text as long as it may begin with a fence; `size` characters
+class Fence:
+    """Takes a code fence off the text of a JSON answer: models add one whatever they are told."""
 
-    def open_text(text: str) -> str:
-        """What can be let go of at the start.  Of what begun holds, `held` is the little that the
-        decision needs, so that a piece costs no more than its own length."""
-        nonlocal state, held, size
-        begun.append(text)
-        size += len(text)
-        text = held + text
-        opening, maybe = FENCE_START.match(text), FENCE_MAYBE.fullmatch(text)
-        if maybe and size <= MAX_FENCE_CHARS:
-            held = "".join(maybe.groups(""))
-            return ""
-        state, held, size = "fenced" if opening else "plain", "", 0
-        text = text[opening.end():] if opening else "".join(begun)
-        begun.clear()
-        return text
+    def __init__(self) -> None:
+        self.state = "start"
+        self.held = ""
+        self.begun: List[str] = []      # the text as long as it may begin with a fence,
+        self.size = 0                   # and its characters
 
-    def grow_text(text: str) -> str:
-        """What can be let go of, with some more text."""
-        nonlocal held
-        text = open_text(text) if state == "start" else held + text
-        ready = len(text) - (closing_size(text) if state == "fenced" else 0)
-        if state != "start":
-            held = text[ready:]
-        return text[:ready]
+    def feed(self, text: str) -> str:
+        """What can be let go of.  Of what `begun` holds, `held` is the little that the decision
+        needs, so that a piece costs no more than its own length."""
+        whole = self.held + text
+        if self.state == "start":
+            self.begun.append(text)
+            self.size += len(text)
+            opening, maybe = FENCE_START.match(whole), FENCE_MAYBE.fullmatch(whole)
+            if maybe and self.size <= MAX_FENCE_CHARS:
+                self.held = "".join(maybe.groups(""))
+                return ""
+            self.state = "fenced" if opening else "plain"
+            whole = whole[opening.end():] if opening else "".join(self.begun)
+        ready = len(whole) - (closing_size(whole) if self.state == "fenced" else 0)
+        self.held = whole[ready:]
+        return whole[:ready]
 
-    def close_text() -> str:
-        nonlocal state, held, size
-        rest = "".join(begun) if state == "start" else held
-        rest = "" if state == "fenced" and FENCE_END.fullmatch(held) else rest
-        state, held, size = "start", "", 0
-        begun.clear()
-        return rest
+    def close(self, block: Block) -> str:
+        """What was held back, unless it is the closing fence."""
+        if self.state == "start":
+            return "".join(self.begun)
+        return "" if self.state == "fenced" and FENCE_END.fullmatch(self.held) else self.held
+
+
+def read_blocks(wanted: Callable[[Block], bool], make_reader: Callable[[], Union[RawInput, Fence]]
+                ) -> Callable[[Event], List[Event]]:
+    """Show what a reader makes of the text of such blocks; each block has a reader of its own."""
+    reader = make_reader()
 
     def run(event: Event) -> List[Event]:
+        nonlocal reader
         block = getattr(event, "block", None)
-        if block is None or block.kind != TEXT or isinstance(event, Open) or block.broken:
+        if block is None or block.broken or not wanted(block):
             return [event]
-        text = grow_text(event.text) if isinstance(event, Delta) else close_text()
+        if isinstance(event, Open):
+            reader = make_reader()
+            return [event]
+        text = reader.feed(event.text) if isinstance(event, Delta) else reader.close(block)
         grown: List[Event] = [Delta(block, text)] if text else []
-        return grown + ([event] if isinstance(event, Close) else [])
+        return grown + [event] if isinstance(event, Close) else grown
     return run
+
+
+def strip_fence() -> Callable[[Event], List[Event]]:
+    return read_blocks(lambda block: block.kind == TEXT, Fence)
 
 
 def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[Filter]:
@@ -5662,7 +5653,7 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     if prompt.names:
         filters.append(Filter(frozenset(), restore_names(prompt.names, types)))
     if CUSTOM in types and any(own.type == CUSTOM for own in prompt.names.values()):
-        filters.append(Filter(frozenset(), unwrap_raw()))
+        filters.append(Filter(frozenset(), read_blocks(lambda block: block.raw, RawInput)))
     if prompt.json_format is not None:
         filters.append(Filter(frozenset([TEXT]), strip_fence()))
     if prompt.stops:
