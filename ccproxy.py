@@ -6239,20 +6239,16 @@ def settle_call(reading: Reading, block: Block, nothing: Optional[str]) -> Itera
         yield from finish_call(reading, block.mark, block.name, arguments)
 
 
-def settle_calls(reading: Reading, word: str) -> Iterator[Event]:
-    """Finish what calls are complete, at the answer's end; one without any arguments takes none,
-    unless the answer was cut.  What is left is half a call, which nobody must run."""
-    for block in list(reading.calls.values()):
-        yield from settle_call(reading, block, None if word == LENGTH else "{}")
-
-
 def settle_answer(reading: Reading) -> Iterator[Event]:
     """The end, for the reason that was told before it; one that nobody knows is an ordinary one."""
     if reading.reason in BROKEN_WORDS:
         yield from fail_answer(reading, ended_badly("with an error"))
         return
     word = FINISH_WORDS.get(reading.reason, STOP)
-    yield from settle_calls(reading, word)
+    # A call without any arguments takes none, unless the answer was cut.  What stays open is half
+    # a call, which nobody must run.
+    for block in list(reading.calls.values()):
+        yield from settle_call(reading, block, None if word == LENGTH else "{}")
     yield from end_answer(reading, word)
 
 
