@@ -6093,11 +6093,6 @@ def model_schema(tool: Tool, prompt: Prompt) -> Json:
     return schema
 
 
-def alpha_tool(tool: Tool, prompt: Prompt) -> Json:
-    return with_cache_control({"name": tool.name, "description": tool.description,
-                               "input_schema": model_schema(tool, prompt)}, tool.cache)
-
-
 def alpha_choice(choice: Choice) -> Json:
     return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
 
@@ -6137,7 +6132,9 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
     params: Json = {
         "model": prompt.model,
         "messages": alpha_messages(prompt.turns),
-        "tools": [alpha_tool(tool, prompt) for tool in prompt.tools],
+        "tools": [with_cache_control({
+            "name": tool.name, "description": tool.description,
+            "input_schema": model_schema(tool, prompt)}, tool.cache) for tool in prompt.tools],
         "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
     optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
                 "top_p": prompt.top_p,
@@ -6334,11 +6331,6 @@ def openai_messages(prompt: Prompt) -> List[Json]:
     return messages
 
 
-def openai_tool(tool: Tool, prompt: Prompt) -> Json:
-    return {"type": "function", "function": {"name": tool.name, "description": tool.description,
-                                             "parameters": model_schema(tool, prompt)}}
-
-
 def openai_choice(choice: Optional[Choice]) -> Any:
     if choice is None:
         return None
@@ -6363,7 +6355,9 @@ def build_openai(prompt: Prompt, session: str) -> bytes:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
     return body_bytes({
         "model": prompt.model, "messages": messages,
-        "tools": [openai_tool(tool, prompt) for tool in prompt.tools],
+        "tools": [{"type": "function", "function": {
+            "name": tool.name, "description": tool.description,
+            "parameters": model_schema(tool, prompt)}} for tool in prompt.tools],
         "tool_choice": openai_choice(prompt.choice), limit: prompt.max_tokens,
         "reasoning_effort": prompt.effort, **fit_sampling(prompt, refused),
         "stream": True, "stream_options": {"include_usage": True}})
@@ -7847,10 +7841,9 @@ class Answer:
         if self.lane is not None and self.lane.block is block:
             return self.lane
         name = block.mark.encode("utf-8", "replace") if block.kind == TOOL else b""
-        prefix, suffix, end = cut_frame(self.face, self.reply, block) if self.stream else \
-            (b"", b"", b"")
+        around = cut_frame(self.face, self.reply, block) if self.stream else (b"", b"", b"")
         pattern = re.compile(self.upstream.lanes[block.kind])   # at its first use: 0.2 to 5 ms each
-        return Lane(pattern, block, name, prefix, suffix, end)
+        return Lane(pattern, block, name, *around)
 
 
 # === ACCOUNT FIGURES (pure) =================================================
