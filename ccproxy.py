@@ -5829,10 +5829,13 @@ def tool_name(given: Any) -> str:
     return given if isinstance(given, str) and given else "unknown"
 
 
-def call_id_of(given: Any, taken: Collection[str], again: bool = False) -> str:
-    """The id given to a call, or one that none has; a taken one only where it may come `again`."""
-    if isinstance(given, str) and given and (again or given not in taken):
-        return given
+def call_id_of(reading: Reading, given: Any, again: bool = False) -> str:
+    """The id given to a call, or one that no other call of the answer has; a taken one only where
+    it may come `again`."""
+    given = given if isinstance(given, str) else ""
+    taken = () if given and again else {block.call_id for block in reading.calls.values()}
+    if given and given not in taken:
+        return str(given)
     number = len(taken)
     while "call_%d" % number in taken:
         number += 1
@@ -5840,7 +5843,7 @@ def call_id_of(given: Any, taken: Collection[str], again: bool = False) -> str:
 
 
 def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
-    name = call_id_of(raw.get("id"), reading.calls, again=True)
+    name = call_id_of(reading, raw.get("id"), again=True)
     if raw.get("providerExecuted"):
         reading.ignored.add(name)
     elif name not in reading.ignored:
@@ -5888,7 +5891,7 @@ def call_arguments(raw: Json) -> str:
 
 def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
     """A whole call; those that the upstream runs itself are not the client's."""
-    name = call_id_of(raw.get("toolCallId"), reading.calls, again=True)
+    name = call_id_of(reading, raw.get("toolCallId"), again=True)
     if not raw.get("providerExecuted") and name not in reading.ignored:
         yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
 
@@ -6267,11 +6270,6 @@ def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
         yield from extend(reading, kind, text)
 
 
-def own_call_id(reading: Reading, given: Any) -> str:
-    """The id given to a call, or one that no other call of the answer has."""
-    return call_id_of(given, {block.call_id for block in reading.calls.values()})
-
-
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================
 # OpenAI's Chat Completions as an upstream: a Prompt becomes its body, the
 # chunks of its SSE become events.  Written for any service that speaks it: what
@@ -6381,7 +6379,7 @@ def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
     name, piece = said.get("name"), said.get("arguments")
     mark = call_mark(reading, call, bool(name))
     if mark not in reading.calls:
-        start_call(reading, own_call_id(reading, call.get("id")), tool_name(name), mark)
+        start_call(reading, call_id_of(reading, call.get("id")), tool_name(name), mark)
     block = reading.calls[mark]
     if name and isinstance(name, str) and not block.begun:
         block.name = name
@@ -6683,7 +6681,7 @@ def read_block_start(reading: Reading, raw: Json) -> Iterator[Event]:
     block, mark = object_in(raw, "content_block"), block_mark(raw)
     kind = block.get("type")
     if kind == "tool_use":
-        given, call_id = block.get("input"), own_call_id(reading, block.get("id"))
+        given, call_id = block.get("input"), call_id_of(reading, block.get("id"))
         start_call(reading, call_id, tool_name(block.get("name")), mark)
         if isinstance(given, dict) and given:       # counts where no deltas follow
             reading.calls[mark].pieces = [call_arguments({"input": given})]
