@@ -5940,10 +5940,6 @@ def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
         name: value for name, value in raw.items() if name != "type"})
 
 
-def read_abort(reading: Reading, raw: Json) -> Iterator[Event]:
-    yield from fail_answer(reading, ProxyError("upstream", "The upstream aborted its answer."))
-
-
 def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
     """What the answer cost, which comes after its end."""
     cost = object_in(object_in(raw, "providerMetadata"), "gateway").get("cost")
@@ -5958,7 +5954,9 @@ READERS: Readers = {
     "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
     "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
     "finish-step": read_finish_step, "finish": read_finish, "error": read_error,
-    "abort": read_abort, "provider-metadata": read_provider_metadata}
+    "provider-metadata": read_provider_metadata,
+    "abort": lambda reading, raw: fail_answer(reading, ProxyError(
+        "upstream", "The upstream aborted its answer."))}
 
 START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
 SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
@@ -6732,10 +6730,6 @@ def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
     reading.usage = anthropic_usage(raw.get("usage"), reading.usage)
 
 
-def read_message_stop(reading: Reading, raw: Json) -> Iterator[Event]:
-    yield from settle_answer(reading)
-
-
 def read_error_event(reading: Reading, raw: Json) -> Iterator[Event]:
     yield from read_stream_error(reading, raw.get("error") or {"message": "an unnamed error"})
 
@@ -6743,8 +6737,8 @@ def read_error_event(reading: Reading, raw: Json) -> Iterator[Event]:
 ANTHROPIC_READERS: Readers = {
     "message_start": read_message_start, "content_block_start": read_block_start,
     "content_block_delta": read_block_delta, "content_block_stop": read_block_stop,
-    "message_delta": read_message_delta, "message_stop": read_message_stop,
-    "error": read_error_event}
+    "message_delta": read_message_delta, "error": read_error_event,
+    "message_stop": lambda reading, raw: settle_answer(reading)}
 
 
 def anthropic_lane(kind: bytes, member: bytes) -> bytes:
