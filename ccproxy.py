@@ -6278,8 +6278,8 @@ def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
 REASONING_GPT = re.compile(r"(?:.*/)?(?:gpt-(?:[5-9]|[1-9][0-9])|o[1-9])(?![0-9a-z])", re.I)
 
 
-def joined_text(parts: Iterable[Any], kind: Any, between: str) -> str:
-    return between.join(part.text for part in parts if isinstance(part, kind) and part.text)
+def joined_text(parts: Iterable[Any], kind: Any) -> str:
+    return "\n\n".join(part.text for part in parts if isinstance(part, kind) and part.text)
 
 
 def openai_user(turn: Turn) -> Json:
@@ -6301,9 +6301,8 @@ def openai_assistant(turn: Turn) -> Json:
     calls = [{"id": part.id, "type": "function", "function": {
         "name": part.name, "arguments": ENCODER.encode(part.arguments)}}
         for part in turn.parts if isinstance(part, Call)]
-    message: Json = {"role": "assistant",
-                     "content": joined_text(turn.parts, Text, "\n\n") or (None if calls else "")}
-    thinking = joined_text(turn.parts, Thinking, "\n\n")
+    words, thinking = joined_text(turn.parts, Text), joined_text(turn.parts, Thinking)
+    message: Json = {"role": "assistant", "content": words or (None if calls else "")}
     if thinking:
         message["reasoning_content"] = thinking
     if calls:
@@ -6315,7 +6314,7 @@ def openai_messages(prompt: Prompt) -> List[Json]:
     """All messages; cache_control has no place here, for these services cache by themselves."""
     messages: List[Json] = []
     if prompt.system:
-        messages.append({"role": "system", "content": joined_text(prompt.system, Text, "\n\n")})
+        messages.append({"role": "system", "content": joined_text(prompt.system, Text)})
     for turn in prompt.turns:
         if turn.role == "tool":
             messages += [{"role": "tool", "tool_call_id": part.id, "content": result_text(part)}
