@@ -1028,11 +1028,11 @@ def format_notes(notes: Iterable[str]) -> str:
 
 # === HTTP WIRE (pure) =======================================================
 # HTTP/1.1 by hand (RFC 9110, 9112): heads and body framing of both directions,
-# on bytes with explicit ASCII classes.  Strict, so that no
-# two parties can see different messages in the same bytes: a framing error is
-# one answer and the end of the connection.  Whoever calls says with `fault`
-# whose fault a malformed message is: a client's (400) or the upstream's (502).
-# HTTP/2, trailers' contents and ranges are left out on purpose.
+# on bytes with explicit ASCII classes.  Strict, so that no two parties can see
+# different messages in the same bytes: a framing error is one answer and the end of
+# the connection.  Whoever calls says with `fault` whose fault a malformed message
+# is: a client's (400) or the upstream's (502).  HTTP/2, trailers' contents and
+# ranges are left out on purpose.
 
 Fault = Callable[[str], ProxyError]
 Fields = Dict[str, str]             # lower-case name to value; repeated ones joined by ", "
@@ -3131,10 +3131,7 @@ class Prompt:
 #
 #     Begin (Open Delta* Close)* (End | Fail)
 #
-# A block (Open ... Close) is one run of text, of thinking or of a refusal, or one
-# tool call.
-# `Face` and `UpstreamFormat` are the two neighbours of the waist, each a tuple
-# of functions.
+# `Face` and `UpstreamFormat` are the two neighbours of the waist.
 
 TEXT, THINKING, REFUSAL, TOOL = "text", "thinking", "refusal", "tool"
 STOP, LENGTH, TOOL_CALLS, FILTERED, PAUSED = "stop", "length", "tool_calls", "filtered", "paused"
@@ -3286,12 +3283,11 @@ class UpstreamFormat(NamedTuple):
 
 
 # === GRAMMAR (pure) =========================================================
-# Where blocks are opened and closed, once for all upstreams and faces.  An
-# upstream's readers call `extend`, `start_call`, `extend_call`, `finish_call`,
-# `end_answer` and `fail_answer`; each gives events in the order that the waist
-# promises.  Parallel calls may arrive mixed: a block that comes while a call is
-# unfinished waits until that call is whole, so that blocks go out one after
-# another and in the order in which they began.
+# Where blocks are opened and closed, once for all upstreams and faces: whatever an
+# upstream's readers call here gives events in the order that the waist promises.
+# Parallel calls may arrive mixed: a block that comes while a call is unfinished waits
+# until that call is whole, so that blocks go out one after another and in the order
+# in which they began.
 
 
 def join_halves(block: Block, text: str) -> str:
@@ -6168,10 +6164,10 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP,
 
 
 # === PROVIDER STREAMS (pure) ================================================
-# What the two documented APIs have in common on the upstream's side: errors
-# inside a stream, and calls, of which neither says for certain that they are
-# complete: their JSON tells.  Stop sequences are not sent in
-# either, for the answer's filters find them, and which one it was.
+# What the two documented APIs have in common on the upstream's side: calls, of which
+# neither says for certain that they are complete (their JSON tells), and the end.
+# Stop sequences are not sent in either, for the answer's filters find them, and
+# which one it was.
 
 NOTHING_SKIPPED = b"\n"     # no line begins with its own end
 FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
