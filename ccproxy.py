@@ -392,12 +392,10 @@ CODE_KINDS = {code: row.kind for row in FAILURES for code in row.codes}
 
 
 class ProxyError(Exception):
-    """Whatever a client (or, of kind `config`, the person who starts us) must be told.
-
-    `kind` names a row of FAILURES.  Known besides, where it is known: `status`, `code` (the
-    upstream's own word), `param` (path of the field at fault), `details`, `retry_after`
-    (seconds), `retryable` (we may try again), `trace_id` (the upstream's).
-    """
+    """Whatever a client (or, of kind `config`, the person who starts us) must be told.  `kind`
+    names a row of FAILURES.  Known besides, where it is known: `status`, `code` (the upstream's own
+    word), `param` (path of the field at fault), `details`, `retry_after` (seconds), `retryable` (we
+    may try again), `trace_id` (the upstream's)."""
 
     def __init__(self, kind: str, message: str, **known: Any) -> None:
         super().__init__(message)
@@ -1099,11 +1097,9 @@ def too_large(most: int) -> ProxyError:
 
 
 def find_head_end(data: Union[bytes, bytearray], start: int, fault: Fault) -> int:
-    """Index behind the empty line that ends a head, -1 when it is not there yet.
-
-    `start` is where looking begins, so that a head in many pieces costs linear time.
-    Raises what `fault` makes of a line end that is not CRLF and of a head that is too long.
-    """
+    """Index behind the empty line that ends a head, -1 when it is not there yet.  `start` is where
+    looking begins, so that a head in many pieces costs linear time.  Raises what `fault` makes of
+    a line end that is not CRLF and of a head that is too long."""
     end = data.find(b"\r\n\r\n", max(0, start - 3))
     stop = len(data) if end < 0 else end + 4
     begin = max(0, start - 1)
@@ -1192,10 +1188,8 @@ def read_target(method: str, target: str, absolute: Optional["re.Match[str]"]) -
 
 
 def parse_request_head(data: bytes) -> RequestHead:
-    """Head of a client's request, given with its empty line and without leading CRLFs.
-
-    Raises ProxyError: 400, 414, 417, 431, 501 or 505, always the end of the connection.
-    """
+    """Head of a client's request, given with its empty line and without leading CRLFs.  Raises
+    ProxyError: 400, 414, 417, 431, 501 or 505, always the end of the connection."""
     line, _, rest = data[:-4].partition(b"\r\n")
     if len(line) > MAX_REQUEST_LINE_BYTES:
         raise ProxyError("target_too_long", "The request line is longer than %d bytes."
@@ -1242,12 +1236,10 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
 
 class ChunkedBody:
-    """Takes the chunked coding off (RFC 9112 7.1).
-
-    `feed(data)` gives the content that is complete so far.  Once `done`, `rest` holds what came
-    behind the body.  Trailers are checked and dropped, never merged into the head.  A fault behind
-    good content is in `broken`, so that no cut of the bytes changes what is read before it.
-    """
+    """Takes the chunked coding off (RFC 9112 7.1).  `feed(data)` gives the content that is complete
+    so far.  Once `done`, `rest` holds what came behind the body.  Trailers are checked and dropped,
+    never merged into the head.  A fault behind good content is in `broken`, so that no cut of the
+    bytes changes what is read before it."""
 
     __slots__ = ("fault", "tail", "left", "done", "rest", "spent", "carried", "trailers", "broken")
 
@@ -1472,10 +1464,8 @@ def open_body(framing: Framing, coding: str, fault: Fault, most: Optional[int] =
 
 
 def inflate(data: bytes, coding: str, most: int) -> bytes:
-    """A whole request body without its Content-Encoding.
-
-    Raises ProxyError: 413 when it becomes more than `most` bytes, 415 for an unknown coding.
-    """
+    """A whole request body without its Content-Encoding.  Raises ProxyError: 413 when it becomes
+    more than `most` bytes, 415 for an unknown coding."""
     if coding not in CODINGS:
         raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip, "
                          "deflate or zstd.", param="content-encoding")
@@ -1492,12 +1482,10 @@ CR = ord("\r")      # looking for a byte as a number is several times as fast as
 
 
 class LineBuffer:
-    """Holds back the beginning of a line until its end has come.
-
-    `feed(data)` gives all lines that are complete, as one run of bytes that ends with a newline.
-    CR and CRLF become newlines, for each ends a line of server-sent events (WHATWG HTML 9.2.5).
-    A line that begins with `skip` is not kept: where it comes in several pieces, it is dropped.
-    """
+    """Holds back the beginning of a line until its end has come.  `feed(data)` gives all lines that
+    are complete, as one run of bytes that ends with a newline.  CR and CRLF become newlines, for
+    each ends a line of server-sent events (WHATWG HTML 9.2.5).  A line that begins with `skip` is
+    not kept: where it comes in several pieces, it is dropped."""
 
     __slots__ = ("skip", "pieces", "size", "skipping", "unwanted")
 
@@ -3291,10 +3279,8 @@ class UpstreamFormat(NamedTuple):
 
 
 def join_halves(block: Block, text: str) -> str:
-    """Text whose surrogate pairs are whole, keeping back a first half at its end.
-
-    JavaScript upstreams may cut an emoji between two deltas; half of one is not UTF-8.
-    """
+    """Text whose surrogate pairs are whole, keeping back a first half at its end.  JavaScript
+    upstreams may cut an emoji between two deltas; half of one is not UTF-8."""
     text = block.half + text
     block.half = ""
     if not SURROGATE.search(text):
@@ -5543,11 +5529,9 @@ def possible_start(text: str, stops: List[str], longest: int, firsts: FrozenSet[
 
 
 def cut_at_stops(stops: List[str]) -> Callable[[Event], List[Event]]:
-    """End the answer in front of the first stop sequence in its text, also across deltas.
-
-    What is held back begins a sequence, so one place in it is tried again for each that is given
-    up: the cost of a piece does not grow with what is held.
-    """
+    """End the answer in front of the first stop sequence in its text, also across deltas.  What is
+    held back begins a sequence, so one place in it is tried again for each that is given up: the
+    cost of a piece does not grow with what is held."""
     held, stops, longest = "", sorted(stops), max(map(len, stops))
     firsts = frozenset(stop[0] for stop in stops)
 
@@ -5714,10 +5698,8 @@ def error_code(said: Json) -> str:
 
 def upstream_error(status: Optional[int], said: Json, trace_id: Optional[str],
                    retry_after: Optional[float]) -> ProxyError:
-    """An upstream's error object, from a body or an event, as what the client is told.
-
-    `said` may hold message, code, type, name and isRetryable; `status` None: it was not told.
-    """
+    """An upstream's error object, from a body or an event, as what the client is told.  `said` may
+    hold message, code, type, name and isRetryable; `status` None: it was not told."""
     code, message = error_code(said), said.get("message")
     message = redact(str(message))[:MAX_ERROR_TEXT] if message else ""
     kind = classify_failure(status, code, message)
@@ -6122,10 +6104,8 @@ def alpha_messages(turns: List[Turn]) -> List[Json]:
 
 
 def build_alpha(prompt: Prompt, session: str) -> bytes:
-    """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.
-
-    Raises ProxyError `invalid` for numbers that JSON has no words for.
-    """
+    """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.  Raises ProxyError
+    `invalid` for numbers that JSON has no words for."""
     params: Json = {
         "model": prompt.model,
         "messages": alpha_messages(prompt.turns),
@@ -6331,11 +6311,9 @@ def openai_choice(choice: Optional[Choice]) -> Any:
 
 
 def build_openai(prompt: Prompt, session: str) -> bytes:
-    """Body of POST .../chat/completions (OpenAI's API reference).
-
-    OpenAI's reasoning models refuse max_tokens (it is max_completion_tokens there) and sampling;
-    the other services know max_tokens alone.  Raises ProxyError `invalid`.
-    """
+    """Body of POST .../chat/completions (OpenAI's API reference).  OpenAI's reasoning models refuse
+    max_tokens (it is max_completion_tokens there) and sampling; the other services know max_tokens
+    alone.  Raises ProxyError `invalid`."""
     refused: Tuple[str, ...] = ()
     limit = "max_tokens"
     if REASONING_GPT.match(prompt.model):
@@ -7585,11 +7563,9 @@ def cut_frame(face: Face, reply: Reply, block: Block) -> Tuple[bytes, bytes, byt
 
 class Answer:
     """Reads one answer, however often its upstream call is repeated, and shows it in one face.
-
     `feed` and `eof` give frames (b"" in a plain answer).  When `over`, either `error` is set and
     nothing was shown of it yet, or the answer is complete.  `visible` tells that text or a tool
-    call was shown, after which nothing can be repeated.
-    """
+    call was shown, after which nothing can be repeated."""
 
     __slots__ = ("face", "upstream", "reply", "stream", "allow_empty", "filters", "touched",
                  "asked", "lines", "reading", "lane", "counts", "begun", "over", "visible",
@@ -7749,10 +7725,8 @@ class Answer:
                 self.show(changed, frames)
 
     def show(self, event: Event, frames: List[bytes]) -> None:
-        """Fold an event into the reply and, in a stream, into frames.
-
-        Begin is held until something follows it: before that, an error can still be a status.
-        """
+        """Fold an event into the reply and, in a stream, into frames.  Begin is held until
+        something follows it: before that, an error can still be a status."""
         if isinstance(event, Delta):
             self.keep_delta(event)
         elif isinstance(event, Begin):
