@@ -3395,15 +3395,16 @@ def same_json(one: str, other: str) -> bool:
         return False
 
 
-def promote_waiting(reading: Reading) -> Iterator[Event]:
-    """Open what waited, in order, up to the first block that can still grow."""
+def promote_waiting(reading: Reading, complete: bool = False) -> Iterator[Event]:
+    """Open what waited, in order, up to the first block that can still grow; none can where the
+    answer is `complete`."""
     while reading.waiting and reading.live is None:
         block = reading.waiting.popleft()
         held, block.pieces = block.text, []
         reading.live = block
         yield Open(block)
         yield from grow(reading, block, held)
-        if block.whole or (block.kind != TOOL and reading.waiting):
+        if complete or block.whole or (block.kind != TOOL and reading.waiting):
             yield from close_live(reading)
 
 
@@ -3413,9 +3414,7 @@ def close_all(reading: Reading) -> Iterator[Event]:
         if not block.whole:
             add_note(reading.notes, "cut", "tool call %s is incomplete" % block.name)
     yield from close_live(reading)
-    while reading.waiting:
-        yield from promote_waiting(reading)
-        yield from close_live(reading)
+    yield from promote_waiting(reading, complete=True)
 
 
 def end_answer(reading: Reading, word: str) -> Iterator[Event]:
