@@ -3145,7 +3145,7 @@ class Block:
     index: int = -1             # among the blocks that are shown
     number: int = -1            # among the shown blocks of its kind
     whole: bool = False         # a call's arguments are complete
-    begun: bool = False         # a call's block was opened, or waits for that
+    begun: bool = False         # it was opened, or waits for that
     broken: bool = False        # the answer failed inside it
     half: str = ""              # first half of a surrogate pair, waiting for the second
     signature: str = ""
@@ -3315,7 +3315,10 @@ def close_live(reading: Reading) -> Iterator[Event]:
 
 
 def begin_block(reading: Reading, block: Block) -> Iterator[Event]:
-    """Open a block now, or let it wait while a call is unfinished."""
+    """Open a block now, unless that was done, or let it wait while a call is unfinished."""
+    if block.begun:
+        return
+    block.begun = True
     live = reading.live
     if live is not None and live.kind == TOOL and not live.whole:
         reading.waiting.append(block)
@@ -3349,19 +3352,12 @@ def start_call(reading: Reading, call_id: str, name: str, mark: str = "") -> Non
         reading.calls[mark] = block
 
 
-def begin_call(reading: Reading, block: Block) -> Iterator[Event]:
-    """Open a call's block, unless that was done."""
-    if not block.begun:
-        block.begun = True
-        yield from begin_block(reading, block)
-
-
 def extend_call(reading: Reading, call_id: str, text: str) -> Iterator[Event]:
     """Add a piece to the JSON text of a call's arguments."""
     block = reading.calls.get(call_id)
     if block is None or block.whole:
         return
-    yield from begin_call(reading, block)
+    yield from begin_block(reading, block)
     yield from grow(reading, block, text)
 
 
@@ -3371,7 +3367,7 @@ def finish_call(reading: Reading, call_id: str, name: str, arguments: str) -> It
     block = reading.calls[call_id]
     if block.whole:
         return
-    yield from begin_call(reading, block)
+    yield from begin_block(reading, block)
     if block is not reading.live:
         block.whole, block.pieces = True, [arguments]
         return
