@@ -1167,12 +1167,12 @@ def wants_keep_alive(minor: int, fields: Fields) -> bool:
     return "close" not in tokens and (minor > 0 or "keep-alive" in tokens)
 
 
-def check_host(pairs: List[Tuple[str, str]], minor: int, authority: Optional[str]) -> None:
+def check_host(pairs: List[Tuple[str, str]], minor: int, authority: List[str]) -> None:
     """Exactly one well-formed Host (RFC 9112 3.2); HTTP/1.0 may lack it."""
     hosts = [value for name, value in pairs if name == "host"]
     if len(hosts) > 1 or (not hosts and minor):
         raise client_fault("there must be exactly one Host header")
-    for host in hosts + ([authority] if authority is not None else []):
+    for host in hosts + authority:
         if not HOST_VALUE.fullmatch(host):
             raise client_fault("Host must be a host name and perhaps a port")
 
@@ -1202,7 +1202,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, minor = found[1].decode(), found[2].decode(), min(int(found[4]), 1)
     pairs = parse_fields(rest, client_fault)
     absolute = ABSOLUTE_TARGET.fullmatch(target)
-    check_host(pairs, minor, absolute[1] if absolute else None)
+    check_host(pairs, minor, [absolute[1]] if absolute else [])
     fields = join_fields(pairs)
     length, chunked = read_length(pairs, client_fault), is_chunked(pairs, client_fault)
     if chunked and (length is not None or not minor):
