@@ -6628,7 +6628,7 @@ def anthropic_usage(given: Any, before: Optional[Usage]) -> Optional[Usage]:
     fresh = old.input - (old.cache_read or 0) - (old.cache_write or 0)
     known = (old.cache_read, old.cache_write, fresh, old.output)
     read, write, fresh, output = map(greater, known, told)      # type: ignore[assignment]
-    return Usage(fresh + (read or 0) + (write or 0), output or 0, read, write)
+    return Usage(fresh + (read or 0) + (write or 0), output, read, write)
 
 
 def read_message_start(reading: Reading, raw: Json) -> Iterator[Event]:
