@@ -5995,9 +5995,9 @@ def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading:
             reading.began = True
             yield Begin()
         kind = raw.get("type")
-        if not isinstance(kind, str) and raw.get("error"):
-            kind = "error"              # an envelope sent with status 200
-        reader = readers.get(kind) if isinstance(kind, str) else None
+        if not isinstance(kind, str):
+            kind = "error" if raw.get("error") else ""      # an envelope sent with status 200
+        reader = readers.get(kind)
         if reader is not None and (not reading.over or reader is read_provider_metadata):
             yield from reader(reading, raw)
 
