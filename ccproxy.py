@@ -6102,8 +6102,7 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
     """Body of POST /alpha/generate (UPSTREAM 4.1), in the vendor's member order.  Raises ProxyError
     `invalid` for numbers that JSON has no words for."""
     params: Json = {
-        "model": prompt.model,
-        "messages": alpha_messages(prompt.turns),
+        "model": prompt.model, "messages": alpha_messages(prompt.turns),
         "tools": [with_cache_control({
             "name": tool.name, "description": tool.description,
             "input_schema": model_schema(tool, prompt)}, tool.cache) for tool in prompt.tools],
@@ -6698,15 +6697,13 @@ def read_message_delta(reading: Reading, raw: Json) -> Iterator[Event]:
     reading.usage = anthropic_usage(raw.get("usage"), reading.usage)
 
 
-def read_error_event(reading: Reading, raw: Json) -> Iterator[Event]:
-    yield from read_stream_error(reading, raw.get("error") or {"message": "an unnamed error"})
-
-
 ANTHROPIC_READERS: Readers = {
     "message_start": read_message_start, "content_block_start": read_block_start,
     "content_block_delta": read_block_delta, "content_block_stop": read_block_stop,
-    "message_delta": read_message_delta, "error": read_error_event,
-    "message_stop": lambda reading, raw: settle_answer(reading)}
+    "message_delta": read_message_delta,
+    "message_stop": lambda reading, raw: settle_answer(reading),
+    "error": lambda reading, raw: read_stream_error(
+        reading, raw.get("error") or {"message": "an unnamed error"})}
 
 
 def anthropic_lane(kind: bytes, member: bytes) -> bytes:
@@ -6750,8 +6747,7 @@ def parse_upstream(given: str, default: str) -> str:
     """The word of x-ccproxy-upstream, else the option's.  Raises ProxyError 400."""
     word = given.strip().lower() or default
     if word not in UPSTREAMS:
-        raise ProxyError("invalid", "x-ccproxy-upstream must be one of: %s."
-                         % ", ".join(UPSTREAMS))
+        raise ProxyError("invalid", "x-ccproxy-upstream must be one of: %s." % ", ".join(UPSTREAMS))
     return word
 
 
