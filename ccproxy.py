@@ -3262,12 +3262,12 @@ class UpstreamFormat(NamedTuple):
     name: str
     path: str
     build: Callable[[Prompt, str], bytes]       # prompt, session id
-    skip: bytes                                 # how a line begins that nobody wants
     read_line: Callable[[Reading, bytes], Iterator[Event]]
     read_failure: Callable[[int, Fields, bytes], ProxyError]
     lanes: Mapping[str, bytes]                  # block kind -> pattern of one whole delta line
     fields: Tuple[Tuple[str, str], ...] = ()    # headers of its own that never change
     read_end: Callable[[Reading], Iterator[Event]] = lambda reading: iter(())   # of the body
+    skip: bytes = b"\n"         # how a line begins that nobody wants: none begins with its own end
 
 
 # === GRAMMAR (pure) =========================================================
@@ -6130,11 +6130,11 @@ def lane_pattern(kind: bytes, member: bytes) -> bytes:
             + member + rb'":"(?!")(' + LANE_STRING + rb')"\}(?:\r?\n)+')
 
 
-ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP,
+ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
                        partial(read_typed_line, SILENT_LINE, READERS), read_upstream_failure,
                        {TEXT: lane_pattern(b"text-delta", b"text"),
                         THINKING: lane_pattern(b"reasoning-delta", b"text"),
-                        TOOL: lane_pattern(b"tool-input-delta", b"delta")})
+                        TOOL: lane_pattern(b"tool-input-delta", b"delta")}, skip=START_STEP)
 
 
 # === PROVIDER STREAMS (pure) ================================================
@@ -6143,7 +6143,6 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha, START_STEP,
 # Stop sequences are not sent in either, for the answer's filters find them, and
 # which one it was.
 
-NOTHING_SKIPPED = b"\n"     # no line begins with its own end
 FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
                 "model_context_window_exceeded": LENGTH}
 BROKEN_WORDS = ("error", "network_error", "insufficient_system_resource")
@@ -6447,9 +6446,8 @@ OPENAI_LANES = {
     TOOL: openai_lane(rb'"tool_calls":\[\{"index":([0-9]+)(?:,"id":(?:null|""))?'
                       rb'(?:,"type":(?:"function"|null))?,"function":\{(?:"name":(?:null|""),)?',
                       rb'"arguments"', rb'content|reasoning(?:_content)?|refusal', rb'\}\}\]')}
-OPENAI = UpstreamFormat("openai", "/provider/v1/chat/completions", build_openai, NOTHING_SKIPPED,
-                        read_openai_line, read_provider_failure, OPENAI_LANES,
-                        read_end=read_openai_end)
+OPENAI = UpstreamFormat("openai", "/provider/v1/chat/completions", build_openai, read_openai_line,
+                        read_provider_failure, OPENAI_LANES, read_end=read_openai_end)
 
 
 # === UPSTREAM FORMAT: ANTHROPIC (pure) ======================================
@@ -6715,7 +6713,7 @@ def anthropic_lane(kind: bytes, member: bytes) -> bytes:
 
 
 ANTHROPIC = UpstreamFormat(
-    "anthropic", "/provider/v1/messages", build_anthropic, NOTHING_SKIPPED,
+    "anthropic", "/provider/v1/messages", build_anthropic,
     partial(read_typed_line, SILENT_EVENT, ANTHROPIC_READERS), read_provider_failure,
     {TEXT: anthropic_lane(b"text_delta", b"text"),
      THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
