@@ -3262,7 +3262,7 @@ class UpstreamFormat(NamedTuple):
     name: str
     path: str
     build: Callable[[Prompt, str], bytes]       # prompt, session id
-    read_line: Callable[[Reading, bytes], Iterator[Event]]
+    read_line: Callable[[Reading, bytes], Iterable[Event]]
     read_failure: Callable[[int, Fields, bytes], ProxyError]
     lanes: Mapping[str, bytes]                  # block kind -> pattern of one whole delta line
     fields: Tuple[Tuple[str, str], ...] = ()    # headers of its own that never change
@@ -5771,8 +5771,7 @@ REASON_WORDS = {"stop": STOP, "end_turn": STOP, "stop_sequence": STOP, "length":
 
 def read_delta_text(reading: Reading, raw: Json) -> Iterator[Event]:
     text = raw.get("text")
-    if isinstance(text, str) and text:
-        yield from extend(reading, TEXT, text)
+    return extend(reading, TEXT, text) if isinstance(text, str) and text else iter(())
 
 
 def find_signature(raw: Json) -> str:
@@ -5826,8 +5825,8 @@ def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
 
 def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
     piece, name = raw.get("delta"), raw.get("id")
-    if isinstance(piece, str) and piece and isinstance(name, str):
-        yield from extend_call(reading, name, piece)
+    wanted = isinstance(piece, str) and piece and isinstance(name, str)
+    return extend_call(reading, name, piece) if wanted else iter(())
 
 
 def read_no_json(text: str) -> Any:
@@ -5984,13 +5983,8 @@ def settle_event(reading: Reading) -> Iterator[Json]:
             add_note(reading.notes, *NOT_JSON)
 
 
-def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading: Reading,
-                    line: bytes) -> Iterator[Event]:
-    """The events of one line; what is not a JSON object with a known type has none."""
-    silent = silent_line.match(line)
-    if silent and reading.began:
-        return
-    for raw in [{}] if silent else read_objects(reading, line):
+def read_typed_events(reading: Reading, readers: Readers, found: Iterable[Json]) -> Iterator[Event]:
+    for raw in found:
         if not reading.began:
             reading.began = True
             yield Begin()
@@ -6000,6 +5994,16 @@ def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading:
         reader = readers.get(kind)
         if reader is not None and (not reading.over or reader is read_provider_metadata):
             yield from reader(reading, raw)
+
+
+def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading: Reading,
+                    line: bytes) -> Iterable[Event]:
+    """The events of one line; what is not a JSON object with a known type has none."""
+    if silent_line.match(line):
+        found: Iterable[Json] = () if reading.began else ({},)
+    else:
+        found = read_objects(reading, line)
+    return read_typed_events(reading, readers, found) if found else ()
 
 
 # === UPSTREAM FORMAT: ALPHA (pure) ==========================================
@@ -7566,7 +7570,8 @@ class Answer:
         self.face, self.upstream, self.reply = face, upstream, reply
         self.stream, self.allow_empty = prompt.stream, allow_empty
         self.filters = choose_filters(prompt, face.types)
-        self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters))
+        self.touched = NEVER_COPIED.union(*(one.touches for one in self.filters)) \
+            if self.filters else NEVER_COPIED
         # To make the filters anew, without what takes memory as long as the answer streams.
         self.asked = replace(prompt, turns=[], system=[], tools=[], echo={}) \
             if self.filters else None
