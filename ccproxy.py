@@ -114,6 +114,7 @@ HTTP.md in comments name the project's notes on what clients and upstream really
     LISTENING AND CONNECTING
     SOCKETS HANDED ON
     WIRE
+    BACKENDS
     UPSTREAM CALLS
     ACCOUNTS
     ALERT WATCH
@@ -12074,9 +12075,7 @@ class App:
     config: Config
     limits: Limits
     log: logging.Logger
-    origin: Origin                              # of the upstream
-    pool: "Pool"
-    models: Models                              # the newest list that is known
+    home: "Backend"                             # Command Code
     receive: memoryview                         # where every connection reads to, one at a time
     bare: bool = sys.platform != "win32"        # sockets are watched by ourselves, see SOCKETS
     wires: Set["Wire"] = field(default_factory=set)             # every open connection
@@ -12100,15 +12099,9 @@ class App:
     ending: Any = None                          # future: what still runs is to end now
     demo_server: Any = None                     # the upstream inside the program
     started: float = 0.0                        # loop time
-    models_due: float = 0.0                     # loop time at which the list is asked for again
-    models_task: Optional["asyncio.Task[Any]"] = None
     cli_version: str = DEFAULT_CLI_VERSION
-    proxy: Optional[Origin] = None              # HTTP proxy on the way to the upstream
-    proxy_authorization: str = ""
-    proxy_known: bool = False
     tls: Optional[ssl.SSLContext] = None
     demo: bool = False                          # the upstream is the one inside the program
-    calibrations: Dict[str, Calibration] = field(default_factory=dict)
     items: Dict[Tuple[str, str], bytes] = field(default_factory=dict)   # see ITEM MEMORY
     operator: Operator = Operator()
     keys: KeyTable = field(default_factory=KeyTable)
@@ -12132,22 +12125,14 @@ class App:
     page: Optional[Page] = None                 # the dashboard, once it was asked for
 
 
-def new_app(config: Config, limits: Limits, log: logging.Logger, pool: "Pool") -> App:
-    """A proxy that does not listen yet."""
-    version = DEFAULT_CLI_VERSION if config.cli_version == "auto" else config.cli_version
-    return App(config, limits, log, parse_origin(config.api_base), pool, builtin_models(),
-               memoryview(bytearray(READ_BYTES)), max_clients=config.max_connections,
-               cli_version=version)
-
-
 SECRET_OPTIONS = [place for place, option in enumerate(OPTIONS) if option.kind == "secret"]
 
 
 def held_secrets(app: App) -> List[str]:
     """Every secret that the program holds."""
     found = [app.config[place] for place in SECRET_OPTIONS if app.config[place]]
-    if app.proxy_authorization:
-        basic = app.proxy_authorization.partition(" ")[2]
+    if app.home.proxy_authorization:
+        basic = app.home.proxy_authorization.partition(" ")[2]
         password = base64.b64decode(basic).decode().partition(":")[2]
         found += [basic, password] if password else [basic]
     return found + [key.key for key in app.operator.keys]
@@ -13185,34 +13170,13 @@ class Wire(asyncio.BufferedProtocol):
             self.abort()
 
 
-# === UPSTREAM CALLS =========================================================
-# One call is one POST to the upstream over HTTP/1.1: from the pool of idle
-# connections or fresh, through a proxy where the environment names one, with
-# TLS always verified and redirects never followed.  A pooled connection that
-# turns out dead before one byte of an answer came is replaced silently; every
-# other repetition is RETRIES' decision.
-
-
-@dataclass(**SLOTS)
-class UpstreamCall:
-    """An upstream that has answered with a head; `body` takes the framing off what follows."""
-
-    wire: Wire
-    head: ResponseHead
-    body: Body
-
-
-@dataclass(**SLOTS)
-class CallSpec:
-    """What a call sends, the same on every attempt; emptied once it can never be sent again."""
-
-    head: bytes
-    payload: bytes
-    upstream: UpstreamFormat = ALPHA
+# === BACKENDS ===============================================================
+# The places that can answer, each with its address, its idle connections and
+# what is known of its models.  `App.home` is Command Code.
 
 
 class Pool:
-    """Idle connections to the one upstream, newest last."""
+    """Idle connections to one backend, newest last."""
 
     def __init__(self) -> None:
         self.idle: List[Wire] = []
@@ -13236,6 +13200,58 @@ class Pool:
                 wire.close()
 
 
+@dataclass(eq=False)
+class Backend:
+    """A place that can answer: where it is, the way there, and what is known of its models."""
+
+    name: str
+    origin: Origin
+    models: Models                              # the newest list that is known
+    pool: Pool = field(default_factory=Pool)
+    proxy: Optional[Origin] = None              # HTTP proxy on the way
+    proxy_authorization: str = ""
+    proxy_known: bool = False
+    calibrations: Dict[str, Calibration] = field(default_factory=dict)
+    models_due: float = 0.0                     # loop time at which the list is asked for again
+    models_task: Optional["asyncio.Task[Any]"] = None
+
+
+def new_app(config: Config, limits: Limits, log: logging.Logger) -> App:
+    """A proxy that does not listen yet."""
+    version = DEFAULT_CLI_VERSION if config.cli_version == "auto" else config.cli_version
+    home = Backend("commandcode", parse_origin(config.api_base), builtin_models())
+    return App(config, limits, log, home, memoryview(bytearray(READ_BYTES)),
+               max_clients=config.max_connections, cli_version=version)
+
+
+# === UPSTREAM CALLS =========================================================
+# One call is one POST to the upstream over HTTP/1.1: from the pool of idle
+# connections or fresh, through a proxy where the environment names one, with
+# TLS always verified and redirects never followed.  A pooled connection that
+# turns out dead before one byte of an answer came is replaced silently; every
+# other repetition is RETRIES' decision.
+
+
+@dataclass(**SLOTS)
+class UpstreamCall:
+    """An upstream that has answered with a head; `body` takes the framing off what follows."""
+
+    wire: Wire
+    head: ResponseHead
+    body: Body
+    pool: Pool                  # where its connection goes when it is over
+
+
+@dataclass(**SLOTS)
+class CallSpec:
+    """What a call sends, the same on every attempt; emptied once it can never be sent again."""
+
+    backend: Backend
+    head: bytes
+    payload: bytes
+    upstream: UpstreamFormat = ALPHA
+
+
 def parse_proxy(url: str) -> Tuple[Origin, str]:
     """(proxy, its Proxy-Authorization) of a proxy URL.  Raises ProxyError for one of another kind:
     to go around it would surprise whoever set it."""
@@ -13252,16 +13268,16 @@ def parse_proxy(url: str) -> Tuple[Origin, str]:
     return proxy, basic
 
 
-def read_proxy(app: App) -> None:
-    """Find the proxy for the upstream once, by urllib's own rules.  Raises ProxyError."""
+def read_proxy(backend: Backend) -> None:
+    """Find the proxy for a backend once, by urllib's own rules.  Raises ProxyError."""
     named = any(name.lower().endswith("_proxy") for name in os.environ)
     if named or sys.platform.startswith(("win", "darwin")):     # else a slow import for nothing
         import urllib.request
-        url = urllib.request.getproxies().get(app.origin.scheme)
-        where = "%s:%d" % (app.origin.host, app.origin.port)
+        url = urllib.request.getproxies().get(backend.origin.scheme)
+        where = "%s:%d" % (backend.origin.host, backend.origin.port)
         if url and not urllib.request.proxy_bypass(where):
-            app.proxy, app.proxy_authorization = parse_proxy(url)
-    app.proxy_known = True
+            backend.proxy, backend.proxy_authorization = parse_proxy(url)
+    backend.proxy_known = True
 
 
 def tls_context(app: App) -> ssl.SSLContext:
@@ -13275,9 +13291,9 @@ def tls_context(app: App) -> ssl.SSLContext:
 LOOK_FOR_CAUSE = " On the proxy's machine, `ccproxy.py doctor` looks for the cause."
 
 
-def connect_error(app: App, error: Exception) -> ProxyError:
+def connect_error(app: App, origin: Origin, error: Exception) -> ProxyError:
     """What went wrong on the way to the upstream, in words that help."""
-    where = "%s:%d" % (app.origin.host, app.origin.port)
+    where = "%s:%d" % (origin.host, origin.port)
     if isinstance(error, asyncio.TimeoutError):
         return ProxyError("unconnected", "No connection to the upstream %s within %s.%s" % (
             where, counted(app.config.upstream_connect_seconds, "second"), LOOK_FOR_CAUSE))
@@ -13289,33 +13305,33 @@ def connect_error(app: App, error: Exception) -> ProxyError:
         where, printable(str(error) or type(error).__name__, 200), LOOK_FOR_CAUSE))
 
 
-async def open_wire(app: App) -> Wire:
-    """A fresh connection to the upstream.  Raises ProxyError."""
+async def open_wire(app: App, backend: Backend) -> Wire:
+    """A fresh connection to a backend.  Raises ProxyError."""
     wire = Wire(app)
     app.metrics.counts["upstream_connections_total", "opened"] += 1
     try:
-        await within(app, app.config.upstream_connect_seconds, connect_wire(app, wire))
+        await within(app, app.config.upstream_connect_seconds, connect_wire(app, backend, wire))
     except (OSError, asyncio.TimeoutError) as error:
         wire.abort()
-        raise connect_error(app, error) from None
+        raise connect_error(app, backend.origin, error) from None
     except BaseException:       # cancelled: the client left
         wire.abort()
         raise
     return wire
 
 
-async def connect_wire(app: App, wire: Wire) -> None:
+async def connect_wire(app: App, backend: Backend, wire: Wire) -> None:
     """Connect, through the proxy where there is one, and start TLS where it is wanted."""
     loop = asyncio.get_running_loop()
-    origin, first = app.origin, app.proxy or app.origin
+    origin, first = backend.origin, backend.proxy or backend.origin
     if app.bare:
         Channel(await connect_socket(first.host, first.port), wire)
     else:
         await loop.create_connection(lambda: wire, first.host, first.port)
     if origin.scheme != "https":
         return
-    if app.proxy is not None:
-        await open_tunnel(app, wire)
+    if backend.proxy is not None:
+        await open_tunnel(backend, wire)
     if app.bare:
         await wire.transport.start_tls(tls_context(app), origin.host)
     else:
@@ -13323,12 +13339,12 @@ async def connect_wire(app: App, wire: Wire) -> None:
                                               server_hostname=origin.host)
 
 
-async def open_tunnel(app: App, wire: Wire) -> None:
+async def open_tunnel(backend: Backend, wire: Wire) -> None:
     """CONNECT through the proxy (RFC 9110 9.3.6)."""
-    target = "%s:%d" % (bracketed(app.origin.host), app.origin.port)
+    target = "%s:%d" % (bracketed(backend.origin.host), backend.origin.port)
     fields = [("host", target)]
-    if app.proxy_authorization:
-        fields.append(("proxy-authorization", app.proxy_authorization))
+    if backend.proxy_authorization:
+        fields.append(("proxy-authorization", backend.proxy_authorization))
     wire.write(head_bytes("CONNECT %s HTTP/1.1" % target, fields))
     head = await read_response_head(wire, float("inf"))
     if head.status != 200 or wire.buffer:
@@ -13363,7 +13379,7 @@ def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
     word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
     if app.demo or word == "alpha":
         return ALPHA
-    found = find_model(model, app.models)
+    found = find_model(model, app.home.models)
     return UPSTREAMS[word](model, found.endpoints if found else ())
 
 
@@ -13376,17 +13392,17 @@ def upstream_address(app: App) -> str:
     return "demo" if app.demo else configured_upstream(app.config)
 
 
-def call_head(app: App, method: str, path: str, key: str,
+def call_head(backend: Backend, method: str, path: str, key: str,
               fields: List[Tuple[str, str]]) -> bytes:
     """The head of a call with a key, through a proxy where there is one."""
-    if not app.proxy_known:
-        read_proxy(app)
-    path = app.origin.base + path
-    every = [("host", app.origin.authority), ("authorization", "Bearer " + key), *fields]
-    if app.proxy is not None and app.origin.scheme == "http":
-        path = "http://%s%s" % (app.origin.authority, path)
-        if app.proxy_authorization:
-            every.append(("proxy-authorization", app.proxy_authorization))
+    if not backend.proxy_known:
+        read_proxy(backend)
+    path = backend.origin.base + path
+    every = [("host", backend.origin.authority), ("authorization", "Bearer " + key), *fields]
+    if backend.proxy is not None and backend.origin.scheme == "http":
+        path = "http://%s%s" % (backend.origin.authority, path)
+        if backend.proxy_authorization:
+            every.append(("proxy-authorization", backend.proxy_authorization))
     return head_bytes("%s %s HTTP/1.1" % (method, path), every)
 
 
@@ -13400,7 +13416,7 @@ def build_call(app: App, upstream: UpstreamFormat, key: str, prompt: Prompt,
         own = [("x-command-code-version", app.cli_version), ("x-cli-environment", "production"),
                ("x-project-slug", app.config.project_slug), ("x-taste-learning", "false"),
                ("x-session-id", prompt.session)]
-    return CallSpec(call_head(app, "POST", upstream.path, key, [
+    return CallSpec(app.home, call_head(app.home, "POST", upstream.path, key, [
         ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), *own, ("traceparent", traceparent),
         ("content-length", str(len(payload)))]), payload, upstream)
@@ -13422,18 +13438,19 @@ async def send_call(app: App, wire: Wire, spec: CallSpec) -> UpstreamCall:
     coding = head.fields.get("content-encoding", "").strip(" \t").lower()
     if head.status != 200 and coding not in CODINGS:
         coding = ""         # its status counts; read_upstream_failure ignores its body
-    return UpstreamCall(wire, head, open_body(head.framing, coding, upstream_fault))
+    return UpstreamCall(wire, head, open_body(head.framing, coding, upstream_fault),
+                        spec.backend.pool)
 
 
 async def open_call(app: App, spec: CallSpec) -> UpstreamCall:
     """A call whose head came with status 200.  Raises ProxyError for every other outcome."""
     call = None
     while call is None:
-        wire = app.pool.take()
+        wire = spec.backend.pool.take()
         pooled = wire is not None
         if pooled:
             app.metrics.counts["upstream_connections_total", "reused"] += 1
-        wire = wire or await open_wire(app)
+        wire = wire or await open_wire(app, spec.backend)
         try:
             call = await send_call(app, wire, spec)
         except ConnectionResetError:
@@ -13468,7 +13485,7 @@ async def read_short_body(app: App, call: UpstreamCall) -> bytes:
 
 def give_back(app: App, call: UpstreamCall) -> None:
     """Keep a call's connection if its answer is complete and there is room, else hang up."""
-    wire, idle = call.wire, app.pool.idle
+    wire, idle = call.wire, call.pool.idle
     complete = call.body.done and not call.body.rest and call.head.keep_alive
     if complete and wire.is_quiet() and len(idle) < app.limits.pool_size:
         wire.release()
@@ -13514,8 +13531,8 @@ def fetch_models(origin: Origin, context: Optional[ssl.SSLContext], seconds: flo
 
 async def refresh_models(app: App) -> None:
     """Ask the upstream for its list of models; on failure the known one stays for a minute."""
-    app.models_due = time.monotonic() + app.config.model_refresh_interval_ms / 1000
-    origin = app.origin
+    app.home.models_due = time.monotonic() + app.config.model_refresh_interval_ms / 1000
+    origin = app.home.origin
     try:
         context = tls_context(app) if origin.scheme == "https" else None
         models = await in_thread(lambda: merge_live_models(
@@ -13524,20 +13541,21 @@ async def refresh_models(app: App) -> None:
             raise ValueError("no list of models")
         if not app.config.use_provider_models:
             return              # switched off during the call
-        app.models = models
+        app.home.models = models
         app.log.debug("model list: %d models", len(models.listed))
     except (OSError, ValueError, RecursionError) as error:
-        app.models_due = time.monotonic() + min(60.0, app.config.model_refresh_interval_ms / 1000)
+        app.home.models_due = time.monotonic() + min(
+            60.0, app.config.model_refresh_interval_ms / 1000)
         app.log.debug("model list not refreshed: %s", printable(str(error), 200))
 
 
 def keep_models_fresh(app: App) -> Optional["asyncio.Task[Any]"]:
     """Start a refresh when the list is too old; the running one, None when nothing is to do."""
-    if app.models_task is None or app.models_task.done():
-        if not app.config.use_provider_models or time.monotonic() < app.models_due:
+    if app.home.models_task is None or app.home.models_task.done():
+        if not app.config.use_provider_models or time.monotonic() < app.home.models_due:
             return None
-        app.models_task = spawn(app, refresh_models(app))
-    return app.models_task
+        app.home.models_task = spawn(app, refresh_models(app))
+    return app.home.models_task
 
 
 async def ask_npm(app: App) -> Optional[str]:
@@ -13605,7 +13623,7 @@ def read_routing(config: Config, fields: Fields, model: str, upstream: str) -> R
 
 async def ask_account(app: App, key: RingKey, path: str) -> Any:
     """One account answer.  Raises ProxyError, ValueError."""
-    call = await open_call(app, CallSpec(call_head(app, "GET", path, key.key, [
+    call = await open_call(app, CallSpec(app.home, call_head(app.home, "GET", path, key.key, [
         ("accept", "application/json"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
         ("x-cli-environment", "production")]), b""))
@@ -14472,7 +14490,7 @@ def read_prompt(app: App, face: Face, digest: str, body: Json, notes: List[str])
     reader = choose_reader(face, body)
     prompt = reader.parse(body, notes)
     suit_face(app, prompt, face, reader, body)
-    model = resolve_model(prompt.asked, app.models, app.config, notes)
+    model = resolve_model(prompt.asked, app.home.models, app.config, notes)
     prompt.model = model.id
     prompt.effort = fit_effort(prompt.effort, model, notes)
     prompt.no_answer = prompt.max_tokens == 0
@@ -14487,7 +14505,7 @@ def count_input(app: App, prompt: Prompt) -> Tuple[int, int, str]:
     """(calibrated estimate, raw estimate, family) of a prompt's input tokens."""
     raw = estimate_input(prompt)
     family = model_family(prompt.model, bool(prompt.tools))
-    count = calibrated(raw, app.calibrations.get(family, Calibration()))
+    count = calibrated(raw, app.home.calibrations.get(family, Calibration()))
     return count, raw, "" if images_of(prompt) else family      # pictures teach nothing of text
 
 
@@ -14557,7 +14575,8 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
     allowed = {name for key in keys for name in key.allowed_models}
     if allowed:
-        routing = routing._replace(names=names_of(prompt.model, allowed, app.models, app.config))
+        routing = routing._replace(names=names_of(prompt.model, allowed, app.home.models,
+                                                  app.config))
     conversation = prompt.session if len(keys) == 1 else \
         derive_session(anchor_of(keys).key, named, first)
     ring = Ring(keys, conversation, routing, build if len(keys) > 1 else lambda key: spec,
@@ -14594,15 +14613,15 @@ def explain_call(app: App, job: Job) -> Json:
     fields = dict(row.split(": ", 1) for row in rows)
     fields["authorization"] = "Bearer " + key_name(fields["authorization"][len("Bearer "):])
     fields.pop("proxy-authorization", None)
-    base = "%s://%s" % (app.origin.scheme, app.origin.authority)
+    base = "%s://%s" % (app.home.origin.scheme, app.home.origin.authority)
     return {"method": method, "url": target if "://" in target else base + target,
             "headers": fields, "body": json.loads(job.spec.payload),
             "notes": conceal(list(dict.fromkeys(job.notes)), job.answer.secrets)}
 
 
-def learn_usage(app: App, reply: Reply) -> None:
+def learn_usage(backend: Backend, reply: Reply) -> None:
     """Calibrate the estimator by a true count (of at most MAX_FAMILIES families)."""
-    known = app.calibrations
+    known = backend.calibrations
     if reply.usage is None or not reply.usage.input or not reply.family:
         return
     if reply.family not in known and len(known) >= MAX_FAMILIES:
@@ -14624,7 +14643,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> A
     add_repair_turns(prompt, answer.reply, violation)
     upstream = job.spec.upstream
     second = new_answer(app, exchange, answer.face, prompt, upstream)
-    relay = Relay(app, exchange.wire, second, CallSpec(b"", b"", upstream), lambda: b"")
+    relay = Relay(app, exchange.wire, second, CallSpec(app.home, b"", b"", upstream), lambda: b"")
     try:
         payload = upstream.build(prompt, prompt.session)
         length = b"content-length: %d\r\n" % len(payload)
@@ -14640,7 +14659,7 @@ async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> A
     finally:
         relay.close()
     note_usage(state_of(app.keys, key, time.time()), second.reply.usage, second.reply.cost)
-    learn_usage(app, answer.reply)      # the second prompt holds the first answer: it teaches less
+    learn_usage(job.spec.backend, answer.reply)     # not the second's, whose prompt holds the first
     left = format_violation(prompt, second.reply)
     code = "json_repaired" if left is None else "json_invalid"
     add_note(second.reply.notes, code, left or violation)
@@ -14824,7 +14843,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
     """What the log line tells of an answer."""
-    learn_usage(app, job.answer.reply)
+    learn_usage(job.spec.backend, job.answer.reply)
     record, reply = exchange.record, job.answer.reply
     exchange.record["notes"] = shown_notes(job)
     if relay.first:
@@ -14951,9 +14970,9 @@ def follow_cli_version(app: App) -> None:
 def follow_model_list(app: App) -> None:
     """The upstream's list of models: asked for at the next request, or no longer used."""
     if not app.config.use_provider_models:
-        app.models = builtin_models()
+        app.home.models = builtin_models()
     if not app.demo:
-        app.models_due = 0.0
+        app.home.models_due = 0.0
 
 
 FOLLOWERS: Dict[str, Callable[[App], None]] = {
@@ -15258,12 +15277,13 @@ async def show_admin_models(app: App, exchange: Exchange) -> None:
     """All models, those that are switched off among them."""
     admit_reader(app, exchange)
     keep_models_fresh(app)
-    off = switched_off(app.models, app.config)
+    off = switched_off(app.home.models, app.config)
     requests = Counter(record.model for record in app.recent)
-    named = {meant_id(row["id"], app.models, app.config): row["id"] for row in app.config.models}
-    unlisted = off.difference(map(str.lower, app.models.listed))
-    shown = [app.models.known[name.lower()] for name in app.models.listed]
-    shown += [app.models.known.get(model_id, Model(name, name))
+    named = {meant_id(row["id"], app.home.models, app.config): row["id"]
+             for row in app.config.models}
+    unlisted = off.difference(map(str.lower, app.home.models.listed))
+    shown = [app.home.models.known[name.lower()] for name in app.home.models.listed]
+    shown += [app.home.models.known.get(model_id, Model(name, name))
               for model_id, name in named.items() if model_id in unlisted]
     await respond_json(app, exchange, 200, {"models": [
         {**model_entry(model), "id": redact(model.id), "name": redact(model.name),
@@ -15397,7 +15417,7 @@ async def serve_metrics(app: App, exchange: Exchange) -> None:
     gauges = {("uptime_seconds", "1"): round(time.monotonic() - app.started, 3),
               ("open_streams",): len(app.relays), ("requests_in_flight",): app.in_flight,
               ("client_connections",): app.clients,
-              ("upstream_idle_connections",): len(app.pool.idle),
+              ("upstream_idle_connections",): len(app.home.pool.idle),
               ("resident_memory_bytes", "1"): resident_bytes(),
               ("open_descriptors", "1"): open_descriptors()}
     counts = {**app.metrics.counts, **{key: known for key, known in gauges.items()
@@ -15976,7 +15996,7 @@ async def fresh_models(app: App) -> List[Model]:
     refresh = keep_models_fresh(app)
     if refresh is not None:
         await asyncio.wait([refresh], timeout=app.limits.list_wait)
-    return listed_models(app.models, app.config)
+    return listed_models(app.home.models, app.config)
 
 
 async def serve_models(app: App, exchange: Exchange) -> None:
@@ -15988,7 +16008,7 @@ async def serve_models(app: App, exchange: Exchange) -> None:
 
 def choose_shown(app: App, name: str, shown: List[Model]) -> Optional[Model]:
     """The model of a list that a name means."""
-    found = find_model(aliased(name, app.config), app.models)
+    found = find_model(aliased(name, app.config), app.home.models)
     wanted = {name.lower(), found.id.lower() if found else ""}
     return next((one for one in shown if one.id.lower() in wanted), None)
 
@@ -15997,8 +16017,8 @@ async def serve_model(app: App, exchange: Exchange) -> None:
     """One model by its id, which arrives percent-encoded (R4)."""
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
     shown = await fresh_models(app)
-    found = find_model(aliased(name, app.config), app.models)
-    refuse_switched_off(found.id if found else name, app.models, app.config)
+    found = find_model(aliased(name, app.config), app.home.models)
+    refuse_switched_off(found.id if found else name, app.home.models, app.config)
     model = choose_shown(app, name, shown)
     if model is None:
         raise unknown_model(name, tuple(one.id for one in shown))
@@ -16045,7 +16065,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "operator_keys": len(app.operator.keys), "routing_policy": app.config.routing_policy,
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
-                           for family, known in sorted(app.calibrations.items())},
+                           for family, known in sorted(app.home.calibrations.items())},
         **(proof_entry(app, nonce, exchange.wire.local_port()) if nonce else {})})
 
 
@@ -16438,7 +16458,7 @@ async def sweep(app: App) -> None:
         now = time.monotonic()
         look_at_each(app, list(app.wires), lambda wire: wire.expire(now), Wire.abort)
         look_at_each(app, list(app.relays), lambda relay: relay.tick(now), Relay.crash)
-        app.pool.prune(now - app.limits.pool_idle)
+        app.home.pool.prune(now - app.limits.pool_idle)
 
 
 async def drain(app: App, hurry: asyncio.Event) -> None:
@@ -16459,7 +16479,7 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await end_usage_log(app)
-    app.pool.prune(float("inf"))
+    app.home.pool.prune(float("inf"))
     if app.demo_server is not None:
         app.demo_server.close()
 
@@ -16501,7 +16521,7 @@ async def listen(app: App) -> Any:
                                  lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
     spawn(app, keep_running(app, sweep))
     spawn(app, keep_running(app, watch_alerts))
-    app.listeners += [lambda record: measure_record(app.metrics, record, app.models),
+    app.listeners += [lambda record: measure_record(app.metrics, record, app.home.models),
                       lambda record: count_record(app.minutes, record)]
     start_usage_log(app)
     if app.config.cli_version == "auto":
@@ -16557,9 +16577,9 @@ async def start_demo(app: App) -> None:
     """Listen on a free port of loopback and make that the upstream."""
     app.demo_server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
         app, lambda wire: spawn(app, serve_demo_connection(app, wire))))
-    app.origin = Origin("http", "127.0.0.1", app.demo_server.sockets[0].getsockname()[1], "")
-    app.proxy_known = True          # loopback is never reached through a proxy
-    app.models_due = float("inf")   # and has no list of models
+    app.home.origin = Origin("http", "127.0.0.1", app.demo_server.sockets[0].getsockname()[1], "")
+    app.home.proxy_known = True          # loopback is never reached through a proxy
+    app.home.models_due = float("inf")   # and has no list of models
     app.demo = True
 
 
@@ -17296,15 +17316,15 @@ def check_client_settings(scene: Scene) -> List[Finding]:
 
 def check_proxy(scene: Scene) -> List[Finding]:
     """Whether the environment sends us through an HTTP proxy."""
-    app = new_app(scene.settings.config, Limits(), logging.getLogger("ccproxy"), Pool())
+    way = Backend("commandcode", scene.origin, builtin_models())
     try:
-        read_proxy(app)
+        read_proxy(way)
     except ProxyError as error:
         return [Finding(False, error.message, "Name an http:// proxy, or the upstream in NO_PROXY")]
-    scene.proxy, scene.proxy_authorization = app.proxy, app.proxy_authorization
+    scene.proxy, scene.proxy_authorization = way.proxy, way.proxy_authorization
     names = sorted(name for name in os.environ if name.lower() in (
         "http_proxy", "https_proxy", "all_proxy", "no_proxy") and os.environ[name])
-    words = "none is used" if app.proxy is None else printable(app.proxy.authority, 100)
+    words = "none is used" if way.proxy is None else printable(way.proxy.authority, 100)
     return [Finding(True, words + (" (%s)" % ", ".join(names) if names else ""))]
 
 
@@ -19189,7 +19209,7 @@ def make_app(settings: Settings) -> App:
     """A proxy of these settings that does not listen yet.  Raises ProxyError `config`."""
     config = settings.config
     check_surroundings(config)
-    app = new_app(config, Limits(), open_log(config), Pool())
+    app = new_app(config, Limits(), open_log(config))
     app.operator, app.settings = settings.operator, settings
     return app
 

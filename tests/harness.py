@@ -77,7 +77,7 @@ class Proxy:
         if UPSTREAM_API:
             options.setdefault("upstream", "provider")
         config = make_config(**{"port": 0, **options})
-        self.app = ccproxy.new_app(config, limits, logger, ccproxy.Pool())
+        self.app = ccproxy.new_app(config, limits, logger)
         self.app.bare = bare
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)

@@ -270,10 +270,10 @@ def figures(app: Any) -> Dict[str, Any]:
     gc.collect()
     objects = gc.get_objects()
     kinds = collections.Counter(type(one).__name__ for one in objects)
-    kept = {name: len(getattr(app, name)) for name in ("items", "calibrations", "wires", "relays",
-                                                       "exchanges")}
+    kept = {name: len(getattr(app, name)) for name in ("items", "wires", "relays", "exchanges")}
+    kept["calibrations"] = len(app.home.calibrations)
     return {"tasks": len(asyncio.all_tasks()), "objects": len(objects), "clients": app.clients,
-            "idle": len(app.pool.idle), "bodies": app.bodies, "rss": resident(),
+            "idle": len(app.home.pool.idle), "bodies": app.bodies, "rss": resident(),
             "blocks": sys.getallocatedblocks(), "kinds": kinds.most_common(12),
             "descriptors": len(os.listdir("/proc/self/fd")) - 1, **kept}
 

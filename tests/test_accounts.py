@@ -213,7 +213,7 @@ class Place:
         """Keys that nothing is known of, no connections left over, no requests counted."""
         number = next(COUNT)
         self.keys = ["user_%d%s%s" % (number, letter, SECRET) for letter in "abcdefgh"[:keys]]
-        self.proxy.loop.call_soon_threadsafe(self.proxy.app.pool.prune, float("inf"))
+        self.proxy.loop.call_soon_threadsafe(self.proxy.app.home.pool.prune, float("inf"))
         self.fake.requests.clear()
         self.fake.side_requests.clear()
         self.fake.scripts = []

@@ -398,7 +398,7 @@ def test_created_is_the_upstreams_at_each_refresh(make_proxy, upstream):
     for created in (1793000000, 1793003600):
         upstream.models = {"data": [{"id": "vendor/New-Model", "created": created},
                                     {"id": "old/one"}]}
-        proxy.app.models_due = 0.0
+        proxy.app.home.models_due = 0.0
         rows = proxy.request("GET", "/v1/models", key=None).json["data"]
         assert [row["created"] for row in rows] == [created, 0]
     row = proxy.request("GET", "/v1/models/new-model", None, ANTHROPIC, None).json
@@ -460,8 +460,8 @@ def test_a_list_that_cannot_be_had(make_proxy, upstream, script):
     assert len(upstream.side_requests) == 1
     assert proxy.post(CHAT, model="vendor/New-Model").status == 200
     assert len(upstream.side_requests) == 1         # not asked again at once
-    wait_until(proxy.app.models_task.done)
-    assert proxy.app.models_task.exception() is None
+    wait_until(proxy.app.home.models_task.done)
+    assert proxy.app.home.models_task.exception() is None
     assert "model list not refreshed" in proxy.log.getvalue()
 
 
@@ -478,8 +478,8 @@ def test_a_list_that_comes_when_none_is_wanted_any_more(make_proxy, upstream):
     assert proxy.post(CHAT).status == 200 and asked.wait(10)
     proxy.app.config = proxy.app.config._replace(use_provider_models=False)
     go.set()
-    wait_until(proxy.app.models_task.done)
-    assert proxy.app.models_task.exception() is None
+    wait_until(proxy.app.home.models_task.done)
+    assert proxy.app.home.models_task.exception() is None
     assert len(listed(proxy)) >= 80
 
 
@@ -487,7 +487,7 @@ def test_a_trust_store_that_cannot_be_read_is_no_list(make_proxy, monkeypatch):
     proxy = make_proxy(apiBase="https://127.0.0.1:1")
     monkeypatch.setattr(ccproxy.ssl, "create_default_context", lambda: open("/nonexistent"))
     assert len(listed(proxy)) >= 80
-    assert proxy.app.models_task.exception() is None
+    assert proxy.app.home.models_task.exception() is None
     assert "model list not refreshed" in proxy.log.getvalue()
 
 
@@ -516,7 +516,7 @@ def test_the_list_is_cached(make_proxy, upstream):
         assert listed(proxy) == LIVE
     assert len(upstream.side_requests) == 1
     upstream.models = {"data": [{"id": "vendor/Newer"}]}
-    proxy.app.models_due = 0.0          # as if the interval were over
+    proxy.app.home.models_due = 0.0          # as if the interval were over
     assert listed(proxy) == ["vendor/Newer"]
 
 

@@ -130,7 +130,7 @@ class Stage:
         fake.scripts, fake.default = list(scripts), always or self.good
         self.forget_log()
         if fresh:
-            self.proxy.loop.call_soon_threadsafe(self.proxy.app.pool.prune, float("inf"))
+            self.proxy.loop.call_soon_threadsafe(self.proxy.app.home.pool.prune, float("inf"))
         answer = ask(self.client, way, key, **members)
         self.calls, fake.default = list(fake.requests), self.good
         assert len(self.calls) == tries and not fake.scripts
@@ -1053,7 +1053,7 @@ def fill_pool(stage, way, after):
         sock.sendall(WHOLE)
         after(sock)
     stage.forget_log()
-    stage.proxy.loop.call_soon_threadsafe(stage.proxy.app.pool.prune, float("inf"))
+    stage.proxy.loop.call_soon_threadsafe(stage.proxy.app.home.pool.prune, float("inf"))
     stage.upstream.scripts = [run] * POOLED
     threads = [threading.Thread(target=ask, args=(stage.proxy, way, next(KEYS)))
                for _ in range(POOLED)]
@@ -1079,7 +1079,7 @@ DEATHS = [("FIN under the request", raw(b"", close=True)),
 def test_pooled_connections_die_under_a_request(stage, way, death):
     """They are replaced silently, all of them: no attempt is counted, nobody is told."""
     fill_pool(stage, way, lambda sock: None)
-    assert len(stage.proxy.app.pool.idle) == POOLED
+    assert len(stage.proxy.app.home.pool.idle) == POOLED
     answer = stage.ask(way, *[death] * POOLED, tries=POOLED + 1, fresh=False)
     assert said(way, answer) == "Hello there"
     assert "retried" not in answer.fields.get("x-ccproxy-notes", "")
@@ -1106,7 +1106,7 @@ UNASKED = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n"
 def test_pooled_connections_die_while_idle(stage, way, after):
     """They are not used at all: one call, on a connection of its own."""
     fill_pool(stage, way, after)
-    pool = stage.proxy.app.pool
+    pool = stage.proxy.app.home.pool
     wait_until(lambda: not any(wire.is_quiet() for wire in list(pool.idle)))
     before = stage.upstream.connections
     assert said(way, stage.ask(way, fresh=False)) == "Hello there"

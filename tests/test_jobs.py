@@ -248,8 +248,8 @@ def test_a_dry_run_asks_for_no_model_list(make_proxy, upstream):
     """It calls nobody: not even beside the answer."""
     proxy = make_proxy()
     assert proxy.post(CHAT, {"x-ccproxy-dry-run": "1"}).status == 200
-    if proxy.app.models_task is not None:
-        wait_until(proxy.app.models_task.done)
+    if proxy.app.home.models_task is not None:
+        wait_until(proxy.app.home.models_task.done)
     assert not upstream.requests and not upstream.side_requests
 
 

@@ -114,8 +114,8 @@ def test_a_client_that_leaves_just_when_the_upstream_is_connected(make_proxy, up
     asyncio.wait_for takes that for a success, and forgets that it was cancelled."""
     connect = ccproxy.connect_wire
 
-    async def connect_and_lose(app, wire):
-        await connect(app, wire)
+    async def connect_and_lose(app, backend, wire):
+        await connect(app, backend, wire)
         next(iter(app.exchanges)).wire.end()
     monkeypatch.setattr(ccproxy, "connect_wire", connect_and_lose)
     upstream.default = stall()
@@ -180,7 +180,7 @@ def test_clients_that_do_not_read(make_proxy, upstream):
     assert len(proxy.app.relays) == 6 and held_bytes(proxy.app) < 6 * 512 * 1024
     for api, path in APIS.items():
         assert proxy.request("POST", path, body_for(api, True)).status == 200
-    wait_until(lambda: not upstream.open - len(proxy.app.pool.idle), 10)
+    wait_until(lambda: not upstream.open - len(proxy.app.home.pool.idle), 10)
     proxy.wait_quiet()
     assert not proxy.app.clients
     assert "WARNING" not in proxy.log.getvalue() and "ERROR" not in proxy.log.getvalue()

@@ -214,7 +214,7 @@ def test_followers_count_as_no_requests(make_proxy, follow):
 
 def test_a_slow_reader_loses_the_oldest_and_is_told():
     follower = ccproxy.Follower(None, True)
-    app = ccproxy.new_app(ccproxy.read_config({}, {}, {}, "")[0], FAST, None, ccproxy.Pool())
+    app = ccproxy.new_app(ccproxy.read_config({}, {}, {}, "")[0], FAST, None)
 
     class Wire:
         def wake(self):

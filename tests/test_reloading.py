@@ -145,7 +145,7 @@ def test_the_list_of_models_follows(place, upstream):
     proxy.request("GET", "/v1/models")
     assert upstream.side_requests
     change(useProviderModels=False)
-    assert proxy.app.models == ccproxy.builtin_models()
+    assert proxy.app.home.models == ccproxy.builtin_models()
 
 
 def test_keys_are_never_lent_to_the_network_meanwhile(place, tmp_path):

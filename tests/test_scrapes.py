@@ -73,7 +73,7 @@ def test_requests_are_counted(proxy, upstream):
     connections = [values['upstream_connections_total{kind="%s"}' % kind]
                    for kind in ("opened", "reused")]
     assert sum(connections) == 4 and connections[1] > 0
-    assert values["upstream_idle_connections"] == len(proxy.app.pool.idle) > 0
+    assert values["upstream_idle_connections"] == len(proxy.app.home.pool.idle) > 0
 
 
 def test_a_retry_and_a_splice(proxy, upstream):

@@ -278,8 +278,8 @@ def test_the_secrets_that_the_program_holds(monkeypatch):
     fake = FakeUpstream()
     proxy = Proxy(apiBase=fake.base, **HELD_SECRETS)
     proxy.app.operator = ccproxy.read_operator(proxy.app.config)
-    proxy.app.proxy_authorization = "Basic " + base64.b64encode(b"me:pr0xy-5ecret").decode()
-    secrets = [*HELD_SECRETS.values(), "user_0perat0r", proxy.app.proxy_authorization[6:],
+    proxy.app.home.proxy_authorization = "Basic " + base64.b64encode(b"me:pr0xy-5ecret").decode()
+    secrets = [*HELD_SECRETS.values(), "user_0perat0r", proxy.app.home.proxy_authorization[6:],
                "pr0xy-5ecret"]
     words = "no " + ", ".join(secrets) + "; but cl1entele"
     fake.default = status(400, {"error": {"message": words, "code": words}})

@@ -59,7 +59,7 @@ def run(capsys):
     """(exit status, lines on the screen, standard error) of a selftest in this process."""
     log = logging.Logger("ccproxy-selftest")
     log.addHandler(logging.StreamHandler(io.StringIO()))
-    app = ccproxy.new_app(make_config(), ccproxy.Limits(sweep=0.05), log, ccproxy.Pool())
+    app = ccproxy.new_app(make_config(), ccproxy.Limits(sweep=0.05), log)
     code = ccproxy.run_selftest(app)
     said = capsys.readouterr()
     assert not app.exchanges and not app.wires and not app.tasks

@@ -256,23 +256,23 @@ def test_families(model, tools, family):
 
 
 def test_families_are_bounded_and_only_true_counts_teach():
-    app = types.SimpleNamespace(calibrations={})
+    backend = types.SimpleNamespace(calibrations={})
 
     def finish(family, usage=ccproxy.Usage(40, 1)):
         reply = ccproxy.Reply("id", "m", 0, raw_estimate=20, family=family, usage=usage)
-        ccproxy.learn_usage(app, reply)
+        ccproxy.learn_usage(backend, reply)
 
     finish("a", None)
     finish("a", ccproxy.Usage(0, 1))
     finish("")
-    assert app.calibrations == {}
+    assert backend.calibrations == {}
     for number in range(ccproxy.MAX_FAMILIES + 50):
         finish("f%d" % number)
-    assert len(app.calibrations) == ccproxy.MAX_FAMILIES
+    assert len(backend.calibrations) == ccproxy.MAX_FAMILIES
     newest = "f%d" % (ccproxy.MAX_FAMILIES + 49)
-    before = app.calibrations[newest]
+    before = backend.calibrations[newest]
     finish(newest)
-    assert app.calibrations[newest] != before
+    assert backend.calibrations[newest] != before
 
 
 # Work.

@@ -132,8 +132,8 @@ def test_what_the_proxy_refuses_or_does_not_hear_is_no_upstreams_error(clinic, p
     clinic.default = stall()
     assert ask().startswith("504 from ")
     assert len(clinic.requests) == 1
-    proxy.app.origin = proxy.app.origin._replace(port=1)
-    proxy.app.pool.prune(float("inf"))
+    proxy.app.home.origin = proxy.app.home.origin._replace(port=1)
+    proxy.app.home.pool.prune(float("inf"))
     proxy.app.limits = proxy.app.limits._replace(backoff=())
     assert "No connection" in ask()
 
