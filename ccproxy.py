@@ -1470,6 +1470,8 @@ def inflate(data: bytes, coding: str, most: int) -> bytes:
     if coding not in CODINGS:
         raise ProxyError("encoding", "Content-Encoding: send the body as it is, or as gzip, "
                          "deflate or zstd.", param="content-encoding")
+    if coding in PLAIN_CODINGS:
+        return data             # nearly always
     return open_body(Framing(False, len(data)), coding, client_fault, most).feed(data)
 
 
@@ -2099,6 +2101,8 @@ def aliased(name: str, config: Config) -> str:
     """What `default` or an alias stands for, an exact one or else the longest pattern that fits
     (any case); any other name unchanged."""
     name = config.default_model if name == "default" else name
+    if not config.model_aliases:
+        return name
     asked = name.lower()
     targets = {alias.lower(): target for alias, target in config.model_aliases.items()}
     if asked in targets:
@@ -2467,8 +2471,14 @@ def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
     return min(keys, key=lambda key: key.digest)
 
 
+OTHER_KEY_FIELDS = frozenset(name for name, _ in KEY_FIELDS[1:])
+
+
 def sent_secrets(fields: Fields) -> List[str]:
     """All that a request's headers hold as keys, those of lists and of any scheme too."""
+    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
+    if lone and OTHER_KEY_FIELDS.isdisjoint(fields):
+        return [lone[1]]        # nearly always
     found: List[str] = []
     for name, _ in KEY_FIELDS:
         value = fields.get(name)
@@ -3527,10 +3537,12 @@ def note_ignored(holder: Json, table: Mapping[str, Any], notes: List[str], path:
     """Note each known field whose value asks for what cannot be honoured."""
     for name, given in holder.items():
         row = table.get(name, HONOURED)
+        if row is HONOURED:
+            continue
         if isinstance(row, dict):
             if isinstance(given, dict):
                 note_ignored(given, row, notes, path + name + ".")
-        elif row is not HONOURED and given not in NOTHING and given not in row \
+        elif given not in NOTHING and given not in row \
                 and "ignored=" + path + name not in notes[-8:]:     # as of the tool before
             add_note(notes, "ignored", path + name)
 
@@ -4640,6 +4652,8 @@ def read_any_tools(body: Json, notes: List[str]) -> List[Tool]:
 def read_any_parallel(body: Json) -> bool:
     """Whether an answer may hold more than one call: parallel_tool_calls, or the opposite in
     Messages' tool_choice."""
+    if "tool_choice" not in body and "parallel_tool_calls" not in body:
+        return True             # often
     choice = body.get("tool_choice")
     off = isinstance(choice, dict) and get(choice, "disable_parallel_tool_use", "a boolean",
                                            "tool_choice")
@@ -4649,11 +4663,12 @@ def read_any_parallel(body: Json) -> bool:
 def read_any_limit(body: Json, notes: List[str]) -> Optional[int]:
     """The limit of output tokens: 0 asks for an empty answer, -1 for no limit (with a note)."""
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        if body.get(name) is None:
+            continue
         value = get(body, name, "a number")
-        if value == -1:
-            add_note(notes, "ignored", "%s -1" % name)
-        elif value is not None:
+        if value != -1:
             return 0 if value == 0 else read_positive(body, (name,))
+        add_note(notes, "ignored", "%s -1" % name)
     return None
 
 
@@ -5097,9 +5112,9 @@ def images_of(prompt: Prompt) -> List[Image]:
     shown: List[Image] = []
     for turn in prompt.turns:
         for part in turn.parts:
-            if isinstance(part, Image):
+            if part.__class__ is Image:
                 shown.append(part)
-            elif isinstance(part, Result):
+            elif part.__class__ is Result:
                 shown += part.images
     return shown
 
@@ -5869,20 +5884,23 @@ def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
 
 
-def read_count(holder: Any, name: str, otherwise: Optional[int] = None) -> Optional[int]:
-    value = holder.get(name) if isinstance(holder, dict) else None
-    return value if type(value) is int and value >= 0 else otherwise    # True is no count
+def read_counts(holder: Any) -> Dict[str, int]:
+    """The members of an object that are counts; True is none."""
+    if not isinstance(holder, dict):
+        return {}
+    return {name: value for name, value in holder.items() if type(value) is int and value >= 0}
 
 
 def read_usage(given: Any) -> Optional[Usage]:
     """Token counts (UPSTREAM 5.3): nested details first, the older flat members where absent."""
-    used, sent = read_count(given, "inputTokens"), read_count(given, "outputTokens")
-    if used is None and sent is None:
+    counts = read_counts(given)
+    if "inputTokens" not in counts and "outputTokens" not in counts:
         return None
-    inputs, outputs = given.get("inputTokenDetails"), given.get("outputTokenDetails")
-    cached = read_count(inputs, "cacheReadTokens", read_count(given, "cachedInputTokens"))
-    reasoned = read_count(outputs, "reasoningTokens", read_count(given, "reasoningTokens"))
-    return Usage(used or 0, sent or 0, cached, read_count(inputs, "cacheWriteTokens"), reasoned)
+    inputs = read_counts(given.get("inputTokenDetails"))
+    return Usage(counts.get("inputTokens", 0), counts.get("outputTokens", 0),
+                 inputs.get("cacheReadTokens", counts.get("cachedInputTokens")),
+                 inputs.get("cacheWriteTokens"), read_counts(given.get("outputTokenDetails")).get(
+                     "reasoningTokens", counts.get("reasoningTokens")))
 
 
 def ended_badly(how: str) -> ProxyError:
@@ -6362,13 +6380,14 @@ def read_call_delta(reading: Reading, call: Json) -> Iterator[Event]:
 
 def openai_usage(given: Any) -> Optional[Usage]:
     """Token counts; prompt_tokens include cached ones, which DeepSeek tells by another name."""
-    used, sent = read_count(given, "prompt_tokens"), read_count(given, "completion_tokens")
-    if used is None and sent is None:
+    counts = read_counts(given)
+    if "prompt_tokens" not in counts and "completion_tokens" not in counts:
         return None
-    inputs = given.get("prompt_tokens_details")
-    cached = read_count(inputs, "cached_tokens", read_count(given, "prompt_cache_hit_tokens"))
-    return Usage(used or 0, sent or 0, cached, read_count(inputs, "cache_write_tokens"),
-                 read_count(given.get("completion_tokens_details"), "reasoning_tokens"))
+    inputs = read_counts(given.get("prompt_tokens_details"))
+    return Usage(counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0),
+                 inputs.get("cached_tokens", counts.get("prompt_cache_hit_tokens")),
+                 inputs.get("cache_write_tokens"),
+                 read_counts(given.get("completion_tokens_details")).get("reasoning_tokens"))
 
 
 def read_answer_choice(reading: Reading, choice: Json) -> Iterator[Event]:
@@ -6622,7 +6641,8 @@ def greater(one: Optional[int], other: Optional[int]) -> Optional[int]:
 def anthropic_usage(given: Any, before: Optional[Usage]) -> Optional[Usage]:
     """Token counts so far, with all input in one figure.  They are cumulative, and each event tells
     only some of them: the greatest that was told counts."""
-    told = [read_count(given, name) for name in (
+    counts = read_counts(given)
+    told = [counts.get(name) for name in (
         "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")]
     if told == [None] * 4:
         return before
@@ -6793,7 +6813,7 @@ def parse_chat(body: Json, notes: List[str]) -> Prompt:
         effort=read_any_effort(body), budget=read_any_budget(body), stops=read_any_stops(body),
         json_format=read_any_format(body),
         stream=bool(get(body, "stream", "a boolean")),
-        show_thinking=not openrouter_reasoning(body).get("exclude"),
+        show_thinking="reasoning" not in body or not openrouter_reasoning(body).get("exclude"),
         include_usage=bool(get(options, "include_usage", "a boolean", "stream_options")))
     read_messages(body, prompt)
     return prompt
@@ -8128,7 +8148,7 @@ def note_success(state: KeyState, began: float, now: float) -> None:
     """Remember that a call which began then was answered: its key is neither refused nor resting.
     An account question that was denied before was wrong, and so is the next one."""
     state.accepted = max(now, state.denied)
-    for reason in ("refused", "cooldown"):
+    for reason in ("refused", "cooldown") if state.marks else ():
         if reason in state.marks and state.marks[reason].since <= began:
             del state.marks[reason]
 
@@ -12101,6 +12121,7 @@ class App:
     started: float = 0.0                        # loop time
     cli_version: str = DEFAULT_CLI_VERSION
     tls: Optional[ssl.SSLContext] = None
+    raiser: Any = None                          # guarded: a fault of ours becomes a ProxyError
     demo: bool = False                          # the upstream is the one inside the program
     items: Dict[Tuple[str, str], bytes] = field(default_factory=dict)   # see ITEM MEMORY
     operator: Operator = Operator()
@@ -12999,6 +13020,15 @@ class guarded:      # a class as contextlib.suppress is one: for work with and w
         return True
 
 
+def internal_error(fault: Exception) -> ProxyError:
+    return ProxyError("internal", "Internal error of the proxy (%s); its log says more."
+                      % type(fault).__name__)
+
+
+def raise_internal(fault: Exception) -> None:
+    raise internal_error(fault) from None
+
+
 async def keep_running(app: App, work: Callable[[App], Awaitable[None]]) -> None:
     """Run a periodic task, and again after a fault of ours: soon at first, then ever later."""
     least, most = app.limits.restart
@@ -13016,8 +13046,8 @@ class Wire(asyncio.BufferedProtocol):
     """A connection.  Its owner closes it; losing it wakes whoever waits and calls `on_end`."""
 
     __slots__ = ("app", "transport", "buffer", "ended", "on_data", "on_end", "on_block", "guard",
-                 "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "on_open",
-                 "idle_since", "is_client", "fresh")
+                 "waiter", "deadline", "blocked_since", "closed_at", "flood_bytes", "held",
+                 "on_open", "idle_since", "is_client", "fresh")
 
     def __init__(self, app: App, on_open: Optional[Callable[["Wire"], Any]] = None) -> None:
         self.app, self.on_open = app, on_open
@@ -13034,6 +13064,7 @@ class Wire(asyncio.BufferedProtocol):
         self.deadline = 0.0                         # of the waiter, in loop time; 0: none
         self.blocked_since = self.closed_at = self.idle_since = 0.0
         self.flood_bytes = 0                        # more unread than this: hang up; 0: never
+        self.held = False                           # reading is paused
 
     # What asyncio calls.
 
@@ -13092,7 +13123,8 @@ class Wire(asyncio.BufferedProtocol):
         self.call(self.on_end)
 
     def wake(self) -> None:
-        wake(self.waiter)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
     async def wait(self, deadline: float) -> None:
         """Wait to be woken.  Raises asyncio.TimeoutError after the deadline (loop time)."""
@@ -13132,10 +13164,12 @@ class Wire(asyncio.BufferedProtocol):
     def hold(self) -> None:
         """Stop reading: what the other side sends on waits in its own machine."""
         if not self.ended:
+            self.held = True
             self.transport.pause_reading()
 
     def release(self) -> None:
-        if not self.ended:
+        if self.held and not self.ended:
+            self.held = False
             self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
@@ -13220,8 +13254,10 @@ def new_app(config: Config, limits: Limits, log: logging.Logger) -> App:
     """A proxy that does not listen yet."""
     version = DEFAULT_CLI_VERSION if config.cli_version == "auto" else config.cli_version
     home = Backend("commandcode", parse_origin(config.api_base), builtin_models())
-    return App(config, limits, log, home, memoryview(bytearray(READ_BYTES)),
-               max_clients=config.max_connections, cli_version=version)
+    app = App(config, limits, log, home, memoryview(bytearray(READ_BYTES)),
+              max_clients=config.max_connections, cli_version=version)
+    app.raiser = guarded(app, raise_internal, ProxyError, ConnectionError)
+    return app
 
 
 # === UPSTREAM CALLS =========================================================
@@ -13356,7 +13392,7 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     ConnectionResetError where not one byte came."""
     seen = interim = 0
     while interim <= MAX_INTERIM_HEADS:
-        end = find_head_end(wire.buffer, seen, upstream_fault)
+        end = find_head_end(wire.buffer, seen, upstream_fault) if wire.buffer else -1
         if end < 0:
             seen = len(wire.buffer)
             if not await wire.fill(deadline):
@@ -13834,15 +13870,6 @@ async def try_post(app: App, body: bytes) -> str:
 # The response head goes out with the first frame, so that whatever fails
 # before it is answered with a real status; a stream that stays silent gets its
 # head with the first comment.
-
-
-def internal_error(fault: Exception) -> ProxyError:
-    return ProxyError("internal", "Internal error of the proxy (%s); its log says more."
-                      % type(fault).__name__)
-
-
-def raise_internal(fault: Exception) -> None:
-    raise internal_error(fault) from None
 
 
 class Relay:
@@ -14568,12 +14595,13 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         answer.comment_end = comment_end(fields.get("user-agent", ""))
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
-    asked = hide(prompt.asked, answer.secrets)
-    exchange.record.update(asked=asked, model=asked if prompt.model == prompt.asked else hide(
-        prompt.model, answer.secrets), stream=prompt.stream)
+    model = answer.reply.model if prompt.model == prompt.asked else hide(
+        prompt.model, answer.secrets)
+    exchange.record.update(asked=answer.reply.model if prompt.asked else "", model=model,
+                           stream=prompt.stream)
     refuse_notes(exchange, face, body, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
-    allowed = {name for key in keys for name in key.allowed_models}
+    allowed = [name for key in keys for name in key.allowed_models]
     if allowed:
         routing = routing._replace(names=names_of(prompt.model, allowed, app.home.models,
                                                   app.config))
@@ -14731,7 +14759,7 @@ async def run_job(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
     """The calls of one answer: of a ring key by key, of a single key with its own retries."""
     keys, now = ring.keys, time.time()
     try:
-        with guarded(relay.app, raise_internal, ProxyError, ConnectionError):
+        with relay.app.raiser:
             if len(keys) > 1:
                 return await run_ring(relay, record, ring)
             check_single(keys[0], state_of(relay.app.keys, keys[0], now), ring.routing)
@@ -16305,7 +16333,7 @@ async def serve_one(app: App, wire: Wire, first: bool) -> Optional[Exchange]:
     """One request and its answer, whatever goes wrong; None when no request came."""
     exchange = Exchange(wire, NO_HEAD, time.monotonic(), False)
     try:
-        with guarded(app, raise_internal, ProxyError, ConnectionError):
+        with app.raiser:
             head = await read_request_head(app, wire, first)
             if head is None:
                 return None
