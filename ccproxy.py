@@ -24,137 +24,24 @@ A face is one public API; it knows its own format and the waist, never the upstr
 format knows its own format and the waist, never a face.  Everything above the line THE SHELL is
 pure: no socket, file, clock, environment or chance.  What is below it talks to the world.
 
-Sections, in order (`grep -n '^# ===' ccproxy.py` gives their lines; R.., FIELD, UPSTREAM and
-HTTP.md in comments name the project's notes on what clients and upstream really do):
+Parts, in order (`grep -n '^# === PART'` gives their lines; R.., FIELD, UPSTREAM
+and HTTP.md in comments name the project's notes on what clients and upstream really do):
 
-    CONSTANTS & LIMITS (pure)
-    ERRORS (pure)
-    OPTIONS (pure)
-    CONFIG (pure)
-    REDACTION & LOG LINES (pure)
-    HTTP WIRE (pure)
-    CONTENT CODINGS (pure)
-    STREAM FRAMING (pure)
-    JSON TEXT (pure)
-    ATTACHED DATA (pure)
-    CATALOGUE (pure)
-    MODELS (pure)
-    MODELS ALLOWED (pure)
-    MODEL LISTS (pure)
-    KEYS (pure)
-    KEY RINGS (pure)
-    OPERATOR KEYS (pure)
-    OPERATOR KEY CHANGES (pure)
-    OTHER BRIDGES (pure)
-    PROMPT (pure)
-    EVENTS (pure)
-    GRAMMAR (pure)
-    FIELD TABLES (pure)
-    HOSTED RESULTS (pure)
-    CONTENT PARTS (pure)
-    TOOL SCHEMAS (pure)
-    CLIENT TOOLS (pure)
-    TOOLS (pure)
-    MESSAGES TO TURNS (pure)
-    FIELDS OF ANY API (pure)
-    STRUCTURED OUTPUT (pure)
-    TOOL NAMES (pure)
-    TOOL CHOICE (pure)
-    PROMPT REPAIR (pure)
-    TOKEN COUNT (pure)
-    JSON SCHEMA (pure)
-    STRUCTURED ANSWERS (pure)
-    ANSWER FILTERS (pure)
-    UPSTREAM ERRORS (pure)
-    ALPHA EVENTS (pure)
-    UPSTREAM FORMAT: ALPHA (pure)
-    PROVIDER STREAMS (pure)
-    UPSTREAM FORMAT: OPENAI (pure)
-    UPSTREAM FORMAT: ANTHROPIC (pure)
-    UPSTREAMS (pure)
-    FACE: CHAT (pure)
-    FACE: MESSAGES (pure)
-    RESPONSES ITEMS (pure)
-    FACE: RESPONSES (pure)
-    FAST LANE (pure)
-    ANSWER (pure)
-    ACCOUNT FIGURES (pure)
-    KEY STATE (pure)
-    KEY ROUTING (pure)
-    CALLER LIMITS (pure)
-    TABLES & FIGURES (pure)
-    USAGE REPORT (pure)
-    ALERTS (pure)
-    REQUEST RECORDS (pure)
-    HISTORY (pure)
-    METRICS (pure)
-    ADMIN ACCESS (pure)
-    CONFIG CHANGES (pure)
-    CLIENT SETTINGS (pure)
-    JSON FILES (pure)
-    TOML FILES (pure)
-    DIAGNOSES (pure)
-    SERVICE UNITS (pure)
-    CLIENTS SET UP (pure)
-    DEMO ANSWERS (pure)
-    PAGE STYLE (pure)
-    PAGE MARKUP (pure)
-    PAGE WORDS (pure)
-    PAGE SCRIPT (pure)
-    PAGE FRAME (pure)
-    PAGE REQUESTS (pure)
-    PAGE SETTINGS (pure)
-    PAGE KEYS (pure)
-    PAGE CLIENTS (pure)
-    PAGE (pure)
-    THE SHELL
-    SETTINGS
-    SAFE FILES
-    SOCKETS
-    LISTENING AND CONNECTING
-    SOCKETS HANDED ON
-    WIRE
-    BACKENDS
-    UPSTREAM CALLS
-    ACCOUNTS
-    ALERT WATCH
-    RELAY
-    RETRIES
-    COMPRESSED BODIES
-    EXCHANGES
-    RECORDING
-    ITEM MEMORY
-    JOBS
-    GENERATION
-    ADMIN
-    RELOADING
-    RESTART
-    ADMIN CHANGES
-    ADMIN KEYS
-    SCRAPES
-    STATE
-    LIVE EVENTS
-    USAGE LOG
-    INSTANCE KEY
-    ENDPOINTS
-    SERVER
-    DEMO UPSTREAM
-    PROCESSES
-    TERMINAL
-    MODELS COMMAND
-    USAGE COMMAND
-    DOCTOR CHECKS
-    DOCTOR UPSTREAM
-    DOCTOR
-    TOP
-    SERVICE
-    SELFTEST
-    A PROXY AT HAND
-    BEFORE A CLIENT STARTS
-    TRIAL ANSWER
-    LAUNCHERS
-    SETUP
-    COMMAND LINE
+    BASICS (pure)               constants and limits, errors, options, config, redaction, log lines
+    HTTP (pure)                 heads, lengths, chunks, codings, framing, JSON text, attached data
+    WAIST (pure)                prompt, events, grammar, content, tools, repair, tokens, filters
+    UPSTREAM FORMATS (pure)     errors, alpha, OpenAI's and Anthropic's: from Prompt, to events
+    APIS (pure)                 chat, messages, responses: to Prompt, from events
+    ANSWER (pure)               the one read loop, the fast lane
+    BACKENDS AND MODELS (pure)  catalogue, names, aliases, allowed models, lists
+    ACCOUNTS (pure)             keys, rings, operator and client keys, figures, state, routing
+    OPERATION (pure)            records, usage, metrics, alerts, admin access, diagnoses, units
+    PAGE (pure)                 the dashboard as data
+    RUNTIME                     App, settings, safe files, sockets, wire, backends
+    CALLS                       upstream calls, the pool, the accounts' questions, alerts
+    ANSWERING                   relay, retries, bodies, jobs, generation
+    SERVER                      admin, reload, restart, events, usage log, endpoints, server
+    COMMANDS                    demo, selftest, terminal, each command, command line
 """
 from __future__ import annotations      # Python 3.9 or newer is needed
 
@@ -198,6 +85,7 @@ __version__ = "0.1.0"
 Json = Dict[str, Any]        # a decoded JSON object
 SLOTS: Dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}   # small instances
 
+# === PART: BASICS (pure) ====================================================
 # === CONSTANTS & LIMITS (pure) ==============================================
 # Every number and fixed string that more than one function needs, with its
 # unit and its reason.  What a person may want to change is an option instead
@@ -1025,6 +913,7 @@ def format_notes(notes: Iterable[str]) -> str:
     return "; ".join(shown)
 
 
+# === PART: HTTP (pure) ======================================================
 # === HTTP WIRE (pure) =======================================================
 # HTTP/1.1 by hand (RFC 9110, 9112): heads and body framing of both directions,
 # on bytes with explicit ASCII classes.  Strict, so that no two parties can see
@@ -1791,1213 +1680,7 @@ def decode_document(data: str, mime: str, encoded: bool) -> Tuple[str, str]:
     return (text, "") if text.strip() else ("", EMPTY)
 
 
-# === CATALOGUE (pure) =======================================================
-# The models of the vendor's own client 1.64.0, read 2026-11-20: the fallback
-# when the live list cannot be had, and the only source of efforts, limits and
-# plans, which that list lacks.  It moves weekly, so ids that are not in it are
-# passed through.  Columns: wire id, name, context in tokens (0: not known),
-# most output tokens (0: not known), input, efforts, least plan (hidden: not
-# in the vendor's own list; -: not told).
-
-CATALOGUE = """
-deepseek/deepseek-v4-pro|DeepSeek V4 Pro|1000000|0|text|high max|Go
-deepseek/deepseek-v4-flash|DeepSeek V4 Flash|1000000|0|text|high max|Go
-deepseek/deepseek-v4-flash-vision-exp|DeepSeek V4 Flash Vision (exp)|1000000|0|vision|high max|Go
-deepseek/deepseek-v4-flash-fast|DeepSeek V4 Flash Fast|1000000|0|text|low high max|Go
-deepseek/deepseek-v4.1-flash|DeepSeek V4.1 Flash|1000000|0|vision|low high max|Go
-moonshotai/Kimi-K3|Kimi K3|1000000|0|vision|low high max|Go
-moonshotai/Kimi-K2.7-Code|Kimi K2.7 Code|256000|0|vision|-|Go
-moonshotai/Kimi-K2.7-Code-Highspeed|Kimi K2.7 Code HighSpeed|262000|0|vision|-|Go
-moonshotai/Kimi-K2.6|Kimi K2.6|256000|0|vision|-|Go
-moonshotai/Kimi-K2.5|Kimi K2.5|256000|0|vision|-|Go
-z-ai/glm-5.3-flash|GLM-5.3 Flash|1048576|131072|vision|low high max|Go
-z-ai/glm-5.3-flashx|GLM-5.3 FlashX|1000000|131072|vision|low high max|Go
-zai-org/GLM-5.3|GLM-5.3|1000000|0|text|low high max|Go
-zai-org/GLM-5.2|GLM-5.2|1000000|0|text|high max|Go
-zai-org/GLM-5.2-Fast|GLM-5.2 Fast|1000000|0|text|-|Go
-zai-org/GLM-5.1|GLM-5.1|0|0|text|-|Go
-zai-org/GLM-5|GLM-5|200000|0|text|-|Go
-MiniMaxAI/MiniMax-M3|MiniMax M3|1000000|0|vision|low medium high|Go
-MiniMaxAI/MiniMax-M2.7|MiniMax M2.7|0|0|text|-|Go
-MiniMaxAI/MiniMax-M2.5|MiniMax M2.5|200000|0|text|-|Go
-xiaomi/mimo-v2.6-pro|MiMo V2.6 Pro|1048576|0|vision|-|Go
-xiaomi/mimo-v2.6-pro-ultraspeed|MiMo V2.6 Pro UltraSpeed|1048576|0|vision|-|GOAT
-xiaomi/mimo-v2.6-flash|MiMo V2.6 Flash|1048576|0|vision|-|Go
-xiaomi/mimo-v2.5-pro|MiMo V2.5 Pro|1000000|0|text|-|Go
-xiaomi/mimo-v2.5|MiMo V2.5|1000000|0|vision|-|Go
-Qwen/Qwen3.8-Omni-Flash|Qwen 3.8 Omni Flash|1000000|131072|vision|low medium xhigh|Go
-Qwen/Qwen3.8-Max-0902|Qwen 3.8 Max 0902|1000000|0|vision|low medium xhigh|Go
-Qwen/Qwen3.8-Max|Qwen 3.8 Max|1000000|0|vision|low medium xhigh|Go
-Qwen/Qwen3.8-27B|Qwen 3.8 27B|262144|32768|vision|low medium xhigh|Go
-Qwen/Qwen3.8-Flash|Qwen 3.8 Flash|1000000|0|vision|low medium xhigh|Go
-Qwen/Qwen3.7-Max|Qwen 3.7 Max|1000000|0|text|-|Go
-Qwen/Qwen3.7-Plus|Qwen 3.7 Plus|1000000|0|vision|-|Go
-Qwen/Qwen3.7-Flash|Qwen 3.7 Flash|1000000|0|vision|-|Go
-Qwen/Qwen3.6-Max-Preview|Qwen 3.6 Max Preview|0|0|text|-|Go
-Qwen/Qwen3.6-Plus|Qwen 3.6 Plus|0|0|vision|-|Go
-meituan/LongCat-2.0|LongCat 2.0|1048576|0|text|-|Go
-stepfun/Step-5-Preview|Step 5 Preview|1000000|0|vision|low medium high|Go
-stepfun/Step-3.7-Flash|Step 3.7 Flash|256000|0|vision|-|Go
-stepfun/Step-3.5-Flash|Step 3.5 Flash|1000000|0|text|-|Go
-tencent/hy3-paid|Tencent Hy3|262144|0|text|-|Go
-tencent/hy4-preview|Tencent Hy4 Preview|1048576|0|text|low medium high|Go
-nvidia/nemotron-3-ultra-550b-a55b|Nemotron 3 Ultra|1000000|0|text|-|Go
-thinkingmachines/inkling|Inkling|256000|0|vision|-|Go
-thinkingmachines/inkling-small|Inkling Small|1000000|0|vision|-|Go
-poolside/laguna-s-2.1-free|Laguna S 2.1|256000|32768|text|-|Go
-inclusionai/ling-3.0-flash-sante:free|Ling 3.0 Flash Sante|262144|32768|text|-|Go
-claude-sonnet-5|Claude Sonnet 5|1000000|0|vision|low medium high xhigh max|Pro
-claude-sonnet-4-6|Claude Sonnet 4.6|1000000|0|vision|low medium high xhigh max|Pro
-claude-fable-5-1|Claude Fable 5.1|1000000|0|vision|low medium high xhigh max|Max
-claude-fable-5|Claude Fable 5|1000000|0|vision|low medium high xhigh max|Max
-claude-opus-5-5|Claude Opus 5.5|1000000|0|vision|low medium high xhigh max|Max
-claude-opus-5|Claude Opus 5|1000000|0|vision|low medium high xhigh max|Max
-claude-opus-4-8|Claude Opus 4.8|1000000|0|vision|low medium high xhigh max|Max
-claude-opus-4-7|Claude Opus 4.7|1000000|0|vision|low medium high xhigh max|Max
-claude-haiku-4-5-20251001|Claude Haiku 4.5|200000|0|vision|-|Pro
-gpt-6-astra|GPT-6 Astra|1050000|0|vision|low medium high xhigh max|Max
-gpt-6-sol|GPT-6 Sol|1050000|0|vision|low medium high xhigh max|Pro
-gpt-6-luna|GPT-6 Luna|1050000|0|vision|low medium high xhigh max|Go
-gpt-5.6-sol|GPT-5.6 Sol|1050000|0|vision|low medium high xhigh max|GOAT
-gpt-5.6-terra|GPT-5.6 Terra|1050000|0|vision|low medium high xhigh max|Pro
-gpt-5.6-luna|GPT-5.6 Luna|1050000|0|vision|low medium high xhigh max|Go
-gpt-5.5|GPT-5.5|400000|0|vision|low medium high xhigh|Pro
-gpt-5.4|GPT-5.4|400000|0|vision|low medium high xhigh|Pro
-gpt-5.3-codex|GPT-5.3 Codex|400000|0|vision|low medium high xhigh|Pro
-gpt-5.4-mini|GPT-5.4 Mini|400000|0|vision|low medium high|Pro
-google/gemini-3.8-flash|Gemini 3.8 Flash|1000000|0|vision|low medium high|GOAT
-google/gemini-3.7-flash|Gemini 3.7 Flash|1048576|0|vision|low medium high|GOAT
-google/gemini-3.6-flash|Gemini 3.6 Flash|1000000|0|vision|low medium high|Pro
-google/gemini-3.5-flash|Gemini 3.5 Flash|1000000|0|vision|low medium high|Pro
-google/gemini-3.5-flash-lite|Gemini 3.5 Flash Lite|1000000|0|vision|low medium high|Pro
-google/gemini-3.1-flash-lite|Gemini 3.1 Flash Lite|1000000|0|vision|low medium high|Pro
-sakana/fugu-ultra|Fugu Ultra|1000000|0|vision|high xhigh|Max
-meta/muse-spark-1.1|Muse Spark 1.1|1048576|0|vision|low medium high xhigh|Pro
-meta/muse-spark-1.2|Muse Spark 1.2|1048576|0|vision|low medium high xhigh|GOAT
-meta/muse-spark-1.2-contributor|Muse Spark 1.2 Contributor|1048576|0|vision|low medium high xhigh|Go
-meta/muse-spark-1.3|Muse Spark 1.3|1048576|0|vision|low medium high xhigh max|GOAT
-meta/muse-spark-1.3-contributor|Muse Spark 1.3 Contributor|1048576|0|vision|low medium high xhigh|Go
-xai/grok-4.5|Grok 4.5|500000|0|vision|low medium high|Go
-xai/grok-4.6|Grok 4.6|500000|0|vision|low medium high xhigh|GOAT
-xai/grok-4.7|Grok 4.7|500000|0|vision|low medium high xhigh|GOAT
-minimax/minimax-m3-free|MiniMax M3|1000000|0|vision|low medium high|hidden
-minimax/minimax-m2.7-free|MiniMax M2.7|197000|0|text|-|hidden
-meituan/LongCat-2.0:free|LongCat 2.0|1048576|0|text|-|hidden
-tencent/Hy3|Tencent Hy3 (Free)|262144|0|text|-|hidden
-inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
-"""
-
-
-# === MODELS (pure) ==========================================================
-# Which model a request means and what that model takes: aliases, ids in any case,
-# short names, other services' spellings, efforts, output limits.  Unknown names are
-# passed on, as the catalogue is always behind; a note names the most similar model.
-
-EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
-EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
-DECISION_MODELS = ("typesafe/jev", "jev", "jev-latest", "typesafe-ai/jev")
-MODEL_NAME = re.compile(r"[!-~]{1,200}")
-# Suffixes that say how a model runs, not which model: Claude Code's context size (opus[1m]),
-# OpenRouter's routing variants (openrouter.ai/docs/guides/routing/model-variants/overview) and
-# Ollama's default tag.  OpenRouter's :free is a model of its own and never the paid one.
-NAME_SUFFIX = re.compile(r"(\[[0-9a-z]+\]|:(nitro|floor|exacto|online|latest))$")
-NAME_DATE = re.compile(r"-20[0-9]{2}(-?[0-9]{2}){2}$")
-DASHES = str.maketrans(".:", "--")      # claude-sonnet-4.6 at OpenRouter is claude-sonnet-4-6
-MAX_LIVE_MODELS = 1000      # ten times the upstream's present list, all of which clients get
-MAX_ENDPOINTS = 16          # of one model; each request looks at them
-MAX_CONTEXT = 10 ** 9       # tokens
-MAX_MOMENT = 32_503_680_000     # epoch seconds: the year 3000
-
-# A family's name stands for its present flagship, where no catalogue id matches.
-SHORT_NAMES = {
-    "claude": "claude-sonnet-5", "sonnet": "claude-sonnet-5", "opus": "claude-opus-5-5",
-    "haiku": "claude-haiku-4-5-20251001", "fable": "claude-fable-5-1", "gpt": "gpt-6-sol",
-    "codex": "gpt-5.3-codex", "deepseek": "deepseek/deepseek-v4-pro",
-    "deepseek-pro": "deepseek/deepseek-v4-pro", "deepseek-flash": "deepseek/deepseek-v4-flash",
-    "kimi": "moonshotai/Kimi-K3", "glm": "zai-org/GLM-5.3", "glm-flash": "z-ai/glm-5.3-flash",
-    "minimax": "MiniMaxAI/MiniMax-M3", "mimo": "xiaomi/mimo-v2.6-pro", "qwen": "Qwen/Qwen3.8-Max",
-    "qwen-flash": "Qwen/Qwen3.8-Flash", "longcat": "meituan/LongCat-2.0",
-    "step": "stepfun/Step-5-Preview", "hunyuan": "tencent/hy4-preview",
-    "nemotron": "nvidia/nemotron-3-ultra-550b-a55b", "inkling": "thinkingmachines/inkling",
-    "laguna": "poolside/laguna-s-2.1-free", "ling": "inclusionai/ling-3.0-flash-free",
-    "gemini": "google/gemini-3.8-flash", "fugu": "sakana/fugu-ultra",
-    "muse": "meta/muse-spark-1.3", "grok": "xai/grok-4.7"}
-
-
-class Model(NamedTuple):
-    """One model; 0 stands for a number that is not known."""
-
-    id: str
-    name: str
-    context: int = 0
-    max_output: int = 0
-    vision: bool = True
-    efforts: Optional[Tuple[str, ...]] = None       # None: not known; (): takes none
-    plan: str = ""
-    endpoints: Tuple[str, ...] = ()
-    created: int = 0                                # epoch seconds, as the live list tells it
-
-
-class Models(NamedTuple):
-    """All that is known of models: `known` by lower-case id, `bare` lower-case ids by their short
-    forms, `listed` ids in the order in which they are shown."""
-
-    known: Dict[str, Model]
-    bare: Dict[str, str]
-    listed: List[str]
-
-
-def short_forms(name: str) -> Tuple[str, ...]:
-    """Forms of a lower-case name without its vendor, the most exact first: as it is, without a
-    date at its end, and both with dashes for dots."""
-    short = name.rpartition("/")[2]
-    undated = NAME_DATE.sub("", short)
-    return short, undated, short.translate(DASHES), undated.translate(DASHES)
-
-
-def index_models(models: List[Model], listed: List[str]) -> Models:
-    """Models by lower-case id, and by short form: where two models share one, the model with the
-    more exact form, then the earlier model."""
-    known = {model.id.lower(): model for model in models}
-    bare: Dict[str, str] = {}
-    for forms in zip(*map(short_forms, known)):
-        for form, name in zip(forms, known):
-            bare.setdefault(form, name)
-    bare.pop("", None)
-    return Models(known, bare, listed)
-
-
-def builtin_models() -> Models:
-    """The models of CATALOGUE, of which the hidden ones are not listed."""
-    models, listed = [], []
-    for row in CATALOGUE.strip().splitlines():
-        name, title, context, output, kinds, efforts, plan = row.split("|")
-        models.append(Model(name, title, int(context), int(output), kinds == "vision",
-                            tuple(efforts.split()) if efforts != "-" else (),
-                            "" if plan in ("-", "hidden") else plan))
-        if plan != "hidden":
-            listed.append(name)
-    return index_models(models, listed)
-
-
-def live_number(value: Any, most: int) -> int:
-    """A positive number of the live list; 0 for another type (bool too) or above `most`."""
-    return int(value) if type(value) in (int, float) and 0 < value <= most else 0
-
-
-def read_live_model(row: Any, known: Mapping[str, Model]) -> Optional[Model]:
-    """A row of the live list merged into the known entry of its model; None without a usable id,
-    and for a model without chat.  Members of the wrong type are ignored."""
-    name = row.get("id") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or \
-            name.lower() in DECISION_MODELS:
-        return None
-    model = known.get(name.lower(), Model(name, name))
-    title, endpoints = row.get("name"), row.get("supported_endpoints")
-    title = clean_text(title).strip()[:200] if isinstance(title, str) else ""
-    endpoints = endpoints[:MAX_ENDPOINTS] if isinstance(endpoints, list) else ()
-    return model._replace(
-        id=name, name=title or model.name,
-        context=live_number(row.get("context_length"), MAX_CONTEXT) or model.context,
-        endpoints=tuple(one for one in endpoints if isinstance(one, str)),
-        created=live_number(row.get("created"), MAX_MOMENT))
-
-
-def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
-    """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable.
-    Of rows whose ids differ in case alone, the first counts."""
-    rows = live.get("data") if isinstance(live, dict) else None
-    found: Dict[str, Model] = {}
-    for row in rows if isinstance(rows, list) else ():
-        model = read_live_model(row, builtin.known)
-        if model is not None:
-            found.setdefault(model.id.lower(), model)
-        if len(found) == MAX_LIVE_MODELS:
-            break
-    merged = list({**builtin.known, **found}.values())
-    return index_models(merged, [model.id for model in found.values()]) if found else None
-
-
-def fits_pattern(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern with `*` in it.  Takes linear time, which a regular expression
-    with several `.*` does not: a name may be as long as a request."""
-    first, *pieces, last = pattern.split("*")
-    at = len(first)
-    for piece in pieces:
-        found = name.find(piece, at)
-        if found < 0:
-            return False
-        at = found + len(piece)
-    return name.startswith(first) and name.endswith(last) and at <= len(name) - len(last)
-
-
-def find_model(name: str, models: Models) -> Optional[Model]:
-    """The catalogue's model of this name: its id in any case, else a short form of it.  The
-    vendor is ignored then, as other services use other names for vendors."""
-    lower = name.lower()
-    if lower in models.known:
-        return models.known[lower]
-    plain = NAME_SUFFIX.sub("", lower)
-    found = [models.bare.get(form, "") for form in short_forms(plain)]
-    ids = [plain, *found, SHORT_NAMES.get(plain, "").lower()]
-    return next((models.known[model_id] for model_id in ids if model_id in models.known), None)
-
-
-def letter_pairs(name: str) -> FrozenSet[str]:
-    """The pairs of adjacent letters in a name without its vendor, its ends marked by spaces."""
-    text = " %s " % name.lower().rpartition("/")[2]
-    return frozenset(text[at:at + 2] for at in range(len(text) - 1))
-
-
-@lru_cache(maxsize=64)          # a client sends the same unknown name with every request
-def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
-    """Up to three ids that are similar to a name, the most similar first: by the share of common
-    letter pairs (Dice's coefficient), in linear time, unlike difflib's ratio."""
-    wanted = letter_pairs(name)
-    shares = [2 * len(wanted & pairs) / (len(wanted) + len(pairs))
-              for pairs in map(letter_pairs, ids)]
-    order = sorted(range(len(ids)), key=lambda at: -shares[at])
-    return tuple(ids[at] for at in order[:3] if shares[at] >= 0.4)
-
-
-def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
-    """The effort to send: what was asked, else the nearest lower that the model takes, else its
-    lowest; None to leave the choice to the model."""
-    taken = EFFORTS if model.efforts is None else model.efforts
-    if not asked:
-        return None
-    if asked in taken:
-        return asked
-    word = EFFORT_WORDS.get(asked, asked)
-    falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else ()
-    fitted = next((one for one in falling if one in taken), None)
-    add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
-    return fitted
-
-
-def most_output(model: Model) -> int:
-    """The largest max_tokens that is sent upstream for a model."""
-    return min(model.max_output or MAX_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS)
-
-
-def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
-    """max_tokens to send: the default, or what was asked within the model's limit; 1 for 0, with
-    which no upstream is called."""
-    most = most_output(model)
-    if asked is None:
-        return min(DEFAULT_OUTPUT_TOKENS, most)
-    if asked > most:
-        add_note(notes, "clamped", "max_tokens %d -> %d" % (asked, most))
-    return max(1, min(asked, most))
-
-
-# === MODELS ALLOWED (pure) ==================================================
-# Which of the models are served here: those of allowedModels, but for the ones
-# that `models` switches off, and unknown ones only where allowUnknownModels lets
-# them through.  A model is meant by whatever name stands for it.
-
-
-def aliased(name: str, config: Config) -> str:
-    """What `default` or an alias stands for, an exact one or else the longest pattern that fits
-    (any case); any other name unchanged."""
-    name = config.default_model if name == "default" else name
-    if not config.model_aliases:
-        return name
-    asked = name.lower()
-    targets = {alias.lower(): target for alias, target in config.model_aliases.items()}
-    if asked in targets:
-        return targets[asked]
-    for pattern in sorted(targets, key=len, reverse=True):
-        if "*" in pattern and fits_pattern(asked, pattern):
-            return targets[pattern]
-    return name
-
-
-def meant_id(name: str, models: Models, config: Config) -> str:
-    """The lower-case id of the model that a configured name stands for; the name itself if it is
-    unknown.  An exact id means its own model, even if an alias has the same name."""
-    if name.lower() in models.known:
-        return name.lower()
-    name = aliased(name, config)
-    found = find_model(name, models)
-    return (found.id if found else name).lower()
-
-
-def names_of(model: str, names: Iterable[str], models: Models, config: Config) -> FrozenSet[str]:
-    """The configured names that stand for the model with this id."""
-    wanted = model.lower()
-    return frozenset(name for name in names
-                     if name.lower() == wanted or meant_id(name, models, config) == wanted)
-
-
-def switched_off(models: Models, config: Config) -> FrozenSet[str]:
-    """Ids in lower case of the models that are switched off."""
-    return frozenset(meant_id(row["id"], models, config)
-                     for row in config.models if not row["enabled"])
-
-
-def served_test(models: Models, config: Config) -> Callable[[str], bool]:
-    """A function that tells whether requests may name an id."""
-    off = switched_off(models, config)
-    allowed = {meant_id(name, models, config) for name in config.allowed_models}
-    return lambda name: name.lower() not in off and (not allowed or name.lower() in allowed)
-
-
-def served_ids(models: Models, config: Config) -> Tuple[str, ...]:
-    """Ids of the listed models that a request may name."""
-    return tuple(filter(served_test(models, config), models.listed))
-
-
-def unknown_model(name: str, ids: Tuple[str, ...],
-                  words: str = "There is no model %s (GET /v1/models lists them).") -> ProxyError:
-    near = nearest_ids(name[:200], ids)
-    return ProxyError("model", words % printable(name, 100) + (
-        " Nearest: %s." % ", ".join(near) if near else ""), param="model")
-
-
-def refuse_switched_off(found: str, models: Models, config: Config) -> None:
-    if config.models and found.lower() in switched_off(models, config):
-        raise unknown_model(found, served_ids(models, config),
-                            "Model %s is switched off here (the option models).")
-
-
-def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
-    """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
-    allowed, found = config.allowed_models, model.id if model else name
-    refuse_switched_off(found, models, config)
-    if allowed and not names_of(found, allowed, models, config):
-        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), redact(", ".join(allowed[:20]))), param="model")
-    if model is None and not config.allow_unknown_models:
-        raise unknown_model(name, served_ids(models, config))
-
-
-def note_unknown_model(name: str, models: Models, config: Config, notes: List[str]) -> None:
-    """Name the nearest model; a name unlike every known one is new rather than misspelt."""
-    for near in nearest_ids(name, served_ids(models, config))[:1]:
-        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
-            printable(name, 48), near))
-
-
-def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
-    """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
-    name = aliased(asked or "default", config)
-    if name.lower() in DECISION_MODELS:
-        raise ProxyError("invalid", "%s is a decision model without chat; name another model."
-                         % printable(name, 100), param="model")
-    if not MODEL_NAME.fullmatch(name):
-        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
-                         param="model")
-    found = find_model(name, models)
-    check_allowed(name, found, models, config)
-    model = found or Model(name, name)
-    if asked and model.id != asked:
-        add_note(notes, "model", redact("%s -> %s" % (asked, model.id)))
-    if found is None:
-        note_unknown_model(name, models, config, notes)
-    return model
-
-
-# === MODEL LISTS (pure) =====================================================
-# What GET /v1/models answers, in OpenAI's shape and in Anthropic's: a person's
-# own aliases first, then the live or built-in list, as far as it is allowed.
-
-
-def listed_models(models: Models, config: Config) -> List[Model]:
-    """What /v1/models shows: a person's own aliases, then the list but for ids that these hide."""
-    is_served = served_test(models, config)
-    named, hidden = [], {alias.lower() for alias in config.model_aliases}
-    for alias, target in sorted(config.model_aliases.items()):
-        model = find_model(target, models) or Model(target, target)
-        if "*" not in alias and is_served(model.id):
-            named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
-    return named + [models.known[name.lower()] for name in filter(is_served, models.listed)
-                    if name.lower() not in hidden]
-
-
-def openai_model(model: Model) -> Json:
-    """A model as OpenAI lists it; `created` is the upstream's, 0 for one that is not live."""
-    told = {"context_length": model.context, "max_output_tokens": model.max_output}
-    return {"id": model.id, "object": "model", "created": model.created,
-            "owned_by": "command-code", "name": model.name,
-            **{name: number for name, number in told.items() if number}}
-
-
-def describe_model(model: Model) -> str:
-    """A model described in a sentence, without what is unknown of it (efforts None: not in the
-    catalogue, which alone tells input and plan)."""
-    return "; ".join(filter(None, [
-        "%s at Command Code" % model.name,
-        "%d tokens of context" % model.context if model.context else "",
-        "" if model.efforts is None else "text and image input" if model.vision else "text input",
-        "effort " + ", ".join(model.efforts) if model.efforts else "",
-        "from the %s plan on" % model.plan if model.plan else ""])) + "."
-
-
-def anthropic_model(model: Model) -> Json:
-    """A model as Anthropic lists it (platform.claude.com/docs/en/api/models/list), and a
-    description.  `created_at` may be the epoch for an unknown date there, an unknown context null;
-    `max_tokens` is the largest value of that parameter, which here is known of every model."""
-    from datetime import datetime, timezone         # rarely wanted, so not at start
-    created = datetime.fromtimestamp(model.created, timezone.utc)
-    return {"type": "model", "id": model.id, "display_name": model.name,
-            "description": describe_model(model), "lifecycle": "active",
-            "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "max_input_tokens": model.context or None, "max_tokens": most_output(model)}
-
-
-def model_entry(model: Model) -> Json:
-    """All that is known of a model, null for what is not."""
-    return {"id": model.id, "name": model.name, "context": model.context or None,
-            "max_output": model.max_output or None, "vision": model.vision,
-            "efforts": None if model.efforts is None else list(model.efforts),
-            "plan": model.plan or None}
-
-
-def ollama_model(model: Model) -> Json:
-    """A model as Ollama's /api/tags lists it; of a file that is not there nothing is told."""
-    entry: Json = {"name": model.id, "model": model.id, "modified_at": "1970-01-01T00:00:00Z",
-                   "size": 0, "digest": "", "details": {
-                       "parent_model": "", "format": "", "family": "", "families": [],
-                       "parameter_size": "", "quantization_level": ""}}
-    return {**entry, "context_length": model.context} if model.context else entry
-
-
-def ollama_details(model: Model) -> Json:
-    """A model as Ollama's /api/show tells it."""
-    info: Json = {"general.architecture": "command-code", "general.basename": model.name}
-    if model.context:
-        info["command-code.context_length"] = model.context
-    thinks = ["thinking"] if model.efforts else []
-    return {"details": ollama_model(model)["details"], "model_info": info,
-            "modified_at": "1970-01-01T00:00:00Z",
-            "capabilities": ["completion", "tools"] + ["vision"] * model.vision + thinks}
-
-
-def openai_model_list(shown: List[Model]) -> Json:
-    return {"object": "list", "data": [openai_model(model) for model in shown]}
-
-
-def anthropic_model_list(shown: List[Model]) -> Json:
-    data = [anthropic_model(model) for model in shown]
-    return {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None}
-
-
-# === KEYS (pure) ============================================================
-# What who brings no key is told, and the ids of a caller's conversation (the
-# keys themselves are read in KEY RINGS).  Ids are derived, never stored: the same
-# key and conversation give the same id in any process on any host, and no two
-# callers can share or guess one.
-
-SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "session_id")
-TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-KEY_FIELDS = (("authorization", "Authorization"), ("x-api-key", "x-api-key"),
-              ("api-key", "api-key"))       # in this order; how a person writes them
-SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]+(?![ \t=])")
-
-
-def key_text(fields: Fields, name: str) -> str:
-    """What a header holds as a key.  In Authorization that follows Bearer, Token or no scheme;
-    "" for the credentials of any other scheme (RFC 9110 11.4)."""
-    value = fields.get(name, "").strip(" \t")
-    found = SCHEME.match(value) if name == "authorization" else None
-    if found is None or KEY_PATTERN.search(found[1]):
-        return value
-    return value[found.end():] if found[1].lower() in ("bearer", "token") else ""
-
-
-def is_same_secret(one: str, other: str) -> bool:
-    """Compare in a time that tells neither content nor length."""
-    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
-    return hmac.compare_digest(*digests)
-
-
-PLACEHOLDER = re.compile(        # also U+2026 in UTF-8, as a header is read
-    "user_(x{3,}|[*]*)([.]|\u2026|\xe2\x80\xa6)+|user_(x{3,}|[*]+|[<\\[{].*)|"
-    "user_(your|my|the)?[-_]?((command|code|api)[-_]?)*(key|token)([-_]?here)?", re.I)
-VENDOR_KEYS = {     # how keys of other vendors begin
-    "sk-ant-": "Anthropic", "sk-or-": "OpenRouter", "sk-": "OpenAI or the like", "gsk_": "Groq",
-    "AIza": "Google", "xai-": "xAI", "ghp_": "GitHub", "github_pat_": "GitHub",
-    "hf_": "Hugging Face"}
-
-
-def mistaken_key(given: str) -> str:
-    """What stands in a key's place by mistake: a placeholder, another vendor's key; "" for none."""
-    if PLACEHOLDER.fullmatch(given):
-        return "the placeholder of the README"
-    return next(("a key of %s (%s...)" % (vendor, start) for start, vendor in VENDOR_KEYS.items()
-                 if given.startswith(start)), "")
-
-
-OWN_KEY = ("send your own as `Authorization: Bearer user_...` or `x-api-key: user_...` "
-           "(commandcode.ai, settings, API keys).")
-
-
-def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
-    """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
-    one is set, and what was sent is not it."""
-    sent = {fields.get(name, "").strip().lower() for name, _ in KEY_FIELDS}
-    given = sent != {""}
-    mistakes = [mistaken_key(key_text(fields, name)) for name, _ in KEY_FIELDS]
-    if given and sent <= {"", "bearer", "token"}:
-        mistakes = ["empty (is the variable set that should hold it?)"]
-    problem = "The key sent is not a Command Code key" if given else "No key was sent"
-    if given and client_key:
-        problem = "The clientKey sent is wrong, and it is not a Command Code key either"
-    problem += ", but ".join(["", *filter(None, mistakes)][:2])
-    either = "ask the proxy's operator for the clientKey, or " if client_key else ""
-    return ProxyError("authentication", "%s: %s%s" % (problem, either, OWN_KEY))
-
-
-def inner_session(user_id: str) -> str:
-    """The session_id in a user id that is JSON, else the user id itself."""
-    try:
-        inner = json.loads(user_id) if user_id.startswith("{") else None
-    except (ValueError, RecursionError):
-        inner = None
-    session = inner.get("session_id") if isinstance(inner, dict) else None
-    return session if isinstance(session, str) and session else user_id
-
-
-def session_value(fields: Fields, user_id: Any) -> str:
-    """How the client itself names this conversation; "" when it does not.  `user_id` is Messages'
-    metadata.user_id: Claude Code puts JSON with a session_id into it."""
-    for name in SESSION_FIELDS:
-        if fields.get(name):
-            return fields[name][:MAX_SESSION_VALUE]
-    return inner_session(user_id)[:MAX_SESSION_VALUE] if isinstance(user_id, str) else ""
-
-
-def derive_session(key: str, session: str, first_message: str) -> str:
-    """Id of a conversation as a strict UUID (version 4, RFC 4122 variant): an HMAC with the key as
-    secret, over the client's own name for the conversation or, without one, over its first user
-    message."""
-    subject = "session\n" + session if session else "message\n" + first_message
-    digest = hmac.digest(key.encode(), subject.encode("utf-8", "replace"), "sha256").hex()
-    variant = "89ab"[int(digest[16], 16) & 3]
-    return "-".join((digest[:8], digest[8:12], "4" + digest[13:16], variant + digest[17:20],
-                     digest[20:32]))
-
-
-def choose_traceparent(given: str, fresh: str) -> str:
-    """The caller's traceparent where it is valid (W3C Trace Context), else one of 48 hex digits."""
-    if TRACEPARENT.fullmatch(given):
-        return given
-    return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
-
-
-# === KEY RINGS (pure) =======================================================
-# A caller may bring several keys at once, in one header: `user_a,user_b` or
-# `work=user_a,home=user_b;weight=2`.  They are that caller's ring for that one
-# request.  A header that holds one key is read as tolerantly as ever (R1).  In a
-# list, empty entries count for nothing, an entry without a key is left out with a
-# note, and an entry with a key is read strictly, for a slip would silently leave an
-# account unused.  An entry is told by its place in the list, never as it was sent.
-
-MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
-MAX_RING_WEIGHT = 1000
-MAX_SENT_SECRETS = 64   # of one request, that are looked for in what is shown
-NO_SECRETS = ("bearer", "token", "user_", "user_...", "key")   # schemes, what stands for a key
-RING_SHAPE = "[name=]user_...[;weight=N], ..."
-RING_ENTRY = re.compile(
-    r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?'
-    r'["\']?(?P<key>user_[A-Za-z0-9_-]+)["\']?'
-    r'(?:\s*;\s*weight\s*=\s*(?P<weight>[0-9]{1,4}(?:\.[0-9]{1,3})?))?')
-LONE_KEY = re.compile(r"(?:Bearer )?(user_[A-Za-z0-9_-]+)")
-AROUND_ENTRY = " \t\"'"      # white space and quotes
-
-
-@dataclass(frozen=True, **SLOTS)
-class RingKey:
-    """One key that may serve; its repr holds neither the key nor its digest."""
-
-    key: str = field(repr=False)
-    digest: str = field(repr=False)         # the whole SHA-256: what is learned is kept under it
-    name: str = ""                          # the caller's or operator's own word for it
-    weight: float = 1.0
-    max_in_flight: int = 0                  # 0: as the option says
-    allowed_models: Tuple[str, ...] = ()    # lower case; (): all
-
-    @property
-    def shown(self) -> str:
-        return "key:" + self.digest[:6]     # the same as key_name(key)
-
-
-def new_ring_key(key: str, **known: Any) -> RingKey:
-    return RingKey(key, hashlib.sha256(key.encode()).hexdigest(), **known)
-
-
-def key_words(key: RingKey) -> str:
-    return "%s (%s)" % (key.shown, key.name) if key.name else key.shown
-
-
-def ring_entries(value: str) -> List[str]:
-    """The entries of a list that are not empty (RFC 9110 5.6.1), without quotes, white space and
-    the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
-    entries = [re.sub(r"(?i)^(bearer|token)[ \t]+", "", entry.strip(AROUND_ENTRY))
-               for entry in value.split(",")]
-    return [entry for entry in (one.strip(AROUND_ENTRY) for one in entries) if entry]
-
-
-def parse_ring_entry(entry: str, place: str) -> RingKey:
-    """One entry of a list of keys; `place` says which in errors.  Raises ProxyError `invalid`."""
-    found = RING_ENTRY.fullmatch(entry)
-    if found is None or KEY_LIKE.search(found["name"] or ""):
-        raise ProxyError("invalid", "%s is not understood. A ring of keys is written %s with "
-                         "names of up to 32 letters, digits, dots, dashes." % (place, RING_SHAPE))
-    weight = float(found["weight"] or 1)
-    if not 0 < weight <= MAX_RING_WEIGHT:
-        raise ProxyError("invalid", "%s: weight must be above 0 and at most %d."
-                         % (place, MAX_RING_WEIGHT))
-    return new_ring_key(found["key"], name=found["name"] or "", weight=weight)
-
-
-def merge_ring(keys: Iterable[RingKey], where: str,
-               fault: str = "invalid") -> Tuple[RingKey, ...]:
-    """Each key once, as its first entry has it.  Raises ProxyError of kind `fault` for two keys
-    of one name: nobody could tell them apart."""
-    merged: Dict[str, RingKey] = {}
-    for key in keys:
-        merged.setdefault(key.digest, key)
-    names = [key.name for key in merged.values() if key.name]
-    if len(names) != len(set(names)):
-        raise ProxyError(fault, "%s gives one name to two keys." % where)
-    return tuple(merged.values())
-
-
-def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
-    """The key under which what belongs to the whole ring is kept, whatever its order."""
-    return min(keys, key=lambda key: key.digest)
-
-
-OTHER_KEY_FIELDS = frozenset(name for name, _ in KEY_FIELDS[1:])
-
-
-def sent_secrets(fields: Fields) -> List[str]:
-    """All that a request's headers hold as keys, those of lists and of any scheme too."""
-    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
-    if lone and OTHER_KEY_FIELDS.isdisjoint(fields):
-        return [lone[1]]        # nearly always
-    found: List[str] = []
-    for name, _ in KEY_FIELDS:
-        value = fields.get(name)
-        lone = LONE_KEY.fullmatch(value) if value else None
-        if lone:
-            found.append(lone[1])
-        elif value:
-            entries = [entry for entry in ring_entries(value)[:MAX_RING_KEYS]
-                       if entry.lower() not in NO_SECRETS]
-            words = entries + [entry.rpartition(" ")[2] for entry in entries
-                               if entry.rpartition(" ")[2].lower() not in NO_SECRETS]
-            found += KEY_PATTERN.findall(value)[:MAX_RING_KEYS]
-            found += [word for word in words if len(entries) == 1 or len(word) >= SHORT_SECRET]
-    return found[:MAX_SENT_SECRETS]
-
-
-def note_left_out(entries: List[str], where: str, client_key: str, notes: List[str]) -> None:
-    """A note for each entry of a list that is neither a key nor the clientKey."""
-    strange = [(number, entry) for number, entry in enumerate(entries, 1)
-               if not KEY_PATTERN.search(entry)]
-    for number, entry in strange[:MAX_RING_KEYS]:
-        if not is_same_secret(entry, client_key):
-            add_note(notes, "left_out", "%s, entry %d: not a Command Code key" % (where, number))
-
-
-def parse_ring(value: str, where: str, notes: Optional[List[str]] = None,
-               client_key: str = "") -> Tuple[RingKey, ...]:
-    """The keys in a header's value, in its order; () when it holds none at all.  `notes` take what
-    is left out.  Raises ProxyError `invalid` for an entry with a key that is not wholly
-    understood."""
-    found = KEY_PATTERN.findall(value)
-    if not found:
-        return ()
-    entries = ring_entries(value)
-    note_left_out(entries, where, client_key, [] if notes is None else notes)
-    keyed = [(number, entry) for number, entry in enumerate(entries, 1)
-             if KEY_PATTERN.search(entry)]
-    listed = len(keyed) > 1 and len(set(found)) > 1
-    if not listed and not all(RING_ENTRY.fullmatch(entry) for _, entry in keyed):
-        return (new_ring_key(found[0]),)        # a key with something around it (R1)
-    if len(keyed) > MAX_RING_KEYS:
-        raise ProxyError("invalid", "%s: a ring holds at most %d keys." % (where, MAX_RING_KEYS))
-    return merge_ring([parse_ring_entry(entry, "%s, entry %d" % (where, number))
-                       for number, entry in keyed], where)
-
-
-def ring_in(fields: Fields, notes: Optional[List[str]] = None,
-            client_key: str = "") -> Tuple[RingKey, ...]:
-    """The caller's own keys from the first of KEY_FIELDS that holds any (R1); () for none."""
-    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
-    if lone:                        # nearly always
-        return (new_ring_key(lone[1]),)
-    for name, where in KEY_FIELDS:
-        keys = parse_ring(key_text(fields, name), where, notes, client_key)
-        if keys:
-            return keys
-    return ()
-
-
-# === OPERATOR KEYS (pure) ===================================================
-# Keys that whoever runs the proxy lends to callers without one of their own:
-# off by default, for a person alone or a small team.  Here: reading them from
-# the texts of their sources, and the decision who may use them.  A caller's own
-# key always wins.  Reading files and the environment is the shell's work.
-
-MAX_OPERATOR_KEYS = 256
-LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
-FORWARDED = re.compile("via|forwarded|x-forwarded.*|x-original-.*|x-real-ip|x-envoy-.*|cdn-loop|"
-                       "cf-.*|(x-|true-|fly-|x-cluster-)client-ip")     # what proxies add
-CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
-CLI_FILES = ("~/.commandcode/auth.json", "~/.config/commandcode/auth.json")
-OPERATOR_KEY = re.compile(KEY_PATTERN.pattern + "|(?!user_)[A-Za-z0-9._~+/-]{8,512}")
-
-
-@dataclass(frozen=True)
-class Operator:
-    """The operator's keys and who may use them."""
-
-    keys: Tuple[RingKey, ...] = ()
-    client_key: str = field(default="", repr=False)
-    loopback: bool = False
-    source: str = ""                        # where the keys came from
-
-
-class Caller(NamedTuple):
-    """Whose request it is: the keys that may serve it, the digest under which its rate is
-    limited, whether the keys are the operator's, and notes of what else was sent as a key."""
-
-    keys: Tuple[RingKey, ...]
-    digest: str
-    operator: bool = False
-    notes: Tuple[str, ...] = ()
-
-
-def credential_fault(source: str, place: str, problem: str) -> ProxyError:
-    return ProxyError("config", "%s: %s %s" % (source, place, problem))
-
-
-def is_number(value: Any, *types: type) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool)
-
-
-# Members of a credential besides its key and id: name here, name there, default, what it must be.
-CREDENTIAL_MEMBERS: Tuple[Tuple[str, str, Any, Callable[[Any], bool], str], ...] = (
-    ("weight", "weight", 1, lambda value: is_number(value, int, float) and
-     0 < value <= MAX_RING_WEIGHT, "a number above 0, at most %d" % MAX_RING_WEIGHT),
-    ("max_in_flight", "maxInFlight", 0, lambda value: is_number(value, int) and value >= 0,
-     "a whole number, 0 or more"),
-    ("enabled", "enabled", True, lambda value: isinstance(value, bool), "true or false"),
-    ("allowed_models", "allowedModels", [], lambda value: isinstance(value, list) and all(
-        isinstance(one, str) for one in value), "a list of model ids"))
-
-
-ROW_NAMES = {"api_key": "apiKey", "key": "apiKey", "token": "apiKey", "name": "id",
-             "allowed_models": "allowedModels", "max_in_flight": "maxInFlight"}
-
-
-def credential_members(row: Json, source: str, place: str) -> Json:
-    """The members besides key and id, by our names.  Raises ProxyError `config`."""
-    known: Json = {}
-    for ours, theirs, default, fits, words in CREDENTIAL_MEMBERS:
-        known[ours] = default if row.get(theirs) is None else row[theirs]
-        if not fits(known[ours]):
-            raise credential_fault(source, place, "%s must be %s" % (theirs, words))
-    known["allowed_models"] = tuple(one.strip().lower() for one in known["allowed_models"])
-    return known
-
-
-def operator_key_fault(key: Any) -> str:
-    """Why a text cannot be an operator's key, "" when it can.  Command Code's keys begin with
-    user_; others are accepted, but for those that another vendor is known by."""
-    key = key.strip() if isinstance(key, str) else ""
-    kind = mistaken_key(key)
-    return "holds no Command Code key but " + kind if kind else (
-        "" if OPERATOR_KEY.fullmatch(key) else "must have an apiKey")
-
-
-def own_names(row: Json) -> Json:
-    """A row with the other spellings that commandcode-bridge takes under our names."""
-    return {ROW_NAMES.get(name, name): row[name]        # ours come last and count
-            for name in sorted(row, key=lambda name: name not in ROW_NAMES)}
-
-
-def read_credential(row: Any, source: str, place: str) -> Tuple[RingKey, bool]:
-    """One row: {"id", "apiKey", "weight", "enabled", "maxInFlight", "allowedModels"} or a key
-    alone; and whether it is enabled.  Raises ProxyError `config`, never with the key in it."""
-    row = {"apiKey": row} if isinstance(row, str) else row
-    if not isinstance(row, dict):
-        raise credential_fault(source, place, "must be an object or a key")
-    row = own_names(row)
-    key, name, fault = row.get("apiKey"), row.get("id", ""), operator_key_fault(row.get("apiKey"))
-    if fault:
-        raise credential_fault(source, place, fault + "; Command Code's keys begin with user_")
-    if not isinstance(name, str) or KEY_LIKE.search(name):
-        raise credential_fault(source, place, "must have an id that is a name")
-    known = credential_members(row, source, place)
-    enabled = known.pop("enabled")
-    return new_ring_key(key.strip(), name=printable(name, 64), **known), enabled
-
-
-def decode_credentials(text: str, source: str) -> Any:
-    """The JSON of a source.  Raises ProxyError `config` that quotes none of it."""
-    try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise credential_fault(source, "is not JSON:", "%s at line %d, column %d" % (
-            error.msg, error.lineno, error.colno)) from None
-    except (ValueError, RecursionError):
-        raise credential_fault(source, "is not usable", "JSON") from None
-
-
-def credential_rows(text: str, source: str) -> List[Any]:
-    """The rows in a source's text: JSON (a list, {"credentials": [...]} or the CLI's {"apiKey"})
-    or keys as `user_a,home=user_b`.  Raises ProxyError `config`."""
-    text = text.strip().lstrip("\ufeff")
-    if not text.startswith(("[", "{")):
-        pairs = [entry.rpartition("=") for entry in re.split(r"[,\n]", text) if entry.strip()]
-        return [{"id": name.strip(), "apiKey": key.strip()} for name, _, key in pairs]
-    value = decode_credentials(text, source)
-    if isinstance(value, dict):
-        alone = [value["apiKey"]] if value.get("apiKey") else []
-        known = {"credentials", "apiKeys", "apiKey"} & set(value)
-        if not known and re.search("user_[A-Za-z0-9]{16}", text):       # no user_name
-            raise credential_fault(source, "holds a key, but not", 'in a list under "credentials"')
-        value = value.get("credentials", value.get("apiKeys", alone))
-    if not isinstance(value, list):
-        raise credential_fault(source, "must hold", "a list of credentials")
-    return value
-
-
-def every_credential(rows: List[Any], source: str) -> List[Tuple[RingKey, bool]]:
-    """The keys of all rows, and whether each is enabled.  Raises ProxyError `config`."""
-    if len(rows) > MAX_OPERATOR_KEYS:
-        raise credential_fault(source, "holds", "more than %d keys" % MAX_OPERATOR_KEYS)
-    return [read_credential(row, source, "credential %d" % number)
-            for number, row in enumerate(rows, 1)]
-
-
-def read_credentials(sources: Iterable[Tuple[str, str]]) -> Tuple[str, Tuple[RingKey, ...]]:
-    """(source, keys) of the first of (name, text) that holds a key; ("", ()) for none.
-
-    Raises ProxyError `config` that names source and row, never a key.
-    """
-    for source, text in sources:
-        keys = every_credential(credential_rows(text, source), source)
-        if keys:        # rows that are all switched off are the operator's word too
-            return source, merge_ring([key for key, on in keys if on], source, "config")
-    return "", ()
-
-
-def check_operator(operator: Operator, host: str) -> str:
-    """What the start-up screen says of operator keys that lie unused, "" for nothing.
-
-    Raises ProxyError `config` where anybody on the net could spend them.
-    """
-    if KEY_PATTERN.search(operator.client_key):
-        raise ProxyError("config", "clientKey looks like a Command Code key (user_...): choose "
-                         "another, or callers' requests would be taken for ones with own keys",
-                         param="clientKey")
-    if not re.fullmatch("[!-~]*", operator.client_key):
-        raise ProxyError("config", "clientKey must be of visible ASCII characters: a header holds "
-                         "no others", param="clientKey")
-    if not operator.keys or operator.client_key:
-        return ""
-    if not LOOPBACK.fullmatch(host):
-        raise ProxyError("config", "%s holds keys, and host %s is reachable from other machines: "
-                         "set clientKey (BRIDGE_API_KEY) for callers to present, or unset the keys"
-                         % (operator.source, host), param="clientKey")
-    return "" if operator.loopback else (
-        "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
-
-
-def odd_key_warnings(operator: Operator) -> List[str]:
-    """A warning that names the keys that are not like Command Code's."""
-    odd = [key.name or key.shown for key in operator.keys if not key.key.startswith("user_")]
-    return ["%s: Command Code's keys begin with user_, not so: %s" % (
-        operator.source, ", ".join(odd[:8]) + ", ..." * (len(odd) > 8))] if odd else []
-
-
-def presents_client_key(fields: Fields, client_key: str,
-                        notes: Optional[List[str]] = None) -> bool:
-    """Whether a header holds this key.  With `notes` it may stand in a list, as a caller's own key
-    may; they tell of the other entries."""
-    for name, where in KEY_FIELDS:
-        text = key_text(fields, name)
-        entries = [] if notes is None else ring_entries(text)[:MAX_RING_KEYS]
-        found = [is_same_secret(one, client_key) for one in (text, *entries)]
-        if notes is not None and any(found) and not found[0]:
-            note_left_out(entries, where, client_key, notes)
-        if any(found):
-            return True
-    return False
-
-
-def loopback_fault(fields: Fields, peer: str, method: str) -> str:
-    """Why a request does not count as one of this machine's own user, "" when it does.
-
-    A web page can make a browser send requests here: its Origin, its host name (DNS rebinding)
-    and the content types that it may send unasked give it away.
-    """
-    host = re.sub(r":[0-9]*$", "", fields.get("host", ""))
-    origin = fields.get("origin", "")
-    media = fields.get("content-type", "").partition(";")[0].strip().lower()
-    faults = (
-        (not LOOPBACK.fullmatch(peer) or any(map(FORWARDED.fullmatch, fields)),
-         "it comes from another machine"),
-        (not LOOPBACK.fullmatch(host), "its Host is not this machine"),
-        (bool(origin) and origin.lower() != "http://" + fields.get("host", "").lower(),
-         "its Origin is foreign"),
-        (fields.get("sec-fetch-site", "none") not in ("none", "same-origin"),
-         "a page of another site sends it"),
-        (method == "POST" and media != "application/json",
-         "its Content-Type is not application/json"))
-    return next((words for fault, words in faults if fault), "")
-
-
-def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> Caller:
-    """Whose request it is.  Raises ProxyError 400 for a malformed ring, 401 without a key that
-    counts, 403 where operatorKeys: loopback does not hold for this request."""
-    notes: List[str] = []
-    own = ring_in(fields, notes, operator.client_key)
-    if own:
-        if PLACEHOLDER.fullmatch(own[0].key):
-            raise missing_key(fields, bool(operator.client_key))
-        return Caller(own, own[0].digest, False, tuple(notes))
-    if operator.client_key and presents_client_key(fields, operator.client_key, notes):
-        if not operator.keys:
-            raise ProxyError("authentication", "The clientKey is right, but the proxy's operator "
-                             "has set no keys (credentialsFile): " + OWN_KEY)
-        name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
-        return Caller(operator.keys, name, True, tuple(notes))
-    if operator.keys and operator.loopback and not operator.client_key:
-        fault = loopback_fault(fields, peer, method)
-        if fault:
-            raise ProxyError("permission", "The operator's keys are not for this request: %s "
-                             "(operatorKeys: loopback). Send your own key." % fault)
-        return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
-    raise missing_key(fields, bool(operator.client_key))
-
-
-# === OPERATOR KEY CHANGES (pure) ============================================
-# The text of the operator's file with a key added, changed or taken out.  What
-# else stands in the file stays, in whichever of its forms it is written; a form
-# without room for more becomes {"credentials": [...]}.  A row is meant by its id,
-# or by its key's safe name.
-
-KEY_CHANGES = ("id", "weight", "enabled", "maxInFlight", "allowedModels")
-
-
-def open_credentials(text: str, source: str) -> Tuple[Any, List[Any]]:
-    """(the whole value, the list of rows in it) of a credentials file, the list to be changed in
-    its place.  Raises ProxyError `config`."""
-    text = text.strip().lstrip("\ufeff")
-    rows = credential_rows(text, source) if text else []
-    if not text.startswith(("[", "{")):
-        return {"credentials": rows}, rows
-    value = decode_credentials(text, source)
-    if isinstance(value, list):
-        return value, value
-    name = "credentials" if "credentials" in value or "apiKeys" not in value else "apiKeys"
-    value.setdefault(name, rows)
-    if value[name] is rows:
-        value.pop("apiKey", None)           # it is one of the rows now
-    return value, value[name]
-
-
-def id_of(key: RingKey) -> str:
-    """What a key is called where it is changed."""
-    return key.name or key.shown
-
-
-def check_key_id(given: Any) -> str:
-    """An id for a key.  Raises ProxyError `invalid`."""
-    if not isinstance(given, str) or not re.fullmatch(r"[!-~]([ -~]{0,62}[!-~])?", given) or \
-            KEY_LIKE.search(given) or given.startswith("key:") or given in (".", ".."):
-        raise ProxyError("invalid", "id must be a name of 1 to 64 printable ASCII characters that "
-                         "looks neither like a key nor like a way in a path.", param="id")
-    return given
-
-
-def check_key_changes(body: Json) -> Json:
-    """What may be changed of a key; null stands for the default.  Raises ProxyError `invalid`."""
-    unknown = [name for name in body if name not in KEY_CHANGES]
-    if unknown:
-        raise ProxyError("invalid", "%s is no member that can be set here (%s)." % (
-            printable(unknown[0], 64), ", ".join(KEY_CHANGES)), param=printable(unknown[0], 64))
-    for _, name, _, fits, words in CREDENTIAL_MEMBERS:
-        if body.get(name) is not None and not fits(body[name]):
-            raise ProxyError("invalid", "%s must be %s." % (name, words), param=name)
-    if "id" in body:
-        check_key_id(body["id"])
-    return body
-
-
-def find_row(rows: List[Any], name: str, source: str) -> int:
-    """Which row is meant.  Raises ProxyError 404."""
-    keys = [key for key, _ in every_credential(rows, source)]
-    for names in ([id_of(key) for key in keys], [key.shown for key in keys]):
-        if name in names:
-            return names.index(name)
-    raise ProxyError("not_found", "There is no key %s in credentialsFile." % printable(name, 64))
-
-
-def refuse_taken(rows: List[Any], name: Any, index: int, source: str) -> None:
-    """Refuse an id that another row has (409)."""
-    for number, (key, _) in enumerate(every_credential(rows, source)):
-        if number != index and name in (id_of(key), key.shown):
-            raise ProxyError("invalid", "There is a key %s already." % printable(name, 64),
-                             param="id", status=409)
-
-
-def add_credential(rows: List[Any], body: Json, source: str) -> str:
-    """Put a new key behind the others; its id.  Raises ProxyError 400, 409."""
-    given = body.get("apiKey")
-    if operator_key_fault(given):
-        raise ProxyError("invalid", "apiKey must be a Command Code key (user_...).",
-                         param="apiKey")
-    check_key_changes({name: value for name, value in body.items() if name != "apiKey"})
-    name = check_key_id(body.get("id"))
-    refuse_taken(rows, name, -1, source)
-    key = new_ring_key(given.strip())
-    if key.digest in [one.digest for one, _ in every_credential(rows, source)]:
-        raise ProxyError("invalid", "The key %s is there already." % key.shown, param="apiKey",
-                         status=409)
-    if len(rows) >= MAX_OPERATOR_KEYS:
-        raise ProxyError("invalid", "There can be %d keys at most." % MAX_OPERATOR_KEYS,
-                         status=409)
-    rows.append({"id": name, "apiKey": key.key, **{
-        name: value for name, value in body.items()
-        if name not in ("id", "apiKey") and value is not None}})
-    return name
-
-
-def change_credential(rows: List[Any], name: str, body: Json, source: str) -> str:
-    """Change members of a key's row; its id from then on.  Raises ProxyError 400, 404, 409."""
-    index = find_row(rows, name, source)
-    check_key_changes(body)
-    if "id" in body:
-        refuse_taken(rows, body["id"], index, source)
-    row = {"apiKey": rows[index]} if isinstance(rows[index], str) else own_names(rows[index])
-    row.update(body)
-    rows[index] = {name: value for name, value in row.items()
-                   if value is not None or name not in KEY_CHANGES}
-    return id_of(read_credential(rows[index], source, "")[0])
-
-
-def remove_credential(rows: List[Any], name: str, source: str) -> str:
-    """Take a key's row out; its id.  Raises ProxyError 404."""
-    index = find_row(rows, name, source)
-    return id_of(read_credential(rows.pop(index), source, "")[0])
-
-
-# === OTHER BRIDGES (pure) ===================================================
-# What people bring along from another bridge: the rest of commandcode-bridge's
-# credentials file, which counts below the config file; variables that are not
-# read here, each with what does its work; and `.env` files.
-
-MAX_WARNINGS = 8        # about one file
-FILE_MEMBERS = {
-    "server.host": "host", "server.port": "port", "routing.policy": "routingPolicy",
-    "routing.fallbackPolicy": "fallbackPolicy", "bridgeApiKey": "clientKey", "models": "models",
-    "routing.maxInFlightPerCredential": "maxInFlightPerKey",
-    "routing.maxTotalInFlight": "maxTotalInFlight",
-    "routing.billingRefreshMs": "accountRefreshSeconds",
-    "routing.credentialCooldownMs": "keyCooldownSeconds"}
-READ_ELSEWHERE = re.compile(        # or not ours to read: the CLI's names, a page's texts
-    r"apiKey|userId|userName|(credentials|apiKeys)(\.(id|apiKey|%s))?|models\.(id|enabled|label|"
-    r"provider|family|aliases|notes|contextWindow)" % "|".join(
-        [*ROW_NAMES, *(row[1] for row in CREDENTIAL_MEMBERS)]))
-OTHER_VARIABLES = (     # a pattern of names, and what to do instead
-    ("COMMANDCODE_ROUTER_.*", "put HAProxy or nginx in front (README, Several processes or hosts)"),
-    ("BRIDGE_ENV_FILE", "use --env-file FILE"), ("BRIDGE_BASE_URL", "use doctor --generate --url"),
-    ("PROXY_API_KEY", "set clientKey (BRIDGE_API_KEY)"), ("CC_MAX_BODY_MB", "set maxBodyBytes"),
-    ("CC_API_KEY|CMD_API_KEY|COMMAND_CODE_API_KEY", "set COMMANDCODE_API_KEY"),
-    ("COMMANDCODE_VERSION", "set cliVersion (COMMANDCODE_CLI_VERSION)"),
-    ("ROTATION_MODE|CC_KEY_SELECTION_STRATEGY", "set routingPolicy"),
-    ("CC_STREAM_IDLE_MS|CC_NONSTREAM_IDLE_MS", "set upstreamIdleSeconds"),
-    ("CC_MAX_INFLIGHT", "set maxTotalInFlight"), ("CMD_ZDR", "the header x-cmd-zdr is never sent"),
-    ("CC_UPSTREAM_PROXY", "set HTTPS_PROXY"), ("CORS_ALLOW_ORIGIN", "set corsOrigin (CORS_ORIGIN)"))
-ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(?:\s*'([^']*)'|\s*"((?:"""
-                      r"""[^"\\]|\\.)*)"|(?!\s*['"])([^\0]*?))(?:\s+#.*|\s*)""")
-
-
-def other_variables(environment: Mapping[str, str]) -> Dict[str, List[str]]:
-    """The variables of OTHER_VARIABLES that are set, under the warning about them."""
-    found = [(instead, sorted(name for name in environment if environment[name]
-                              and re.fullmatch(pattern, name)))
-             for pattern, instead in OTHER_VARIABLES]
-    return {"environment %s%s: not read here; %s" % (
-        ", ".join(names[:4]), ", ..." * (len(names) > 4), instead): names
-            for instead, names in found if names}
-
-
-def row_members(name: str, row: Any) -> List[Tuple[str, Any]]:
-    """(path, value) of what a row of a credentials file holds; also a model's switch whole."""
-    inside = row if isinstance(row, dict) else {}
-    switch: Json = {"id": inside.get("id"), "enabled": inside.get("enabled")}
-    whole = [(name, switch)] if name == "models" else [(name, row)] * (row is not inside)
-    return whole + [("%s.%s" % (name, part), given) for part, given in inside.items()]
-
-
-def file_members(value: Json) -> List[Tuple[str, Any]]:
-    """The same of a whole file, without what is read elsewhere and what is null."""
-    rows = [(name, row) for name, inner in value.items() if inner is not None
-            for row in (inner if isinstance(inner, list) else [inner])]
-    return [member for name, row in rows for member in row_members(name, row)
-            if member[1] is not None and not READ_ELSEWHERE.fullmatch(member[0])]
-
-
-def read_file_member(name: str, given: Any, source: str) -> Tuple[str, Any]:
-    """(option, value) of a member.  Raises ProxyError `config`, also for one that is unknown."""
-    if name not in FILE_MEMBERS:
-        raise credential_fault(source, printable(name, 64), {
-            "routing.maxTotalInFlightMultiplier": "is not used (set maxTotalInFlight)"}.get(
-                name, "is not understood"))
-    option = next(option for option in OPTIONS if option.name == FILE_MEMBERS[name])
-    if name == "models":
-        given = [given]
-    elif name.endswith("Ms") and is_number(given, int, float) and 0 <= given < 1e15:
-        given = given / 1000
-    return option.name, read_value(option._replace(name=name), given, source)
-
-
-def file_entries(text: str, source: str) -> Tuple[Json, List[str]]:
-    """(options, warnings) of what a credentials file holds besides its keys.  What is not
-    understood is named and passed over.  Raises ProxyError `config` for what is not JSON."""
-    text = text.strip().lstrip("\ufeff")
-    value = decode_credentials(text, source) if text.startswith("{") else {}
-    entries: Json = {}
-    switches: Json = {}                 # the last of a model counts
-    problems: Dict[str, None] = {}      # each once
-    for name, given in file_members(value):
-        try:
-            option, entries[option] = read_file_member(name, given, source)
-            switches.update({row["id"].lower(): row for row in entries.get("models", ())})
-        except ProxyError as error:
-            problems[redact(error.message) + "; it does not count"] = None
-    entries.update({"models": list(switches.values())} if switches else {})
-    more = len(problems) - MAX_WARNINGS
-    return entries, [*list(problems)[:MAX_WARNINGS],
-                     *["%s: %d more like these" % (source, more)] * (more > 0)]
-
-
-def parse_env_file(text: str, source: str) -> Dict[str, str]:
-    """The variables of a `.env` file: NAME=value with or without `export`, quotes and comments.
-    Raises ProxyError `config` that names the line and shows nothing of it."""
-    found: Dict[str, str] = {}
-    for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
-        parts = ENV_LINE.fullmatch(line)
-        if parts is not None:
-            name, plain, escaped, bare = parts.groups()
-            found[name] = (plain or "") + (bare or "").strip() + re.sub(r'\\([nrt"\\$])', (
-                lambda one: {"n": "\n", "r": "\r", "t": "\t"}.get(one[1], one[1])), escaped or "")
-        elif line and not line.startswith("#"):
-            raise ProxyError("config", "%s, line %d: must be NAME=value; a value in quotes ends on "
-                             "its line" % (source, number))
-    return found
-
-
+# === PART: WAIST (pure) =====================================================
 # === PROMPT (pure) ==========================================================
 # The upper half of the waist: `Prompt` is what is asked, in our own terms, and
 # all that a face and an upstream format share of a request.  Its parts are
@@ -5652,6 +4335,7 @@ def choose_filters(prompt: Prompt, types: FrozenSet[str] = frozenset()) -> List[
     return filters
 
 
+# === PART: UPSTREAM FORMATS (pure) ==========================================
 # === UPSTREAM ERRORS (pure) =================================================
 # What an upstream says when it fails, in a status with a body or inside its
 # stream, made a ProxyError: its own message, code and trace id are kept, keys
@@ -6774,6 +5458,7 @@ def parse_upstream(given: str, default: str) -> str:
     return word
 
 
+# === PART: APIS (pure) ======================================================
 # === FACE: CHAT (pure) ======================================================
 # OpenAI's Chat Completions: request to Prompt, events to `chat.completion.chunk`
 # frames, a finished reply to one `chat.completion`.  Thinking travels as
@@ -7516,6 +6201,7 @@ RESPONSES = Face("responses", parse_responses, responses_frames, responses_body,
                  types=frozenset([CUSTOM, *CALL_ITEMS]))
 
 
+# === PART: ANSWER (pure) ====================================================
 # === FAST LANE (pure) =======================================================
 # While a block is open that no filter touches, a line that is exactly a delta
 # of that block is copied, its JSON string still escaped, between a prefix and a
@@ -7820,6 +6506,1215 @@ class Answer:
         around = cut_frame(self.face, self.reply, block) if self.stream else (b"", b"", b"")
         pattern = re.compile(self.upstream.lanes[block.kind])   # at its first use: 0.2 to 5 ms each
         return Lane(pattern, block, name, *around)
+
+
+# === PART: BACKENDS AND MODELS (pure) =======================================
+# === CATALOGUE (pure) =======================================================
+# The models of the vendor's own client 1.64.0, read 2026-11-20: the fallback
+# when the live list cannot be had, and the only source of efforts, limits and
+# plans, which that list lacks.  It moves weekly, so ids that are not in it are
+# passed through.  Columns: wire id, name, context in tokens (0: not known),
+# most output tokens (0: not known), input, efforts, least plan (hidden: not
+# in the vendor's own list; -: not told).
+
+CATALOGUE = """
+deepseek/deepseek-v4-pro|DeepSeek V4 Pro|1000000|0|text|high max|Go
+deepseek/deepseek-v4-flash|DeepSeek V4 Flash|1000000|0|text|high max|Go
+deepseek/deepseek-v4-flash-vision-exp|DeepSeek V4 Flash Vision (exp)|1000000|0|vision|high max|Go
+deepseek/deepseek-v4-flash-fast|DeepSeek V4 Flash Fast|1000000|0|text|low high max|Go
+deepseek/deepseek-v4.1-flash|DeepSeek V4.1 Flash|1000000|0|vision|low high max|Go
+moonshotai/Kimi-K3|Kimi K3|1000000|0|vision|low high max|Go
+moonshotai/Kimi-K2.7-Code|Kimi K2.7 Code|256000|0|vision|-|Go
+moonshotai/Kimi-K2.7-Code-Highspeed|Kimi K2.7 Code HighSpeed|262000|0|vision|-|Go
+moonshotai/Kimi-K2.6|Kimi K2.6|256000|0|vision|-|Go
+moonshotai/Kimi-K2.5|Kimi K2.5|256000|0|vision|-|Go
+z-ai/glm-5.3-flash|GLM-5.3 Flash|1048576|131072|vision|low high max|Go
+z-ai/glm-5.3-flashx|GLM-5.3 FlashX|1000000|131072|vision|low high max|Go
+zai-org/GLM-5.3|GLM-5.3|1000000|0|text|low high max|Go
+zai-org/GLM-5.2|GLM-5.2|1000000|0|text|high max|Go
+zai-org/GLM-5.2-Fast|GLM-5.2 Fast|1000000|0|text|-|Go
+zai-org/GLM-5.1|GLM-5.1|0|0|text|-|Go
+zai-org/GLM-5|GLM-5|200000|0|text|-|Go
+MiniMaxAI/MiniMax-M3|MiniMax M3|1000000|0|vision|low medium high|Go
+MiniMaxAI/MiniMax-M2.7|MiniMax M2.7|0|0|text|-|Go
+MiniMaxAI/MiniMax-M2.5|MiniMax M2.5|200000|0|text|-|Go
+xiaomi/mimo-v2.6-pro|MiMo V2.6 Pro|1048576|0|vision|-|Go
+xiaomi/mimo-v2.6-pro-ultraspeed|MiMo V2.6 Pro UltraSpeed|1048576|0|vision|-|GOAT
+xiaomi/mimo-v2.6-flash|MiMo V2.6 Flash|1048576|0|vision|-|Go
+xiaomi/mimo-v2.5-pro|MiMo V2.5 Pro|1000000|0|text|-|Go
+xiaomi/mimo-v2.5|MiMo V2.5|1000000|0|vision|-|Go
+Qwen/Qwen3.8-Omni-Flash|Qwen 3.8 Omni Flash|1000000|131072|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Max-0902|Qwen 3.8 Max 0902|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Max|Qwen 3.8 Max|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.8-27B|Qwen 3.8 27B|262144|32768|vision|low medium xhigh|Go
+Qwen/Qwen3.8-Flash|Qwen 3.8 Flash|1000000|0|vision|low medium xhigh|Go
+Qwen/Qwen3.7-Max|Qwen 3.7 Max|1000000|0|text|-|Go
+Qwen/Qwen3.7-Plus|Qwen 3.7 Plus|1000000|0|vision|-|Go
+Qwen/Qwen3.7-Flash|Qwen 3.7 Flash|1000000|0|vision|-|Go
+Qwen/Qwen3.6-Max-Preview|Qwen 3.6 Max Preview|0|0|text|-|Go
+Qwen/Qwen3.6-Plus|Qwen 3.6 Plus|0|0|vision|-|Go
+meituan/LongCat-2.0|LongCat 2.0|1048576|0|text|-|Go
+stepfun/Step-5-Preview|Step 5 Preview|1000000|0|vision|low medium high|Go
+stepfun/Step-3.7-Flash|Step 3.7 Flash|256000|0|vision|-|Go
+stepfun/Step-3.5-Flash|Step 3.5 Flash|1000000|0|text|-|Go
+tencent/hy3-paid|Tencent Hy3|262144|0|text|-|Go
+tencent/hy4-preview|Tencent Hy4 Preview|1048576|0|text|low medium high|Go
+nvidia/nemotron-3-ultra-550b-a55b|Nemotron 3 Ultra|1000000|0|text|-|Go
+thinkingmachines/inkling|Inkling|256000|0|vision|-|Go
+thinkingmachines/inkling-small|Inkling Small|1000000|0|vision|-|Go
+poolside/laguna-s-2.1-free|Laguna S 2.1|256000|32768|text|-|Go
+inclusionai/ling-3.0-flash-sante:free|Ling 3.0 Flash Sante|262144|32768|text|-|Go
+claude-sonnet-5|Claude Sonnet 5|1000000|0|vision|low medium high xhigh max|Pro
+claude-sonnet-4-6|Claude Sonnet 4.6|1000000|0|vision|low medium high xhigh max|Pro
+claude-fable-5-1|Claude Fable 5.1|1000000|0|vision|low medium high xhigh max|Max
+claude-fable-5|Claude Fable 5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-5-5|Claude Opus 5.5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-5|Claude Opus 5|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-4-8|Claude Opus 4.8|1000000|0|vision|low medium high xhigh max|Max
+claude-opus-4-7|Claude Opus 4.7|1000000|0|vision|low medium high xhigh max|Max
+claude-haiku-4-5-20251001|Claude Haiku 4.5|200000|0|vision|-|Pro
+gpt-6-astra|GPT-6 Astra|1050000|0|vision|low medium high xhigh max|Max
+gpt-6-sol|GPT-6 Sol|1050000|0|vision|low medium high xhigh max|Pro
+gpt-6-luna|GPT-6 Luna|1050000|0|vision|low medium high xhigh max|Go
+gpt-5.6-sol|GPT-5.6 Sol|1050000|0|vision|low medium high xhigh max|GOAT
+gpt-5.6-terra|GPT-5.6 Terra|1050000|0|vision|low medium high xhigh max|Pro
+gpt-5.6-luna|GPT-5.6 Luna|1050000|0|vision|low medium high xhigh max|Go
+gpt-5.5|GPT-5.5|400000|0|vision|low medium high xhigh|Pro
+gpt-5.4|GPT-5.4|400000|0|vision|low medium high xhigh|Pro
+gpt-5.3-codex|GPT-5.3 Codex|400000|0|vision|low medium high xhigh|Pro
+gpt-5.4-mini|GPT-5.4 Mini|400000|0|vision|low medium high|Pro
+google/gemini-3.8-flash|Gemini 3.8 Flash|1000000|0|vision|low medium high|GOAT
+google/gemini-3.7-flash|Gemini 3.7 Flash|1048576|0|vision|low medium high|GOAT
+google/gemini-3.6-flash|Gemini 3.6 Flash|1000000|0|vision|low medium high|Pro
+google/gemini-3.5-flash|Gemini 3.5 Flash|1000000|0|vision|low medium high|Pro
+google/gemini-3.5-flash-lite|Gemini 3.5 Flash Lite|1000000|0|vision|low medium high|Pro
+google/gemini-3.1-flash-lite|Gemini 3.1 Flash Lite|1000000|0|vision|low medium high|Pro
+sakana/fugu-ultra|Fugu Ultra|1000000|0|vision|high xhigh|Max
+meta/muse-spark-1.1|Muse Spark 1.1|1048576|0|vision|low medium high xhigh|Pro
+meta/muse-spark-1.2|Muse Spark 1.2|1048576|0|vision|low medium high xhigh|GOAT
+meta/muse-spark-1.2-contributor|Muse Spark 1.2 Contributor|1048576|0|vision|low medium high xhigh|Go
+meta/muse-spark-1.3|Muse Spark 1.3|1048576|0|vision|low medium high xhigh max|GOAT
+meta/muse-spark-1.3-contributor|Muse Spark 1.3 Contributor|1048576|0|vision|low medium high xhigh|Go
+xai/grok-4.5|Grok 4.5|500000|0|vision|low medium high|Go
+xai/grok-4.6|Grok 4.6|500000|0|vision|low medium high xhigh|GOAT
+xai/grok-4.7|Grok 4.7|500000|0|vision|low medium high xhigh|GOAT
+minimax/minimax-m3-free|MiniMax M3|1000000|0|vision|low medium high|hidden
+minimax/minimax-m2.7-free|MiniMax M2.7|197000|0|text|-|hidden
+meituan/LongCat-2.0:free|LongCat 2.0|1048576|0|text|-|hidden
+tencent/Hy3|Tencent Hy3 (Free)|262144|0|text|-|hidden
+inclusionai/ling-3.0-flash-free|Ling 3.0 Flash|256000|32768|text|-|-
+"""
+
+
+# === MODELS (pure) ==========================================================
+# Which model a request means and what that model takes: aliases, ids in any case,
+# short names, other services' spellings, efforts, output limits.  Unknown names are
+# passed on, as the catalogue is always behind; a note names the most similar model.
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")     # rising
+EFFORT_WORDS = {"minimal": "low", "none": "", "off": ""}     # words the upstream refuses
+DECISION_MODELS = ("typesafe/jev", "jev", "jev-latest", "typesafe-ai/jev")
+MODEL_NAME = re.compile(r"[!-~]{1,200}")
+# Suffixes that say how a model runs, not which model: Claude Code's context size (opus[1m]),
+# OpenRouter's routing variants (openrouter.ai/docs/guides/routing/model-variants/overview) and
+# Ollama's default tag.  OpenRouter's :free is a model of its own and never the paid one.
+NAME_SUFFIX = re.compile(r"(\[[0-9a-z]+\]|:(nitro|floor|exacto|online|latest))$")
+NAME_DATE = re.compile(r"-20[0-9]{2}(-?[0-9]{2}){2}$")
+DASHES = str.maketrans(".:", "--")      # claude-sonnet-4.6 at OpenRouter is claude-sonnet-4-6
+MAX_LIVE_MODELS = 1000      # ten times the upstream's present list, all of which clients get
+MAX_ENDPOINTS = 16          # of one model; each request looks at them
+MAX_CONTEXT = 10 ** 9       # tokens
+MAX_MOMENT = 32_503_680_000     # epoch seconds: the year 3000
+
+# A family's name stands for its present flagship, where no catalogue id matches.
+SHORT_NAMES = {
+    "claude": "claude-sonnet-5", "sonnet": "claude-sonnet-5", "opus": "claude-opus-5-5",
+    "haiku": "claude-haiku-4-5-20251001", "fable": "claude-fable-5-1", "gpt": "gpt-6-sol",
+    "codex": "gpt-5.3-codex", "deepseek": "deepseek/deepseek-v4-pro",
+    "deepseek-pro": "deepseek/deepseek-v4-pro", "deepseek-flash": "deepseek/deepseek-v4-flash",
+    "kimi": "moonshotai/Kimi-K3", "glm": "zai-org/GLM-5.3", "glm-flash": "z-ai/glm-5.3-flash",
+    "minimax": "MiniMaxAI/MiniMax-M3", "mimo": "xiaomi/mimo-v2.6-pro", "qwen": "Qwen/Qwen3.8-Max",
+    "qwen-flash": "Qwen/Qwen3.8-Flash", "longcat": "meituan/LongCat-2.0",
+    "step": "stepfun/Step-5-Preview", "hunyuan": "tencent/hy4-preview",
+    "nemotron": "nvidia/nemotron-3-ultra-550b-a55b", "inkling": "thinkingmachines/inkling",
+    "laguna": "poolside/laguna-s-2.1-free", "ling": "inclusionai/ling-3.0-flash-free",
+    "gemini": "google/gemini-3.8-flash", "fugu": "sakana/fugu-ultra",
+    "muse": "meta/muse-spark-1.3", "grok": "xai/grok-4.7"}
+
+
+class Model(NamedTuple):
+    """One model; 0 stands for a number that is not known."""
+
+    id: str
+    name: str
+    context: int = 0
+    max_output: int = 0
+    vision: bool = True
+    efforts: Optional[Tuple[str, ...]] = None       # None: not known; (): takes none
+    plan: str = ""
+    endpoints: Tuple[str, ...] = ()
+    created: int = 0                                # epoch seconds, as the live list tells it
+
+
+class Models(NamedTuple):
+    """All that is known of models: `known` by lower-case id, `bare` lower-case ids by their short
+    forms, `listed` ids in the order in which they are shown."""
+
+    known: Dict[str, Model]
+    bare: Dict[str, str]
+    listed: List[str]
+
+
+def short_forms(name: str) -> Tuple[str, ...]:
+    """Forms of a lower-case name without its vendor, the most exact first: as it is, without a
+    date at its end, and both with dashes for dots."""
+    short = name.rpartition("/")[2]
+    undated = NAME_DATE.sub("", short)
+    return short, undated, short.translate(DASHES), undated.translate(DASHES)
+
+
+def index_models(models: List[Model], listed: List[str]) -> Models:
+    """Models by lower-case id, and by short form: where two models share one, the model with the
+    more exact form, then the earlier model."""
+    known = {model.id.lower(): model for model in models}
+    bare: Dict[str, str] = {}
+    for forms in zip(*map(short_forms, known)):
+        for form, name in zip(forms, known):
+            bare.setdefault(form, name)
+    bare.pop("", None)
+    return Models(known, bare, listed)
+
+
+def builtin_models() -> Models:
+    """The models of CATALOGUE, of which the hidden ones are not listed."""
+    models, listed = [], []
+    for row in CATALOGUE.strip().splitlines():
+        name, title, context, output, kinds, efforts, plan = row.split("|")
+        models.append(Model(name, title, int(context), int(output), kinds == "vision",
+                            tuple(efforts.split()) if efforts != "-" else (),
+                            "" if plan in ("-", "hidden") else plan))
+        if plan != "hidden":
+            listed.append(name)
+    return index_models(models, listed)
+
+
+def live_number(value: Any, most: int) -> int:
+    """A positive number of the live list; 0 for another type (bool too) or above `most`."""
+    return int(value) if type(value) in (int, float) and 0 < value <= most else 0
+
+
+def read_live_model(row: Any, known: Mapping[str, Model]) -> Optional[Model]:
+    """A row of the live list merged into the known entry of its model; None without a usable id,
+    and for a model without chat.  Members of the wrong type are ignored."""
+    name = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or \
+            name.lower() in DECISION_MODELS:
+        return None
+    model = known.get(name.lower(), Model(name, name))
+    title, endpoints = row.get("name"), row.get("supported_endpoints")
+    title = clean_text(title).strip()[:200] if isinstance(title, str) else ""
+    endpoints = endpoints[:MAX_ENDPOINTS] if isinstance(endpoints, list) else ()
+    return model._replace(
+        id=name, name=title or model.name,
+        context=live_number(row.get("context_length"), MAX_CONTEXT) or model.context,
+        endpoints=tuple(one for one in endpoints if isinstance(one, str)),
+        created=live_number(row.get("created"), MAX_MOMENT))
+
+
+def merge_live_models(live: Any, builtin: Models) -> Optional[Models]:
+    """The live list (GET /provider/v1/models) enriched by the built-in one; None if unusable.
+    Of rows whose ids differ in case alone, the first counts."""
+    rows = live.get("data") if isinstance(live, dict) else None
+    found: Dict[str, Model] = {}
+    for row in rows if isinstance(rows, list) else ():
+        model = read_live_model(row, builtin.known)
+        if model is not None:
+            found.setdefault(model.id.lower(), model)
+        if len(found) == MAX_LIVE_MODELS:
+            break
+    merged = list({**builtin.known, **found}.values())
+    return index_models(merged, [model.id for model in found.values()]) if found else None
+
+
+def fits_pattern(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern with `*` in it.  Takes linear time, which a regular expression
+    with several `.*` does not: a name may be as long as a request."""
+    first, *pieces, last = pattern.split("*")
+    at = len(first)
+    for piece in pieces:
+        found = name.find(piece, at)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return name.startswith(first) and name.endswith(last) and at <= len(name) - len(last)
+
+
+def find_model(name: str, models: Models) -> Optional[Model]:
+    """The catalogue's model of this name: its id in any case, else a short form of it.  The
+    vendor is ignored then, as other services use other names for vendors."""
+    lower = name.lower()
+    if lower in models.known:
+        return models.known[lower]
+    plain = NAME_SUFFIX.sub("", lower)
+    found = [models.bare.get(form, "") for form in short_forms(plain)]
+    ids = [plain, *found, SHORT_NAMES.get(plain, "").lower()]
+    return next((models.known[model_id] for model_id in ids if model_id in models.known), None)
+
+
+def letter_pairs(name: str) -> FrozenSet[str]:
+    """The pairs of adjacent letters in a name without its vendor, its ends marked by spaces."""
+    text = " %s " % name.lower().rpartition("/")[2]
+    return frozenset(text[at:at + 2] for at in range(len(text) - 1))
+
+
+@lru_cache(maxsize=64)          # a client sends the same unknown name with every request
+def nearest_ids(name: str, ids: Tuple[str, ...]) -> Tuple[str, ...]:
+    """Up to three ids that are similar to a name, the most similar first: by the share of common
+    letter pairs (Dice's coefficient), in linear time, unlike difflib's ratio."""
+    wanted = letter_pairs(name)
+    shares = [2 * len(wanted & pairs) / (len(wanted) + len(pairs))
+              for pairs in map(letter_pairs, ids)]
+    order = sorted(range(len(ids)), key=lambda at: -shares[at])
+    return tuple(ids[at] for at in order[:3] if shares[at] >= 0.4)
+
+
+def fit_effort(asked: Optional[str], model: Model, notes: List[str]) -> Optional[str]:
+    """The effort to send: what was asked, else the nearest lower that the model takes, else its
+    lowest; None to leave the choice to the model."""
+    taken = EFFORTS if model.efforts is None else model.efforts
+    if not asked:
+        return None
+    if asked in taken:
+        return asked
+    word = EFFORT_WORDS.get(asked, asked)
+    falling = EFFORTS[EFFORTS.index(word)::-1] + taken[:1] if word in EFFORTS else ()
+    fitted = next((one for one in falling if one in taken), None)
+    add_note(notes, "effort", "%s -> %s" % (printable(asked, 60), fitted or "the model's own"))
+    return fitted
+
+
+def most_output(model: Model) -> int:
+    """The largest max_tokens that is sent upstream for a model."""
+    return min(model.max_output or MAX_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS)
+
+
+def fit_max_tokens(asked: Optional[int], model: Model, notes: List[str]) -> int:
+    """max_tokens to send: the default, or what was asked within the model's limit; 1 for 0, with
+    which no upstream is called."""
+    most = most_output(model)
+    if asked is None:
+        return min(DEFAULT_OUTPUT_TOKENS, most)
+    if asked > most:
+        add_note(notes, "clamped", "max_tokens %d -> %d" % (asked, most))
+    return max(1, min(asked, most))
+
+
+# === MODELS ALLOWED (pure) ==================================================
+# Which of the models are served here: those of allowedModels, but for the ones
+# that `models` switches off, and unknown ones only where allowUnknownModels lets
+# them through.  A model is meant by whatever name stands for it.
+
+
+def aliased(name: str, config: Config) -> str:
+    """What `default` or an alias stands for, an exact one or else the longest pattern that fits
+    (any case); any other name unchanged."""
+    name = config.default_model if name == "default" else name
+    if not config.model_aliases:
+        return name
+    asked = name.lower()
+    targets = {alias.lower(): target for alias, target in config.model_aliases.items()}
+    if asked in targets:
+        return targets[asked]
+    for pattern in sorted(targets, key=len, reverse=True):
+        if "*" in pattern and fits_pattern(asked, pattern):
+            return targets[pattern]
+    return name
+
+
+def meant_id(name: str, models: Models, config: Config) -> str:
+    """The lower-case id of the model that a configured name stands for; the name itself if it is
+    unknown.  An exact id means its own model, even if an alias has the same name."""
+    if name.lower() in models.known:
+        return name.lower()
+    name = aliased(name, config)
+    found = find_model(name, models)
+    return (found.id if found else name).lower()
+
+
+def names_of(model: str, names: Iterable[str], models: Models, config: Config) -> FrozenSet[str]:
+    """The configured names that stand for the model with this id."""
+    wanted = model.lower()
+    return frozenset(name for name in names
+                     if name.lower() == wanted or meant_id(name, models, config) == wanted)
+
+
+def switched_off(models: Models, config: Config) -> FrozenSet[str]:
+    """Ids in lower case of the models that are switched off."""
+    return frozenset(meant_id(row["id"], models, config)
+                     for row in config.models if not row["enabled"])
+
+
+def served_test(models: Models, config: Config) -> Callable[[str], bool]:
+    """A function that tells whether requests may name an id."""
+    off = switched_off(models, config)
+    allowed = {meant_id(name, models, config) for name in config.allowed_models}
+    return lambda name: name.lower() not in off and (not allowed or name.lower() in allowed)
+
+
+def served_ids(models: Models, config: Config) -> Tuple[str, ...]:
+    """Ids of the listed models that a request may name."""
+    return tuple(filter(served_test(models, config), models.listed))
+
+
+def unknown_model(name: str, ids: Tuple[str, ...],
+                  words: str = "There is no model %s (GET /v1/models lists them).") -> ProxyError:
+    near = nearest_ids(name[:200], ids)
+    return ProxyError("model", words % printable(name, 100) + (
+        " Nearest: %s." % ", ".join(near) if near else ""), param="model")
+
+
+def refuse_switched_off(found: str, models: Models, config: Config) -> None:
+    if config.models and found.lower() in switched_off(models, config):
+        raise unknown_model(found, served_ids(models, config),
+                            "Model %s is switched off here (the option models).")
+
+
+def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
+    """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
+    allowed, found = config.allowed_models, model.id if model else name
+    refuse_switched_off(found, models, config)
+    if allowed and not names_of(found, allowed, models, config):
+        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
+            printable(name, 100), redact(", ".join(allowed[:20]))), param="model")
+    if model is None and not config.allow_unknown_models:
+        raise unknown_model(name, served_ids(models, config))
+
+
+def note_unknown_model(name: str, models: Models, config: Config, notes: List[str]) -> None:
+    """Name the nearest model; a name unlike every known one is new rather than misspelt."""
+    for near in nearest_ids(name, served_ids(models, config))[:1]:
+        add_note(notes, "model", "%s is not a known model, passed on (nearest: %s)" % (
+            printable(name, 48), near))
+
+
+def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
+    """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
+    name = aliased(asked or "default", config)
+    if name.lower() in DECISION_MODELS:
+        raise ProxyError("invalid", "%s is a decision model without chat; name another model."
+                         % printable(name, 100), param="model")
+    if not MODEL_NAME.fullmatch(name):
+        raise ProxyError("invalid", "model must be 1 to 200 ASCII characters without spaces.",
+                         param="model")
+    found = find_model(name, models)
+    check_allowed(name, found, models, config)
+    model = found or Model(name, name)
+    if asked and model.id != asked:
+        add_note(notes, "model", redact("%s -> %s" % (asked, model.id)))
+    if found is None:
+        note_unknown_model(name, models, config, notes)
+    return model
+
+
+# === MODEL LISTS (pure) =====================================================
+# What GET /v1/models answers, in OpenAI's shape and in Anthropic's: a person's
+# own aliases first, then the live or built-in list, as far as it is allowed.
+
+
+def listed_models(models: Models, config: Config) -> List[Model]:
+    """What /v1/models shows: a person's own aliases, then the list but for ids that these hide."""
+    is_served = served_test(models, config)
+    named, hidden = [], {alias.lower() for alias in config.model_aliases}
+    for alias, target in sorted(config.model_aliases.items()):
+        model = find_model(target, models) or Model(target, target)
+        if "*" not in alias and is_served(model.id):
+            named.append(model._replace(id=alias, name="%s (%s)" % (alias, model.name)))
+    return named + [models.known[name.lower()] for name in filter(is_served, models.listed)
+                    if name.lower() not in hidden]
+
+
+def openai_model(model: Model) -> Json:
+    """A model as OpenAI lists it; `created` is the upstream's, 0 for one that is not live."""
+    told = {"context_length": model.context, "max_output_tokens": model.max_output}
+    return {"id": model.id, "object": "model", "created": model.created,
+            "owned_by": "command-code", "name": model.name,
+            **{name: number for name, number in told.items() if number}}
+
+
+def describe_model(model: Model) -> str:
+    """A model described in a sentence, without what is unknown of it (efforts None: not in the
+    catalogue, which alone tells input and plan)."""
+    return "; ".join(filter(None, [
+        "%s at Command Code" % model.name,
+        "%d tokens of context" % model.context if model.context else "",
+        "" if model.efforts is None else "text and image input" if model.vision else "text input",
+        "effort " + ", ".join(model.efforts) if model.efforts else "",
+        "from the %s plan on" % model.plan if model.plan else ""])) + "."
+
+
+def anthropic_model(model: Model) -> Json:
+    """A model as Anthropic lists it (platform.claude.com/docs/en/api/models/list), and a
+    description.  `created_at` may be the epoch for an unknown date there, an unknown context null;
+    `max_tokens` is the largest value of that parameter, which here is known of every model."""
+    from datetime import datetime, timezone         # rarely wanted, so not at start
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    return {"type": "model", "id": model.id, "display_name": model.name,
+            "description": describe_model(model), "lifecycle": "active",
+            "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "max_input_tokens": model.context or None, "max_tokens": most_output(model)}
+
+
+def model_entry(model: Model) -> Json:
+    """All that is known of a model, null for what is not."""
+    return {"id": model.id, "name": model.name, "context": model.context or None,
+            "max_output": model.max_output or None, "vision": model.vision,
+            "efforts": None if model.efforts is None else list(model.efforts),
+            "plan": model.plan or None}
+
+
+def ollama_model(model: Model) -> Json:
+    """A model as Ollama's /api/tags lists it; of a file that is not there nothing is told."""
+    entry: Json = {"name": model.id, "model": model.id, "modified_at": "1970-01-01T00:00:00Z",
+                   "size": 0, "digest": "", "details": {
+                       "parent_model": "", "format": "", "family": "", "families": [],
+                       "parameter_size": "", "quantization_level": ""}}
+    return {**entry, "context_length": model.context} if model.context else entry
+
+
+def ollama_details(model: Model) -> Json:
+    """A model as Ollama's /api/show tells it."""
+    info: Json = {"general.architecture": "command-code", "general.basename": model.name}
+    if model.context:
+        info["command-code.context_length"] = model.context
+    thinks = ["thinking"] if model.efforts else []
+    return {"details": ollama_model(model)["details"], "model_info": info,
+            "modified_at": "1970-01-01T00:00:00Z",
+            "capabilities": ["completion", "tools"] + ["vision"] * model.vision + thinks}
+
+
+def openai_model_list(shown: List[Model]) -> Json:
+    return {"object": "list", "data": [openai_model(model) for model in shown]}
+
+
+def anthropic_model_list(shown: List[Model]) -> Json:
+    data = [anthropic_model(model) for model in shown]
+    return {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None}
+
+
+# === PART: ACCOUNTS (pure) ==================================================
+# === KEYS (pure) ============================================================
+# What who brings no key is told, and the ids of a caller's conversation (the
+# keys themselves are read in KEY RINGS).  Ids are derived, never stored: the same
+# key and conversation give the same id in any process on any host, and no two
+# callers can share or guess one.
+
+SESSION_FIELDS = ("x-claude-code-session-id", "x-session-id", "session-id", "session_id")
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+KEY_FIELDS = (("authorization", "Authorization"), ("x-api-key", "x-api-key"),
+              ("api-key", "api-key"))       # in this order; how a person writes them
+SCHEME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]+(?![ \t=])")
+
+
+def key_text(fields: Fields, name: str) -> str:
+    """What a header holds as a key.  In Authorization that follows Bearer, Token or no scheme;
+    "" for the credentials of any other scheme (RFC 9110 11.4)."""
+    value = fields.get(name, "").strip(" \t")
+    found = SCHEME.match(value) if name == "authorization" else None
+    if found is None or KEY_PATTERN.search(found[1]):
+        return value
+    return value[found.end():] if found[1].lower() in ("bearer", "token") else ""
+
+
+def is_same_secret(one: str, other: str) -> bool:
+    """Compare in a time that tells neither content nor length."""
+    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
+    return hmac.compare_digest(*digests)
+
+
+PLACEHOLDER = re.compile(        # also U+2026 in UTF-8, as a header is read
+    "user_(x{3,}|[*]*)([.]|\u2026|\xe2\x80\xa6)+|user_(x{3,}|[*]+|[<\\[{].*)|"
+    "user_(your|my|the)?[-_]?((command|code|api)[-_]?)*(key|token)([-_]?here)?", re.I)
+VENDOR_KEYS = {     # how keys of other vendors begin
+    "sk-ant-": "Anthropic", "sk-or-": "OpenRouter", "sk-": "OpenAI or the like", "gsk_": "Groq",
+    "AIza": "Google", "xai-": "xAI", "ghp_": "GitHub", "github_pat_": "GitHub",
+    "hf_": "Hugging Face"}
+
+
+def mistaken_key(given: str) -> str:
+    """What stands in a key's place by mistake: a placeholder, another vendor's key; "" for none."""
+    if PLACEHOLDER.fullmatch(given):
+        return "the placeholder of the README"
+    return next(("a key of %s (%s...)" % (vendor, start) for start, vendor in VENDOR_KEYS.items()
+                 if given.startswith(start)), "")
+
+
+OWN_KEY = ("send your own as `Authorization: Bearer user_...` or `x-api-key: user_...` "
+           "(commandcode.ai, settings, API keys).")
+
+
+def missing_key(fields: Fields, client_key: bool = False) -> ProxyError:
+    """The 401 for a request without a key: what is expected, never what was sent.  `client_key`:
+    one is set, and what was sent is not it."""
+    sent = {fields.get(name, "").strip().lower() for name, _ in KEY_FIELDS}
+    given = sent != {""}
+    mistakes = [mistaken_key(key_text(fields, name)) for name, _ in KEY_FIELDS]
+    if given and sent <= {"", "bearer", "token"}:
+        mistakes = ["empty (is the variable set that should hold it?)"]
+    problem = "The key sent is not a Command Code key" if given else "No key was sent"
+    if given and client_key:
+        problem = "The clientKey sent is wrong, and it is not a Command Code key either"
+    problem += ", but ".join(["", *filter(None, mistakes)][:2])
+    either = "ask the proxy's operator for the clientKey, or " if client_key else ""
+    return ProxyError("authentication", "%s: %s%s" % (problem, either, OWN_KEY))
+
+
+def inner_session(user_id: str) -> str:
+    """The session_id in a user id that is JSON, else the user id itself."""
+    try:
+        inner = json.loads(user_id) if user_id.startswith("{") else None
+    except (ValueError, RecursionError):
+        inner = None
+    session = inner.get("session_id") if isinstance(inner, dict) else None
+    return session if isinstance(session, str) and session else user_id
+
+
+def session_value(fields: Fields, user_id: Any) -> str:
+    """How the client itself names this conversation; "" when it does not.  `user_id` is Messages'
+    metadata.user_id: Claude Code puts JSON with a session_id into it."""
+    for name in SESSION_FIELDS:
+        if fields.get(name):
+            return fields[name][:MAX_SESSION_VALUE]
+    return inner_session(user_id)[:MAX_SESSION_VALUE] if isinstance(user_id, str) else ""
+
+
+def derive_session(key: str, session: str, first_message: str) -> str:
+    """Id of a conversation as a strict UUID (version 4, RFC 4122 variant): an HMAC with the key as
+    secret, over the client's own name for the conversation or, without one, over its first user
+    message."""
+    subject = "session\n" + session if session else "message\n" + first_message
+    digest = hmac.digest(key.encode(), subject.encode("utf-8", "replace"), "sha256").hex()
+    variant = "89ab"[int(digest[16], 16) & 3]
+    return "-".join((digest[:8], digest[8:12], "4" + digest[13:16], variant + digest[17:20],
+                     digest[20:32]))
+
+
+def choose_traceparent(given: str, fresh: str) -> str:
+    """The caller's traceparent where it is valid (W3C Trace Context), else one of 48 hex digits."""
+    if TRACEPARENT.fullmatch(given):
+        return given
+    return "00-%s-%s-01" % (fresh[:32], fresh[32:48])
+
+
+# === KEY RINGS (pure) =======================================================
+# A caller may bring several keys at once, in one header: `user_a,user_b` or
+# `work=user_a,home=user_b;weight=2`.  They are that caller's ring for that one
+# request.  A header that holds one key is read as tolerantly as ever (R1).  In a
+# list, empty entries count for nothing, an entry without a key is left out with a
+# note, and an entry with a key is read strictly, for a slip would silently leave an
+# account unused.  An entry is told by its place in the list, never as it was sent.
+
+MAX_RING_KEYS = 32      # each is an account of one caller; 32 fit into a head of 4 KiB
+MAX_RING_WEIGHT = 1000
+MAX_SENT_SECRETS = 64   # of one request, that are looked for in what is shown
+NO_SECRETS = ("bearer", "token", "user_", "user_...", "key")   # schemes, what stands for a key
+RING_SHAPE = "[name=]user_...[;weight=N], ..."
+RING_ENTRY = re.compile(
+    r'(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,31})\s*=\s*)?'
+    r'["\']?(?P<key>user_[A-Za-z0-9_-]+)["\']?'
+    r'(?:\s*;\s*weight\s*=\s*(?P<weight>[0-9]{1,4}(?:\.[0-9]{1,3})?))?')
+LONE_KEY = re.compile(r"(?:Bearer )?(user_[A-Za-z0-9_-]+)")
+AROUND_ENTRY = " \t\"'"      # white space and quotes
+
+
+@dataclass(frozen=True, **SLOTS)
+class RingKey:
+    """One key that may serve; its repr holds neither the key nor its digest."""
+
+    key: str = field(repr=False)
+    digest: str = field(repr=False)         # the whole SHA-256: what is learned is kept under it
+    name: str = ""                          # the caller's or operator's own word for it
+    weight: float = 1.0
+    max_in_flight: int = 0                  # 0: as the option says
+    allowed_models: Tuple[str, ...] = ()    # lower case; (): all
+
+    @property
+    def shown(self) -> str:
+        return "key:" + self.digest[:6]     # the same as key_name(key)
+
+
+def new_ring_key(key: str, **known: Any) -> RingKey:
+    return RingKey(key, hashlib.sha256(key.encode()).hexdigest(), **known)
+
+
+def key_words(key: RingKey) -> str:
+    return "%s (%s)" % (key.shown, key.name) if key.name else key.shown
+
+
+def ring_entries(value: str) -> List[str]:
+    """The entries of a list that are not empty (RFC 9110 5.6.1), without quotes, white space and
+    the scheme: two headers arrive as `Bearer user_a, Bearer user_b`."""
+    entries = [re.sub(r"(?i)^(bearer|token)[ \t]+", "", entry.strip(AROUND_ENTRY))
+               for entry in value.split(",")]
+    return [entry for entry in (one.strip(AROUND_ENTRY) for one in entries) if entry]
+
+
+def parse_ring_entry(entry: str, place: str) -> RingKey:
+    """One entry of a list of keys; `place` says which in errors.  Raises ProxyError `invalid`."""
+    found = RING_ENTRY.fullmatch(entry)
+    if found is None or KEY_LIKE.search(found["name"] or ""):
+        raise ProxyError("invalid", "%s is not understood. A ring of keys is written %s with "
+                         "names of up to 32 letters, digits, dots, dashes." % (place, RING_SHAPE))
+    weight = float(found["weight"] or 1)
+    if not 0 < weight <= MAX_RING_WEIGHT:
+        raise ProxyError("invalid", "%s: weight must be above 0 and at most %d."
+                         % (place, MAX_RING_WEIGHT))
+    return new_ring_key(found["key"], name=found["name"] or "", weight=weight)
+
+
+def merge_ring(keys: Iterable[RingKey], where: str,
+               fault: str = "invalid") -> Tuple[RingKey, ...]:
+    """Each key once, as its first entry has it.  Raises ProxyError of kind `fault` for two keys
+    of one name: nobody could tell them apart."""
+    merged: Dict[str, RingKey] = {}
+    for key in keys:
+        merged.setdefault(key.digest, key)
+    names = [key.name for key in merged.values() if key.name]
+    if len(names) != len(set(names)):
+        raise ProxyError(fault, "%s gives one name to two keys." % where)
+    return tuple(merged.values())
+
+
+def anchor_of(keys: Tuple[RingKey, ...]) -> RingKey:
+    """The key under which what belongs to the whole ring is kept, whatever its order."""
+    return min(keys, key=lambda key: key.digest)
+
+
+OTHER_KEY_FIELDS = frozenset(name for name, _ in KEY_FIELDS[1:])
+
+
+def sent_secrets(fields: Fields) -> List[str]:
+    """All that a request's headers hold as keys, those of lists and of any scheme too."""
+    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
+    if lone and OTHER_KEY_FIELDS.isdisjoint(fields):
+        return [lone[1]]        # nearly always
+    found: List[str] = []
+    for name, _ in KEY_FIELDS:
+        value = fields.get(name)
+        lone = LONE_KEY.fullmatch(value) if value else None
+        if lone:
+            found.append(lone[1])
+        elif value:
+            entries = [entry for entry in ring_entries(value)[:MAX_RING_KEYS]
+                       if entry.lower() not in NO_SECRETS]
+            words = entries + [entry.rpartition(" ")[2] for entry in entries
+                               if entry.rpartition(" ")[2].lower() not in NO_SECRETS]
+            found += KEY_PATTERN.findall(value)[:MAX_RING_KEYS]
+            found += [word for word in words if len(entries) == 1 or len(word) >= SHORT_SECRET]
+    return found[:MAX_SENT_SECRETS]
+
+
+def note_left_out(entries: List[str], where: str, client_key: str, notes: List[str]) -> None:
+    """A note for each entry of a list that is neither a key nor the clientKey."""
+    strange = [(number, entry) for number, entry in enumerate(entries, 1)
+               if not KEY_PATTERN.search(entry)]
+    for number, entry in strange[:MAX_RING_KEYS]:
+        if not is_same_secret(entry, client_key):
+            add_note(notes, "left_out", "%s, entry %d: not a Command Code key" % (where, number))
+
+
+def parse_ring(value: str, where: str, notes: Optional[List[str]] = None,
+               client_key: str = "") -> Tuple[RingKey, ...]:
+    """The keys in a header's value, in its order; () when it holds none at all.  `notes` take what
+    is left out.  Raises ProxyError `invalid` for an entry with a key that is not wholly
+    understood."""
+    found = KEY_PATTERN.findall(value)
+    if not found:
+        return ()
+    entries = ring_entries(value)
+    note_left_out(entries, where, client_key, [] if notes is None else notes)
+    keyed = [(number, entry) for number, entry in enumerate(entries, 1)
+             if KEY_PATTERN.search(entry)]
+    listed = len(keyed) > 1 and len(set(found)) > 1
+    if not listed and not all(RING_ENTRY.fullmatch(entry) for _, entry in keyed):
+        return (new_ring_key(found[0]),)        # a key with something around it (R1)
+    if len(keyed) > MAX_RING_KEYS:
+        raise ProxyError("invalid", "%s: a ring holds at most %d keys." % (where, MAX_RING_KEYS))
+    return merge_ring([parse_ring_entry(entry, "%s, entry %d" % (where, number))
+                       for number, entry in keyed], where)
+
+
+def ring_in(fields: Fields, notes: Optional[List[str]] = None,
+            client_key: str = "") -> Tuple[RingKey, ...]:
+    """The caller's own keys from the first of KEY_FIELDS that holds any (R1); () for none."""
+    lone = LONE_KEY.fullmatch(fields.get("authorization", ""))
+    if lone:                        # nearly always
+        return (new_ring_key(lone[1]),)
+    for name, where in KEY_FIELDS:
+        keys = parse_ring(key_text(fields, name), where, notes, client_key)
+        if keys:
+            return keys
+    return ()
+
+
+# === OPERATOR KEYS (pure) ===================================================
+# Keys that whoever runs the proxy lends to callers without one of their own:
+# off by default, for a person alone or a small team.  Here: reading them from
+# the texts of their sources, and the decision who may use them.  A caller's own
+# key always wins.  Reading files and the environment is the shell's work.
+
+MAX_OPERATOR_KEYS = 256
+LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
+FORWARDED = re.compile("via|forwarded|x-forwarded.*|x-original-.*|x-real-ip|x-envoy-.*|cdn-loop|"
+                       "cf-.*|(x-|true-|fly-|x-cluster-)client-ip")     # what proxies add
+CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
+CLI_FILES = ("~/.commandcode/auth.json", "~/.config/commandcode/auth.json")
+OPERATOR_KEY = re.compile(KEY_PATTERN.pattern + "|(?!user_)[A-Za-z0-9._~+/-]{8,512}")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The operator's keys and who may use them."""
+
+    keys: Tuple[RingKey, ...] = ()
+    client_key: str = field(default="", repr=False)
+    loopback: bool = False
+    source: str = ""                        # where the keys came from
+
+
+class Caller(NamedTuple):
+    """Whose request it is: the keys that may serve it, the digest under which its rate is
+    limited, whether the keys are the operator's, and notes of what else was sent as a key."""
+
+    keys: Tuple[RingKey, ...]
+    digest: str
+    operator: bool = False
+    notes: Tuple[str, ...] = ()
+
+
+def credential_fault(source: str, place: str, problem: str) -> ProxyError:
+    return ProxyError("config", "%s: %s %s" % (source, place, problem))
+
+
+def is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+# Members of a credential besides its key and id: name here, name there, default, what it must be.
+CREDENTIAL_MEMBERS: Tuple[Tuple[str, str, Any, Callable[[Any], bool], str], ...] = (
+    ("weight", "weight", 1, lambda value: is_number(value, int, float) and
+     0 < value <= MAX_RING_WEIGHT, "a number above 0, at most %d" % MAX_RING_WEIGHT),
+    ("max_in_flight", "maxInFlight", 0, lambda value: is_number(value, int) and value >= 0,
+     "a whole number, 0 or more"),
+    ("enabled", "enabled", True, lambda value: isinstance(value, bool), "true or false"),
+    ("allowed_models", "allowedModels", [], lambda value: isinstance(value, list) and all(
+        isinstance(one, str) for one in value), "a list of model ids"))
+
+
+ROW_NAMES = {"api_key": "apiKey", "key": "apiKey", "token": "apiKey", "name": "id",
+             "allowed_models": "allowedModels", "max_in_flight": "maxInFlight"}
+
+
+def credential_members(row: Json, source: str, place: str) -> Json:
+    """The members besides key and id, by our names.  Raises ProxyError `config`."""
+    known: Json = {}
+    for ours, theirs, default, fits, words in CREDENTIAL_MEMBERS:
+        known[ours] = default if row.get(theirs) is None else row[theirs]
+        if not fits(known[ours]):
+            raise credential_fault(source, place, "%s must be %s" % (theirs, words))
+    known["allowed_models"] = tuple(one.strip().lower() for one in known["allowed_models"])
+    return known
+
+
+def operator_key_fault(key: Any) -> str:
+    """Why a text cannot be an operator's key, "" when it can.  Command Code's keys begin with
+    user_; others are accepted, but for those that another vendor is known by."""
+    key = key.strip() if isinstance(key, str) else ""
+    kind = mistaken_key(key)
+    return "holds no Command Code key but " + kind if kind else (
+        "" if OPERATOR_KEY.fullmatch(key) else "must have an apiKey")
+
+
+def own_names(row: Json) -> Json:
+    """A row with the other spellings that commandcode-bridge takes under our names."""
+    return {ROW_NAMES.get(name, name): row[name]        # ours come last and count
+            for name in sorted(row, key=lambda name: name not in ROW_NAMES)}
+
+
+def read_credential(row: Any, source: str, place: str) -> Tuple[RingKey, bool]:
+    """One row: {"id", "apiKey", "weight", "enabled", "maxInFlight", "allowedModels"} or a key
+    alone; and whether it is enabled.  Raises ProxyError `config`, never with the key in it."""
+    row = {"apiKey": row} if isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise credential_fault(source, place, "must be an object or a key")
+    row = own_names(row)
+    key, name, fault = row.get("apiKey"), row.get("id", ""), operator_key_fault(row.get("apiKey"))
+    if fault:
+        raise credential_fault(source, place, fault + "; Command Code's keys begin with user_")
+    if not isinstance(name, str) or KEY_LIKE.search(name):
+        raise credential_fault(source, place, "must have an id that is a name")
+    known = credential_members(row, source, place)
+    enabled = known.pop("enabled")
+    return new_ring_key(key.strip(), name=printable(name, 64), **known), enabled
+
+
+def decode_credentials(text: str, source: str) -> Any:
+    """The JSON of a source.  Raises ProxyError `config` that quotes none of it."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise credential_fault(source, "is not JSON:", "%s at line %d, column %d" % (
+            error.msg, error.lineno, error.colno)) from None
+    except (ValueError, RecursionError):
+        raise credential_fault(source, "is not usable", "JSON") from None
+
+
+def credential_rows(text: str, source: str) -> List[Any]:
+    """The rows in a source's text: JSON (a list, {"credentials": [...]} or the CLI's {"apiKey"})
+    or keys as `user_a,home=user_b`.  Raises ProxyError `config`."""
+    text = text.strip().lstrip("\ufeff")
+    if not text.startswith(("[", "{")):
+        pairs = [entry.rpartition("=") for entry in re.split(r"[,\n]", text) if entry.strip()]
+        return [{"id": name.strip(), "apiKey": key.strip()} for name, _, key in pairs]
+    value = decode_credentials(text, source)
+    if isinstance(value, dict):
+        alone = [value["apiKey"]] if value.get("apiKey") else []
+        known = {"credentials", "apiKeys", "apiKey"} & set(value)
+        if not known and re.search("user_[A-Za-z0-9]{16}", text):       # no user_name
+            raise credential_fault(source, "holds a key, but not", 'in a list under "credentials"')
+        value = value.get("credentials", value.get("apiKeys", alone))
+    if not isinstance(value, list):
+        raise credential_fault(source, "must hold", "a list of credentials")
+    return value
+
+
+def every_credential(rows: List[Any], source: str) -> List[Tuple[RingKey, bool]]:
+    """The keys of all rows, and whether each is enabled.  Raises ProxyError `config`."""
+    if len(rows) > MAX_OPERATOR_KEYS:
+        raise credential_fault(source, "holds", "more than %d keys" % MAX_OPERATOR_KEYS)
+    return [read_credential(row, source, "credential %d" % number)
+            for number, row in enumerate(rows, 1)]
+
+
+def read_credentials(sources: Iterable[Tuple[str, str]]) -> Tuple[str, Tuple[RingKey, ...]]:
+    """(source, keys) of the first of (name, text) that holds a key; ("", ()) for none.
+
+    Raises ProxyError `config` that names source and row, never a key.
+    """
+    for source, text in sources:
+        keys = every_credential(credential_rows(text, source), source)
+        if keys:        # rows that are all switched off are the operator's word too
+            return source, merge_ring([key for key, on in keys if on], source, "config")
+    return "", ()
+
+
+def check_operator(operator: Operator, host: str) -> str:
+    """What the start-up screen says of operator keys that lie unused, "" for nothing.
+
+    Raises ProxyError `config` where anybody on the net could spend them.
+    """
+    if KEY_PATTERN.search(operator.client_key):
+        raise ProxyError("config", "clientKey looks like a Command Code key (user_...): choose "
+                         "another, or callers' requests would be taken for ones with own keys",
+                         param="clientKey")
+    if not re.fullmatch("[!-~]*", operator.client_key):
+        raise ProxyError("config", "clientKey must be of visible ASCII characters: a header holds "
+                         "no others", param="clientKey")
+    if not operator.keys or operator.client_key:
+        return ""
+    if not LOOPBACK.fullmatch(host):
+        raise ProxyError("config", "%s holds keys, and host %s is reachable from other machines: "
+                         "set clientKey (BRIDGE_API_KEY) for callers to present, or unset the keys"
+                         % (operator.source, host), param="clientKey")
+    return "" if operator.loopback else (
+        "the keys of %s are unused: set clientKey, or operatorKeys: loopback" % operator.source)
+
+
+def odd_key_warnings(operator: Operator) -> List[str]:
+    """A warning that names the keys that are not like Command Code's."""
+    odd = [key.name or key.shown for key in operator.keys if not key.key.startswith("user_")]
+    return ["%s: Command Code's keys begin with user_, not so: %s" % (
+        operator.source, ", ".join(odd[:8]) + ", ..." * (len(odd) > 8))] if odd else []
+
+
+def presents_client_key(fields: Fields, client_key: str,
+                        notes: Optional[List[str]] = None) -> bool:
+    """Whether a header holds this key.  With `notes` it may stand in a list, as a caller's own key
+    may; they tell of the other entries."""
+    for name, where in KEY_FIELDS:
+        text = key_text(fields, name)
+        entries = [] if notes is None else ring_entries(text)[:MAX_RING_KEYS]
+        found = [is_same_secret(one, client_key) for one in (text, *entries)]
+        if notes is not None and any(found) and not found[0]:
+            note_left_out(entries, where, client_key, notes)
+        if any(found):
+            return True
+    return False
+
+
+def loopback_fault(fields: Fields, peer: str, method: str) -> str:
+    """Why a request does not count as one of this machine's own user, "" when it does.
+
+    A web page can make a browser send requests here: its Origin, its host name (DNS rebinding)
+    and the content types that it may send unasked give it away.
+    """
+    host = re.sub(r":[0-9]*$", "", fields.get("host", ""))
+    origin = fields.get("origin", "")
+    media = fields.get("content-type", "").partition(";")[0].strip().lower()
+    faults = (
+        (not LOOPBACK.fullmatch(peer) or any(map(FORWARDED.fullmatch, fields)),
+         "it comes from another machine"),
+        (not LOOPBACK.fullmatch(host), "its Host is not this machine"),
+        (bool(origin) and origin.lower() != "http://" + fields.get("host", "").lower(),
+         "its Origin is foreign"),
+        (fields.get("sec-fetch-site", "none") not in ("none", "same-origin"),
+         "a page of another site sends it"),
+        (method == "POST" and media != "application/json",
+         "its Content-Type is not application/json"))
+    return next((words for fault, words in faults if fault), "")
+
+
+def find_caller(fields: Fields, operator: Operator, peer: str, method: str) -> Caller:
+    """Whose request it is.  Raises ProxyError 400 for a malformed ring, 401 without a key that
+    counts, 403 where operatorKeys: loopback does not hold for this request."""
+    notes: List[str] = []
+    own = ring_in(fields, notes, operator.client_key)
+    if own:
+        if PLACEHOLDER.fullmatch(own[0].key):
+            raise missing_key(fields, bool(operator.client_key))
+        return Caller(own, own[0].digest, False, tuple(notes))
+    if operator.client_key and presents_client_key(fields, operator.client_key, notes):
+        if not operator.keys:
+            raise ProxyError("authentication", "The clientKey is right, but the proxy's operator "
+                             "has set no keys (credentialsFile): " + OWN_KEY)
+        name = hashlib.sha256(b"client\n" + operator.client_key.encode()).hexdigest()
+        return Caller(operator.keys, name, True, tuple(notes))
+    if operator.keys and operator.loopback and not operator.client_key:
+        fault = loopback_fault(fields, peer, method)
+        if fault:
+            raise ProxyError("permission", "The operator's keys are not for this request: %s "
+                             "(operatorKeys: loopback). Send your own key." % fault)
+        return Caller(operator.keys, hashlib.sha256(b"loopback").hexdigest(), True)
+    raise missing_key(fields, bool(operator.client_key))
+
+
+# === OPERATOR KEY CHANGES (pure) ============================================
+# The text of the operator's file with a key added, changed or taken out.  What
+# else stands in the file stays, in whichever of its forms it is written; a form
+# without room for more becomes {"credentials": [...]}.  A row is meant by its id,
+# or by its key's safe name.
+
+KEY_CHANGES = ("id", "weight", "enabled", "maxInFlight", "allowedModels")
+
+
+def open_credentials(text: str, source: str) -> Tuple[Any, List[Any]]:
+    """(the whole value, the list of rows in it) of a credentials file, the list to be changed in
+    its place.  Raises ProxyError `config`."""
+    text = text.strip().lstrip("\ufeff")
+    rows = credential_rows(text, source) if text else []
+    if not text.startswith(("[", "{")):
+        return {"credentials": rows}, rows
+    value = decode_credentials(text, source)
+    if isinstance(value, list):
+        return value, value
+    name = "credentials" if "credentials" in value or "apiKeys" not in value else "apiKeys"
+    value.setdefault(name, rows)
+    if value[name] is rows:
+        value.pop("apiKey", None)           # it is one of the rows now
+    return value, value[name]
+
+
+def id_of(key: RingKey) -> str:
+    """What a key is called where it is changed."""
+    return key.name or key.shown
+
+
+def check_key_id(given: Any) -> str:
+    """An id for a key.  Raises ProxyError `invalid`."""
+    if not isinstance(given, str) or not re.fullmatch(r"[!-~]([ -~]{0,62}[!-~])?", given) or \
+            KEY_LIKE.search(given) or given.startswith("key:") or given in (".", ".."):
+        raise ProxyError("invalid", "id must be a name of 1 to 64 printable ASCII characters that "
+                         "looks neither like a key nor like a way in a path.", param="id")
+    return given
+
+
+def check_key_changes(body: Json) -> Json:
+    """What may be changed of a key; null stands for the default.  Raises ProxyError `invalid`."""
+    unknown = [name for name in body if name not in KEY_CHANGES]
+    if unknown:
+        raise ProxyError("invalid", "%s is no member that can be set here (%s)." % (
+            printable(unknown[0], 64), ", ".join(KEY_CHANGES)), param=printable(unknown[0], 64))
+    for _, name, _, fits, words in CREDENTIAL_MEMBERS:
+        if body.get(name) is not None and not fits(body[name]):
+            raise ProxyError("invalid", "%s must be %s." % (name, words), param=name)
+    if "id" in body:
+        check_key_id(body["id"])
+    return body
+
+
+def find_row(rows: List[Any], name: str, source: str) -> int:
+    """Which row is meant.  Raises ProxyError 404."""
+    keys = [key for key, _ in every_credential(rows, source)]
+    for names in ([id_of(key) for key in keys], [key.shown for key in keys]):
+        if name in names:
+            return names.index(name)
+    raise ProxyError("not_found", "There is no key %s in credentialsFile." % printable(name, 64))
+
+
+def refuse_taken(rows: List[Any], name: Any, index: int, source: str) -> None:
+    """Refuse an id that another row has (409)."""
+    for number, (key, _) in enumerate(every_credential(rows, source)):
+        if number != index and name in (id_of(key), key.shown):
+            raise ProxyError("invalid", "There is a key %s already." % printable(name, 64),
+                             param="id", status=409)
+
+
+def add_credential(rows: List[Any], body: Json, source: str) -> str:
+    """Put a new key behind the others; its id.  Raises ProxyError 400, 409."""
+    given = body.get("apiKey")
+    if operator_key_fault(given):
+        raise ProxyError("invalid", "apiKey must be a Command Code key (user_...).",
+                         param="apiKey")
+    check_key_changes({name: value for name, value in body.items() if name != "apiKey"})
+    name = check_key_id(body.get("id"))
+    refuse_taken(rows, name, -1, source)
+    key = new_ring_key(given.strip())
+    if key.digest in [one.digest for one, _ in every_credential(rows, source)]:
+        raise ProxyError("invalid", "The key %s is there already." % key.shown, param="apiKey",
+                         status=409)
+    if len(rows) >= MAX_OPERATOR_KEYS:
+        raise ProxyError("invalid", "There can be %d keys at most." % MAX_OPERATOR_KEYS,
+                         status=409)
+    rows.append({"id": name, "apiKey": key.key, **{
+        name: value for name, value in body.items()
+        if name not in ("id", "apiKey") and value is not None}})
+    return name
+
+
+def change_credential(rows: List[Any], name: str, body: Json, source: str) -> str:
+    """Change members of a key's row; its id from then on.  Raises ProxyError 400, 404, 409."""
+    index = find_row(rows, name, source)
+    check_key_changes(body)
+    if "id" in body:
+        refuse_taken(rows, body["id"], index, source)
+    row = {"apiKey": rows[index]} if isinstance(rows[index], str) else own_names(rows[index])
+    row.update(body)
+    rows[index] = {name: value for name, value in row.items()
+                   if value is not None or name not in KEY_CHANGES}
+    return id_of(read_credential(rows[index], source, "")[0])
+
+
+def remove_credential(rows: List[Any], name: str, source: str) -> str:
+    """Take a key's row out; its id.  Raises ProxyError 404."""
+    index = find_row(rows, name, source)
+    return id_of(read_credential(rows.pop(index), source, "")[0])
+
+
+# === OTHER BRIDGES (pure) ===================================================
+# What people bring along from another bridge: the rest of commandcode-bridge's
+# credentials file, which counts below the config file; variables that are not
+# read here, each with what does its work; and `.env` files.
+
+MAX_WARNINGS = 8        # about one file
+FILE_MEMBERS = {
+    "server.host": "host", "server.port": "port", "routing.policy": "routingPolicy",
+    "routing.fallbackPolicy": "fallbackPolicy", "bridgeApiKey": "clientKey", "models": "models",
+    "routing.maxInFlightPerCredential": "maxInFlightPerKey",
+    "routing.maxTotalInFlight": "maxTotalInFlight",
+    "routing.billingRefreshMs": "accountRefreshSeconds",
+    "routing.credentialCooldownMs": "keyCooldownSeconds"}
+READ_ELSEWHERE = re.compile(        # or not ours to read: the CLI's names, a page's texts
+    r"apiKey|userId|userName|(credentials|apiKeys)(\.(id|apiKey|%s))?|models\.(id|enabled|label|"
+    r"provider|family|aliases|notes|contextWindow)" % "|".join(
+        [*ROW_NAMES, *(row[1] for row in CREDENTIAL_MEMBERS)]))
+OTHER_VARIABLES = (     # a pattern of names, and what to do instead
+    ("COMMANDCODE_ROUTER_.*", "put HAProxy or nginx in front (README, Several processes or hosts)"),
+    ("BRIDGE_ENV_FILE", "use --env-file FILE"), ("BRIDGE_BASE_URL", "use doctor --generate --url"),
+    ("PROXY_API_KEY", "set clientKey (BRIDGE_API_KEY)"), ("CC_MAX_BODY_MB", "set maxBodyBytes"),
+    ("CC_API_KEY|CMD_API_KEY|COMMAND_CODE_API_KEY", "set COMMANDCODE_API_KEY"),
+    ("COMMANDCODE_VERSION", "set cliVersion (COMMANDCODE_CLI_VERSION)"),
+    ("ROTATION_MODE|CC_KEY_SELECTION_STRATEGY", "set routingPolicy"),
+    ("CC_STREAM_IDLE_MS|CC_NONSTREAM_IDLE_MS", "set upstreamIdleSeconds"),
+    ("CC_MAX_INFLIGHT", "set maxTotalInFlight"), ("CMD_ZDR", "the header x-cmd-zdr is never sent"),
+    ("CC_UPSTREAM_PROXY", "set HTTPS_PROXY"), ("CORS_ALLOW_ORIGIN", "set corsOrigin (CORS_ORIGIN)"))
+ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(?:\s*'([^']*)'|\s*"((?:"""
+                      r"""[^"\\]|\\.)*)"|(?!\s*['"])([^\0]*?))(?:\s+#.*|\s*)""")
+
+
+def other_variables(environment: Mapping[str, str]) -> Dict[str, List[str]]:
+    """The variables of OTHER_VARIABLES that are set, under the warning about them."""
+    found = [(instead, sorted(name for name in environment if environment[name]
+                              and re.fullmatch(pattern, name)))
+             for pattern, instead in OTHER_VARIABLES]
+    return {"environment %s%s: not read here; %s" % (
+        ", ".join(names[:4]), ", ..." * (len(names) > 4), instead): names
+            for instead, names in found if names}
+
+
+def row_members(name: str, row: Any) -> List[Tuple[str, Any]]:
+    """(path, value) of what a row of a credentials file holds; also a model's switch whole."""
+    inside = row if isinstance(row, dict) else {}
+    switch: Json = {"id": inside.get("id"), "enabled": inside.get("enabled")}
+    whole = [(name, switch)] if name == "models" else [(name, row)] * (row is not inside)
+    return whole + [("%s.%s" % (name, part), given) for part, given in inside.items()]
+
+
+def file_members(value: Json) -> List[Tuple[str, Any]]:
+    """The same of a whole file, without what is read elsewhere and what is null."""
+    rows = [(name, row) for name, inner in value.items() if inner is not None
+            for row in (inner if isinstance(inner, list) else [inner])]
+    return [member for name, row in rows for member in row_members(name, row)
+            if member[1] is not None and not READ_ELSEWHERE.fullmatch(member[0])]
+
+
+def read_file_member(name: str, given: Any, source: str) -> Tuple[str, Any]:
+    """(option, value) of a member.  Raises ProxyError `config`, also for one that is unknown."""
+    if name not in FILE_MEMBERS:
+        raise credential_fault(source, printable(name, 64), {
+            "routing.maxTotalInFlightMultiplier": "is not used (set maxTotalInFlight)"}.get(
+                name, "is not understood"))
+    option = next(option for option in OPTIONS if option.name == FILE_MEMBERS[name])
+    if name == "models":
+        given = [given]
+    elif name.endswith("Ms") and is_number(given, int, float) and 0 <= given < 1e15:
+        given = given / 1000
+    return option.name, read_value(option._replace(name=name), given, source)
+
+
+def file_entries(text: str, source: str) -> Tuple[Json, List[str]]:
+    """(options, warnings) of what a credentials file holds besides its keys.  What is not
+    understood is named and passed over.  Raises ProxyError `config` for what is not JSON."""
+    text = text.strip().lstrip("\ufeff")
+    value = decode_credentials(text, source) if text.startswith("{") else {}
+    entries: Json = {}
+    switches: Json = {}                 # the last of a model counts
+    problems: Dict[str, None] = {}      # each once
+    for name, given in file_members(value):
+        try:
+            option, entries[option] = read_file_member(name, given, source)
+            switches.update({row["id"].lower(): row for row in entries.get("models", ())})
+        except ProxyError as error:
+            problems[redact(error.message) + "; it does not count"] = None
+    entries.update({"models": list(switches.values())} if switches else {})
+    more = len(problems) - MAX_WARNINGS
+    return entries, [*list(problems)[:MAX_WARNINGS],
+                     *["%s: %d more like these" % (source, more)] * (more > 0)]
+
+
+def parse_env_file(text: str, source: str) -> Dict[str, str]:
+    """The variables of a `.env` file: NAME=value with or without `export`, quotes and comments.
+    Raises ProxyError `config` that names the line and shows nothing of it."""
+    found: Dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
+        parts = ENV_LINE.fullmatch(line)
+        if parts is not None:
+            name, plain, escaped, bare = parts.groups()
+            found[name] = (plain or "") + (bare or "").strip() + re.sub(r'\\([nrt"\\$])', (
+                lambda one: {"n": "\n", "r": "\r", "t": "\t"}.get(one[1], one[1])), escaped or "")
+        elif line and not line.startswith("#"):
+            raise ProxyError("config", "%s, line %d: must be NAME=value; a value in quotes ends on "
+                             "its line" % (source, number))
+    return found
 
 
 # === ACCOUNT FIGURES (pure) =================================================
@@ -8400,6 +8295,7 @@ def count_request(windows: Dict[str, RateWindow], digest: str, most: int, span: 
                          retry_after=began + span - now)
 
 
+# === PART: OPERATION (pure) =================================================
 # === TABLES & FIGURES (pure) ================================================
 # How a terminal is told of things: counts, spans of time, money, moments, and
 # tables of them.
@@ -10344,6 +10240,7 @@ def demo_answer(body: Json) -> DemoAnswer:
                                                "totalUsage": usage})])
 
 
+# === PART: PAGE (pure) ======================================================
 # === PAGE STYLE (pure) ======================================================
 # How the dashboard looks.  Colours stand once, for light and dark together;
 # there are no inline styles, for the page's policy allows this sheet alone.
@@ -12081,6 +11978,7 @@ def build_page() -> Page:
         ("cache-control", "no-store")])
 
 
+# === PART: RUNTIME ==========================================================
 # === THE SHELL ==============================================================
 # From here on the program talks to the world: it awaits, times, counts, logs
 # and closes.  `App` is everything that changes while it runs; it is made once,
@@ -13260,6 +13158,7 @@ def new_app(config: Config, limits: Limits, log: logging.Logger) -> App:
     return app
 
 
+# === PART: CALLS ============================================================
 # === UPSTREAM CALLS =========================================================
 # One call is one POST to the upstream over HTTP/1.1: from the pool of idle
 # connections or fresh, through a proxy where the environment names one, with
@@ -13860,6 +13759,7 @@ async def try_post(app: App, body: bytes) -> str:
     return fault
 
 
+# === PART: ANSWERING ========================================================
 # === RELAY ==================================================================
 # Joins one client with, one after another, the upstream calls that are made
 # for its answer.  While a call runs, `receive` is called with each piece that
@@ -14898,6 +14798,7 @@ def cost_fields(reply: Reply) -> List[Tuple[str, str]]:
     return fields
 
 
+# === PART: SERVER ===========================================================
 # === ADMIN ==================================================================
 # What whoever runs the proxy reads and changes over HTTP, below /admin.  Who may
 # is ADMIN ACCESS' decision.  The page itself is without data, so anybody may have
@@ -16557,6 +16458,7 @@ async def listen(app: App) -> Any:
     return server
 
 
+# === PART: COMMANDS =========================================================
 # === DEMO UPSTREAM ==========================================================
 # The upstream inside the program: a listening socket on loopback that speaks
 # Command Code's format, so that --demo and the selftest go through everything
