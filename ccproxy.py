@@ -4624,14 +4624,14 @@ def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 Readers = Dict[str, Callable[[Reading, Json], Iterator[Event]]]
+LATE_READERS: Readers = {"provider-metadata": read_provider_metadata}   # after the answer's end
 READERS: Readers = {
     "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
     "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
     "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
     "finish-step": read_finish_step, "finish": read_finish, "error": read_error,
-    "provider-metadata": read_provider_metadata,
     "abort": lambda reading, raw: fail_answer(reading, ProxyError(
-        "upstream", "The upstream aborted its answer."))}
+        "upstream", "The upstream aborted its answer.")), **LATE_READERS}
 
 START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
 SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
@@ -4686,7 +4686,8 @@ def settle_event(reading: Reading) -> Iterator[Json]:
             add_note(reading.notes, *NOT_JSON)
 
 
-def read_typed_events(reading: Reading, readers: Readers, found: Iterable[Json]) -> Iterator[Event]:
+def read_typed_events(reading: Reading, readers: Readers, late_readers: Readers,
+                      found: Iterable[Json]) -> Iterator[Event]:
     for raw in found:
         if not reading.began:
             reading.began = True
@@ -4694,19 +4695,20 @@ def read_typed_events(reading: Reading, readers: Readers, found: Iterable[Json])
         kind = raw.get("type")
         if not isinstance(kind, str):
             kind = "error" if raw.get("error") else ""      # an envelope sent with status 200
-        reader = readers.get(kind)
-        if reader is not None and (not reading.over or reader is read_provider_metadata):
+        reader = (late_readers if reading.over else readers).get(kind)
+        if reader is not None:
             yield from reader(reading, raw)
 
 
-def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, reading: Reading,
-                    line: bytes) -> Iterable[Event]:
-    """The events of one line; what is not a JSON object with a known type has none."""
+def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, late_readers: Readers,
+                    reading: Reading, line: bytes) -> Iterable[Event]:
+    """The events of one line; what is not a JSON object with a known type has none.  After the
+    answer's end `late_readers` alone count."""
     if silent_line.match(line):
         found: Iterable[Json] = () if reading.began else ({},)
     else:
         found = read_objects(reading, line)
-    return read_typed_events(reading, readers, found) if found else ()
+    return read_typed_events(reading, readers, late_readers, found) if found else ()
 
 
 # === UPSTREAM FORMAT: ALPHA (pure) ==========================================
@@ -4838,7 +4840,8 @@ def lane_pattern(kind: bytes, member: bytes) -> bytes:
 
 
 ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
-                       partial(read_typed_line, SILENT_LINE, READERS), read_upstream_failure,
+                       partial(read_typed_line, SILENT_LINE, READERS, LATE_READERS),
+                       read_upstream_failure,
                        {TEXT: lane_pattern(b"text-delta", b"text"),
                         THINKING: lane_pattern(b"reasoning-delta", b"text"),
                         TOOL: lane_pattern(b"tool-input-delta", b"delta")}, skip=START_STEP)
@@ -5423,7 +5426,7 @@ def anthropic_lane(kind: bytes, member: bytes) -> bytes:
 
 ANTHROPIC = UpstreamFormat(
     "anthropic", "/provider/v1/messages", build_anthropic,
-    partial(read_typed_line, SILENT_EVENT, ANTHROPIC_READERS), read_provider_failure,
+    partial(read_typed_line, SILENT_EVENT, ANTHROPIC_READERS, {}), read_provider_failure,
     {TEXT: anthropic_lane(b"text_delta", b"text"),
      THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
      TOOL: anthropic_lane(b"input_json_delta", b"partial_json")},
