@@ -30,7 +30,7 @@ and HTTP.md in comments name the project's notes on what clients and upstream re
     BASICS (pure)               constants and limits, errors, options, config, redaction, log lines
     HTTP (pure)                 heads, lengths, chunks, codings, framing, JSON text, attached data
     WAIST (pure)                prompt, events, grammar, content, tools, repair, tokens, filters
-    UPSTREAM FORMATS (pure)     errors, alpha, OpenAI's and Anthropic's: from Prompt, to events
+    UPSTREAM FORMATS (pure)     what formats share, alpha, OpenAI, Anthropic: from Prompt, to events
     APIS (pure)                 chat, messages, responses: to Prompt, from events
     ANSWER (pure)               the one read loop, the fast lane
     BACKENDS AND MODELS (pure)  catalogue, names, aliases, allowed models, lists
@@ -4456,188 +4456,101 @@ def read_upstream_failure(status: int, fields: Fields, body: bytes) -> ProxyErro
     return upstream_error(status, decode_error(said)[1], trace_id, retry_after)
 
 
-# === ALPHA EVENTS (pure) ====================================================
-# The lines of Command Code's answer as events of the grammar.  READERS is the
-# table of events; what is not in it is ignored, as the vendor's own client
-# does.  There is no terminator: `finish` is the answer's end,
-# `provider-metadata` follows it, and a stream that stops without `finish` was
-# cut.
+# === SHARED BY FORMATS (pure) ===============================================
+# What several upstream formats need: for a body, tools, choices and system turns;
+# for an answer, lines made objects, arguments made JSON, and the end, with calls
+# of which nothing says for certain that they are complete (their JSON tells).
+# No format sends stop sequences, for the answer's filters find them, and which
+# one it was.  A format uses this section and no other format's.
 
 REASON_WORDS = {"stop": STOP, "end_turn": STOP, "stop_sequence": STOP, "length": LENGTH,
                 "max_tokens": LENGTH, "max_output_tokens": LENGTH, "tool-calls": TOOL_CALLS,
                 "tool_calls": TOOL_CALLS, "tool_use": TOOL_CALLS, "content-filter": FILTERED,
                 "content_filter": FILTERED, "refusal": FILTERED, "pause_turn": PAUSED}
-
-
-def read_delta_text(reading: Reading, raw: Json) -> Iterator[Event]:
-    text = raw.get("text")
-    return extend(reading, TEXT, text) if isinstance(text, str) and text else iter(())
-
-
-def find_signature(raw: Json) -> str:
-    """The provider's signature of some thinking, from whichever provider's metadata."""
-    metadata = raw.get("providerMetadata")
-    for provider in metadata.values() if isinstance(metadata, dict) else ():
-        signature = provider.get("signature") if isinstance(provider, dict) else None
-        if isinstance(signature, str) and signature:
-            return signature
-    return ""
-
-
-def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
-    """Thinking, and the signature that may come with its last, empty delta."""
-    if reading.mute_thinking:       # another's was shown, which its signature does not sign
-        return
-    text = raw.get("text")
-    if isinstance(text, str) and text:
-        yield from extend(reading, THINKING, text)
-    signature = find_signature(raw)
-    block = reading.waiting[-1] if reading.waiting else reading.live
-    if signature and block is not None and block.kind == THINKING:
-        block.signature = signature
-
-
-def tool_name(given: Any) -> str:
-    return given if isinstance(given, str) and given else "unknown"
-
-
-def call_id_of(reading: Reading, given: Any, again: bool = False) -> str:
-    """The id given to a call, or one that no other call of the answer has; a taken one only where
-    it may come `again`."""
-    given = given if isinstance(given, str) else ""
-    taken = () if given and again else {block.call_id for block in reading.calls.values()}
-    if given and given not in taken:
-        return str(given)
-    number = len(taken)
-    while "call_%d" % number in taken:
-        number += 1
-    return "call_%d" % number
-
-
-def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
-    name = call_id_of(reading, raw.get("id"), again=True)
-    if raw.get("providerExecuted"):
-        reading.ignored.add(name)
-    elif name not in reading.ignored:
-        start_call(reading, name, tool_name(raw.get("toolName")))
-    return iter(())
-
-
-def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
-    piece, name = raw.get("delta"), raw.get("id")
-    wanted = isinstance(piece, str) and piece and isinstance(name, str)
-    return extend_call(reading, name, piece) if wanted else iter(())
-
-
-def read_no_json(text: str) -> Any:
-    """The best reading of arguments that are not JSON: loose JSON, or the free text in them."""
-    decoded, reader = decode_anyhow(text), RawInput()
-    if decoded == text:
-        told = reader.feed(text)
-        return {"input": told + reader.rest()} if reader.inside else text
-    return decoded
-
-
-def call_arguments(raw: Json) -> str:
-    """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
-    given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
-    if isinstance(given, str):
-        try:
-            decoded = DECODER.decode(given) if given.strip() else {}
-            if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
-                return given
-        except (ValueError, RecursionError):
-            decoded = read_no_json(given)
-        given = decoded
-    if isinstance(given, list) and len(given) == 1:
-        given = given[0]
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
-        given = {"input": given}
-    try:
-        return ENCODER.encode(given)
-    except ValueError:          # a number beyond all floats
-        return ENCODER.encode(finite_value(given))
-
-
-def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
-    """A whole call; those that the upstream runs itself are not the client's."""
-    name = call_id_of(reading, raw.get("toolCallId"), again=True)
-    if not raw.get("providerExecuted") and name not in reading.ignored:
-        yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
-
-
-def read_counts(holder: Any) -> Dict[str, int]:
-    """The members of an object that are counts; True is none."""
-    if not isinstance(holder, dict):
-        return {}
-    return {name: value for name, value in holder.items() if type(value) is int and value >= 0}
-
-
-def read_usage(given: Any) -> Optional[Usage]:
-    """Token counts (UPSTREAM 5.3): nested details first, the older flat members where absent."""
-    counts = read_counts(given)
-    if "inputTokens" not in counts and "outputTokens" not in counts:
-        return None
-    inputs = read_counts(given.get("inputTokenDetails"))
-    return Usage(counts.get("inputTokens", 0), counts.get("outputTokens", 0),
-                 inputs.get("cacheReadTokens", counts.get("cachedInputTokens")),
-                 inputs.get("cacheWriteTokens"), read_counts(given.get("outputTokenDetails")).get(
-                     "reasoningTokens", counts.get("reasoningTokens")))
-
-
-def ended_badly(how: str) -> ProxyError:
-    return ProxyError("upstream", "The upstream ended its answer %s." % how)
-
-
-def read_finish_step(reading: Reading, raw: Json) -> Iterator[Event]:
-    reading.usage = read_usage(raw.get("usage")) or reading.usage
-    return iter(())
-
-
-def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
-    """The answer's end (UPSTREAM 5.4); a reason nobody knows is an ordinary end."""
-    reading.usage = read_usage(raw.get("totalUsage")) or reading.usage
-    words = [raw.get("finishReason"), raw.get("rawFinishReason")]
-    if "pause_turn" in words:
-        yield from end_answer(reading, PAUSED)
-    elif words[0] == "error":
-        yield from fail_answer(reading, ended_badly("with an error"))
-    else:
-        known = [REASON_WORDS[word] for word in words
-                 if isinstance(word, str) and word in REASON_WORDS]
-        yield from end_answer(reading, known[0] if known else STOP)
-
-
-def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
-    yield from read_stream_error(reading, raw.get("error") or {
-        name: value for name, value in raw.items() if name != "type"})
-
-
-def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
-    """What the answer cost, which comes after its end."""
-    cost = object_in(object_in(raw, "providerMetadata"), "gateway").get("cost")
-    if isinstance(cost, str) and re.fullmatch(r"[0-9.eE+-]{1,32}", cost):
-        reading.cost = cost
-    return iter(())
-
-
-Readers = Dict[str, Callable[[Reading, Json], Iterator[Event]]]
-LATE_READERS: Readers = {"provider-metadata": read_provider_metadata}   # after the answer's end
-READERS: Readers = {
-    "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
-    "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
-    "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
-    "finish-step": read_finish_step, "finish": read_finish, "error": read_error,
-    "abort": lambda reading, raw: fail_answer(reading, ProxyError(
-        "upstream", "The upstream aborted its answer.")), **LATE_READERS}
-
-START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
-SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
-    rb'(?:data: ?)?\{"type":"(?:start|start-step|text-start|text-end|reasoning-start'
-    rb'|tool-input-end)"')
+FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
+                "model_context_window_exceeded": LENGTH}
+BROKEN_WORDS = ("error", "network_error", "insufficient_system_resource")
+NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
+NO_ACCESS_ADVICE = (" (ccproxy: `upstream: provider`, or x-ccproxy-upstream, chose the documented "
+                    "API. Use a key of a plan with API access, or choose `alpha`; there is no "
+                    "falling back from one to the other.)")
 NOT_JSON = ("ignored", "an upstream line that is not JSON")
+Readers = Dict[str, Callable[[Reading, Json], Iterator[Event]]]
+# One JSON string without control characters and without surrogate escapes: those may be halves
+# that must be joined, so they go the ordinary way.  Unrolled, so that it runs in linear time.
+LANE_STRING = (rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u(?:[0-9abcefABCEF][0-9a-fA-F]{3}'
+               rb'|[dD][0-7][0-9a-fA-F]{2}))[^"\\\x00-\x1f]*)*')
+
+
+def with_cache_control(part: Json, cache: Optional[Json]) -> Json:
+    return {**part, "cache_control": cache} if cache else part
+
+
+def single_type(schema: Json) -> Json:
+    """A schema whose list of types is written as a union, unless it has a union of its own."""
+    kinds = schema.get("type")
+    if not isinstance(kinds, list) or not kinds:
+        return schema
+    union: Json = {"anyOf": [{"type": kind} for kind in kinds]} if len(kinds) > 1 else {
+        "type": kinds[0]}
+    return {**union, **{word: value for word, value in schema.items() if word != "type"}}
+
+
+def model_schema(tool: Tool, prompt: Prompt) -> Json:
+    """A tool's schema as its model takes it: Gemini refuses lists of types."""
+    if not prompt.model.startswith("google/"):
+        return tool.schema
+    schema: Json = change_schemas(tool.schema, single_type)
+    if schema != tool.schema:
+        add_note(prompt.notes, "schema", "of tool %s: lists of types written as anyOf" % tool.name)
+    return schema
+
+
+def alpha_choice(choice: Choice) -> Json:
+    return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
+
+
+def fold_system_turns(turns: List[Turn]) -> List[Turn]:
+    """Turns for an API without the role `system`: reminders begin the user turn that follows, or
+    are one of their own."""
+    if "system" not in [turn.role for turn in turns]:
+        return turns            # nearly always
+    folded: List[Turn] = []
+    for turn in reversed(turns):
+        if turn.role == "system":
+            behind = folded.pop().parts if folded and folded[-1].role == "user" else []
+            turn = Turn("user", [part._replace(text=REMINDER % part.text) for part in turn.parts
+                                 if isinstance(part, Text)] + behind)
+        folded.append(turn)
+    return folded[::-1]
+
+
+def fit_sampling(prompt: Prompt, refused: Tuple[str, ...]) -> Json:
+    """temperature and top_p without those that the model refuses, and a note for each of these."""
+    given: Json = {"temperature": prompt.temperature, "top_p": prompt.top_p}
+    for name in refused:
+        if given[name] is not None:
+            add_note(prompt.notes, "ignored", "%s, which %s refuses" % (name, prompt.model))
+            given[name] = None
+    return given
+
+
+def body_bytes(body: Json) -> bytes:
+    """A body as it is sent, without what is not set.  Raises ProxyError `invalid` for numbers that
+    JSON has no words for."""
+    try:
+        return to_json({name: value for name, value in body.items() if value not in (None, [])})
+    except ValueError:
+        raise ProxyError("invalid", "A number in the request is out of range.") from None
+
+
+def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
+    """An answer whose status is not 200, in OpenAI's or in Anthropic's shape (UPSTREAM 7.3)."""
+    error = read_upstream_failure(status, fields, body)
+    if status == 403 and NO_ACCESS.search("%s %s" % (error.code, error.message)):
+        return ProxyError("plan", error.message + NO_ACCESS_ADVICE, code="upgrade_required",
+                          trace_id=error.trace_id)
+    return error
 
 
 def decode_object(data: bytes) -> Optional[Json]:
@@ -4711,10 +4624,130 @@ def read_typed_line(silent_line: "re.Pattern[bytes]", readers: Readers, late_rea
     return read_typed_events(reading, readers, late_readers, found) if found else ()
 
 
+def objects_in(given: Any) -> List[Json]:
+    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+
+
+def read_counts(holder: Any) -> Dict[str, int]:
+    """The members of an object that are counts; True is none."""
+    if not isinstance(holder, dict):
+        return {}
+    return {name: value for name, value in holder.items() if type(value) is int and value >= 0}
+
+
+def tool_name(given: Any) -> str:
+    return given if isinstance(given, str) and given else "unknown"
+
+
+def call_id_of(reading: Reading, given: Any, again: bool = False) -> str:
+    """The id given to a call, or one that no other call of the answer has; a taken one only where
+    it may come `again`."""
+    given = given if isinstance(given, str) else ""
+    taken = () if given and again else {block.call_id for block in reading.calls.values()}
+    if given and given not in taken:
+        return str(given)
+    number = len(taken)
+    while "call_%d" % number in taken:
+        number += 1
+    return "call_%d" % number
+
+
+def read_no_json(text: str) -> Any:
+    """The best reading of arguments that are not JSON: loose JSON, or the free text in them."""
+    decoded, reader = decode_anyhow(text), RawInput()
+    if decoded == text:
+        told = reader.feed(text)
+        return {"input": told + reader.rest()} if reader.inside else text
+    return decoded
+
+
+def call_arguments(raw: Json) -> str:
+    """A call's arguments as JSON text of an object, healed as the vendor's client heals them."""
+    given = next((raw[name] for name in ("input", "args", "arguments") if name in raw), None)
+    if isinstance(given, str):
+        try:
+            decoded = DECODER.decode(given) if given.strip() else {}
+            if isinstance(decoded, dict) and given.strip() and finite_value(decoded) == decoded:
+                return given
+        except (ValueError, RecursionError):
+            decoded = read_no_json(given)
+        given = decoded
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        given = {"input": given}
+    try:
+        return ENCODER.encode(given)
+    except ValueError:          # a number beyond all floats
+        return ENCODER.encode(finite_value(given))
+
+
+def whole_arguments(text: str) -> Optional[str]:
+    """A call's arguments where they are complete JSON, also loose, healed to an object; None where
+    not: what was cut closes no bracket."""
+    try:
+        decode_loosely(text)
+    except (ValueError, RecursionError):
+        return None
+    return call_arguments({"input": text})
+
+
+def settle_call(reading: Reading, block: Block, nothing: Optional[str]) -> Iterator[Event]:
+    """Finish a call whose arguments are complete JSON; `nothing` is what none at all amount to."""
+    if block.whole:
+        return
+    text = block.text
+    arguments = whole_arguments(text) if text.strip() else nothing
+    if arguments is not None:
+        if not block.begun:
+            block.pieces = []           # told by its start, and not shown yet
+        yield from finish_call(reading, block.mark, block.name, arguments)
+
+
+def ended_badly(how: str) -> ProxyError:
+    return ProxyError("upstream", "The upstream ended its answer %s." % how)
+
+
+def settle_answer(reading: Reading) -> Iterator[Event]:
+    """The end, for the reason that was told before it; one that nobody knows is an ordinary one."""
+    if reading.reason in BROKEN_WORDS:
+        yield from fail_answer(reading, ended_badly("with an error"))
+        return
+    word = FINISH_WORDS.get(reading.reason, STOP)
+    # A call without any arguments takes none, unless the answer was cut.  What stays open is half
+    # a call, which nobody must run.
+    for block in list(reading.calls.values()):
+        yield from settle_call(reading, block, None if word == LENGTH else "{}")
+    yield from end_answer(reading, word)
+
+
+def settle_live(reading: Reading) -> Iterator[Event]:
+    """Finish the open call, before another block begins, where its arguments are a whole object:
+    nothing can follow that.  Looked at once, for then the other block waits."""
+    live = reading.live
+    if live is None or live.kind != TOOL or live.whole or reading.waiting:
+        return
+    text = live.text.strip()
+    if text.endswith("}") and text.startswith("{") and whole_arguments(text) == text:
+        yield from settle_call(reading, live, None)
+
+
+def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
+    """Some more text, or some more thinking unless a repeated call's is left out."""
+    if isinstance(text, str) and text and not (kind == THINKING and reading.mute_thinking):
+        yield from settle_live(reading)
+        yield from extend(reading, kind, text)
+
+
 # === UPSTREAM FORMAT: ALPHA (pure) ==========================================
 # Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
 # envelope; the answer is bare NDJSON, one event a line, whatever its content
-# type says (server-sent events are read too).
+# type says (server-sent events are read too).  READERS is the table of events;
+# what is not in it is ignored, as the vendor's own client does.  There is no
+# terminator: `finish` is the answer's end, `provider-metadata` follows it, and a
+# stream that stops without `finish` was cut.
 
 # Fixed and neutral, so that nothing of this host leaks and every request of a conversation
 # begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
@@ -4723,10 +4756,6 @@ ENVIRONMENT: Json = {"workingDir": "/workspace", "date": "2026-01-01", "environm
                      "structure": [], "isGitRepo": False, "currentBranch": "", "mainBranch": "",
                      "gitStatus": "", "recentCommits": []}
 NO_SYSTEM = " "             # without any, the server adds 7500 tokens of its own (UPSTREAM 1.4)
-
-
-def with_cache_control(part: Json, cache: Optional[Json]) -> Json:
-    return {**part, "cache_control": cache} if cache else part
 
 
 def alpha_part(part: Part) -> Json:
@@ -4754,45 +4783,6 @@ def alpha_system(texts: List[Text]) -> Any:
     blocks.append(texts[-1].text)
     return [with_cache_control({"type": "text", "text": text}, given.cache)
             for text, given in zip(blocks, texts)]
-
-
-def single_type(schema: Json) -> Json:
-    """A schema whose list of types is written as a union, unless it has a union of its own."""
-    kinds = schema.get("type")
-    if not isinstance(kinds, list) or not kinds:
-        return schema
-    union: Json = {"anyOf": [{"type": kind} for kind in kinds]} if len(kinds) > 1 else {
-        "type": kinds[0]}
-    return {**union, **{word: value for word, value in schema.items() if word != "type"}}
-
-
-def model_schema(tool: Tool, prompt: Prompt) -> Json:
-    """A tool's schema as its model takes it: Gemini refuses lists of types."""
-    if not prompt.model.startswith("google/"):
-        return tool.schema
-    schema: Json = change_schemas(tool.schema, single_type)
-    if schema != tool.schema:
-        add_note(prompt.notes, "schema", "of tool %s: lists of types written as anyOf" % tool.name)
-    return schema
-
-
-def alpha_choice(choice: Choice) -> Json:
-    return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
-
-
-def fold_system_turns(turns: List[Turn]) -> List[Turn]:
-    """Turns for an API without the role `system`: reminders begin the user turn that follows, or
-    are one of their own."""
-    if "system" not in [turn.role for turn in turns]:
-        return turns            # nearly always
-    folded: List[Turn] = []
-    for turn in reversed(turns):
-        if turn.role == "system":
-            behind = folded.pop().parts if folded and folded[-1].role == "user" else []
-            turn = Turn("user", [part._replace(text=REMINDER % part.text) for part in turn.parts
-                                 if isinstance(part, Text)] + behind)
-        folded.append(turn)
-    return folded[::-1]
 
 
 def alpha_messages(turns: List[Turn]) -> List[Json]:
@@ -4827,10 +4817,113 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
 
 
-# One JSON string without control characters and without surrogate escapes: those may be halves
-# that must be joined, so they go the ordinary way.  Unrolled, so that it runs in linear time.
-LANE_STRING = (rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u(?:[0-9abcefABCEF][0-9a-fA-F]{3}'
-               rb'|[dD][0-7][0-9a-fA-F]{2}))[^"\\\x00-\x1f]*)*')
+def read_delta_text(reading: Reading, raw: Json) -> Iterator[Event]:
+    text = raw.get("text")
+    return extend(reading, TEXT, text) if isinstance(text, str) and text else iter(())
+
+
+def find_signature(raw: Json) -> str:
+    """The provider's signature of some thinking, from whichever provider's metadata."""
+    metadata = raw.get("providerMetadata")
+    for provider in metadata.values() if isinstance(metadata, dict) else ():
+        signature = provider.get("signature") if isinstance(provider, dict) else None
+        if isinstance(signature, str) and signature:
+            return signature
+    return ""
+
+
+def read_reasoning(reading: Reading, raw: Json) -> Iterator[Event]:
+    """Thinking, and the signature that may come with its last, empty delta."""
+    if reading.mute_thinking:       # another's was shown, which its signature does not sign
+        return
+    text = raw.get("text")
+    if isinstance(text, str) and text:
+        yield from extend(reading, THINKING, text)
+    signature = find_signature(raw)
+    block = reading.waiting[-1] if reading.waiting else reading.live
+    if signature and block is not None and block.kind == THINKING:
+        block.signature = signature
+
+
+def read_input_start(reading: Reading, raw: Json) -> Iterator[Event]:
+    name = call_id_of(reading, raw.get("id"), again=True)
+    if raw.get("providerExecuted"):
+        reading.ignored.add(name)
+    elif name not in reading.ignored:
+        start_call(reading, name, tool_name(raw.get("toolName")))
+    return iter(())
+
+
+def read_input_delta(reading: Reading, raw: Json) -> Iterator[Event]:
+    piece, name = raw.get("delta"), raw.get("id")
+    wanted = isinstance(piece, str) and piece and isinstance(name, str)
+    return extend_call(reading, name, piece) if wanted else iter(())
+
+
+def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
+    """A whole call; those that the upstream runs itself are not the client's."""
+    name = call_id_of(reading, raw.get("toolCallId"), again=True)
+    if not raw.get("providerExecuted") and name not in reading.ignored:
+        yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
+
+
+def read_usage(given: Any) -> Optional[Usage]:
+    """Token counts (UPSTREAM 5.3): nested details first, the older flat members where absent."""
+    counts = read_counts(given)
+    if "inputTokens" not in counts and "outputTokens" not in counts:
+        return None
+    inputs = read_counts(given.get("inputTokenDetails"))
+    return Usage(counts.get("inputTokens", 0), counts.get("outputTokens", 0),
+                 inputs.get("cacheReadTokens", counts.get("cachedInputTokens")),
+                 inputs.get("cacheWriteTokens"), read_counts(given.get("outputTokenDetails")).get(
+                     "reasoningTokens", counts.get("reasoningTokens")))
+
+
+def read_finish_step(reading: Reading, raw: Json) -> Iterator[Event]:
+    reading.usage = read_usage(raw.get("usage")) or reading.usage
+    return iter(())
+
+
+def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
+    """The answer's end (UPSTREAM 5.4); a reason nobody knows is an ordinary end."""
+    reading.usage = read_usage(raw.get("totalUsage")) or reading.usage
+    words = [raw.get("finishReason"), raw.get("rawFinishReason")]
+    if "pause_turn" in words:
+        yield from end_answer(reading, PAUSED)
+    elif words[0] == "error":
+        yield from fail_answer(reading, ended_badly("with an error"))
+    else:
+        known = [REASON_WORDS[word] for word in words
+                 if isinstance(word, str) and word in REASON_WORDS]
+        yield from end_answer(reading, known[0] if known else STOP)
+
+
+def read_error(reading: Reading, raw: Json) -> Iterator[Event]:
+    yield from read_stream_error(reading, raw.get("error") or {
+        name: value for name, value in raw.items() if name != "type"})
+
+
+def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
+    """What the answer cost, which comes after its end."""
+    cost = object_in(object_in(raw, "providerMetadata"), "gateway").get("cost")
+    if isinstance(cost, str) and re.fullmatch(r"[0-9.eE+-]{1,32}", cost):
+        reading.cost = cost
+    return iter(())
+
+
+LATE_READERS: Readers = {"provider-metadata": read_provider_metadata}   # after the answer's end
+READERS: Readers = {
+    "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
+    "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
+    "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
+    "finish-step": read_finish_step, "finish": read_finish, "error": read_error,
+    "abort": lambda reading, raw: fail_answer(reading, ProxyError(
+        "upstream", "The upstream aborted its answer.")), **LATE_READERS}
+
+START_STEP = b'{"type":"start-step"'        # echoes the whole request: never parsed
+SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
+    rb'(?:data: ?)?\{"type":"(?:start|start-step|text-start|text-end|reasoning-start'
+    rb'|tool-input-end)"')
 
 
 def lane_pattern(kind: bytes, member: bytes) -> bytes:
@@ -4845,106 +4938,6 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
                        {TEXT: lane_pattern(b"text-delta", b"text"),
                         THINKING: lane_pattern(b"reasoning-delta", b"text"),
                         TOOL: lane_pattern(b"tool-input-delta", b"delta")}, skip=START_STEP)
-
-
-# === PROVIDER STREAMS (pure) ================================================
-# What the two documented APIs have in common on the upstream's side: calls, of which
-# neither says for certain that they are complete (their JSON tells), and the end.
-# Stop sequences are not sent in either, for the answer's filters find them, and
-# which one it was.
-
-FINISH_WORDS = {**REASON_WORDS, "function_call": TOOL_CALLS, "sensitive": FILTERED,
-                "model_context_window_exceeded": LENGTH}
-BROKEN_WORDS = ("error", "network_error", "insufficient_system_resource")
-NO_ACCESS = re.compile(r"upgrade_required|doesn't include API access", re.I)
-NO_ACCESS_ADVICE = (" (ccproxy: `upstream: provider`, or x-ccproxy-upstream, chose the documented "
-                    "API. Use a key of a plan with API access, or choose `alpha`; there is no "
-                    "falling back from one to the other.)")
-
-
-def fit_sampling(prompt: Prompt, refused: Tuple[str, ...]) -> Json:
-    """temperature and top_p without those that the model refuses, and a note for each of these."""
-    given: Json = {"temperature": prompt.temperature, "top_p": prompt.top_p}
-    for name in refused:
-        if given[name] is not None:
-            add_note(prompt.notes, "ignored", "%s, which %s refuses" % (name, prompt.model))
-            given[name] = None
-    return given
-
-
-def body_bytes(body: Json) -> bytes:
-    """A body as it is sent, without what is not set.  Raises ProxyError `invalid` for numbers that
-    JSON has no words for."""
-    try:
-        return to_json({name: value for name, value in body.items() if value not in (None, [])})
-    except ValueError:
-        raise ProxyError("invalid", "A number in the request is out of range.") from None
-
-
-def objects_in(given: Any) -> List[Json]:
-    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
-
-
-def read_provider_failure(status: int, fields: Fields, body: bytes) -> ProxyError:
-    """An answer whose status is not 200, in OpenAI's or in Anthropic's shape (UPSTREAM 7.3)."""
-    error = read_upstream_failure(status, fields, body)
-    if status == 403 and NO_ACCESS.search("%s %s" % (error.code, error.message)):
-        return ProxyError("plan", error.message + NO_ACCESS_ADVICE, code="upgrade_required",
-                          trace_id=error.trace_id)
-    return error
-
-
-def whole_arguments(text: str) -> Optional[str]:
-    """A call's arguments where they are complete JSON, also loose, healed to an object; None where
-    not: what was cut closes no bracket."""
-    try:
-        decode_loosely(text)
-    except (ValueError, RecursionError):
-        return None
-    return call_arguments({"input": text})
-
-
-def settle_call(reading: Reading, block: Block, nothing: Optional[str]) -> Iterator[Event]:
-    """Finish a call whose arguments are complete JSON; `nothing` is what none at all amount to."""
-    if block.whole:
-        return
-    text = block.text
-    arguments = whole_arguments(text) if text.strip() else nothing
-    if arguments is not None:
-        if not block.begun:
-            block.pieces = []           # told by its start, and not shown yet
-        yield from finish_call(reading, block.mark, block.name, arguments)
-
-
-def settle_answer(reading: Reading) -> Iterator[Event]:
-    """The end, for the reason that was told before it; one that nobody knows is an ordinary one."""
-    if reading.reason in BROKEN_WORDS:
-        yield from fail_answer(reading, ended_badly("with an error"))
-        return
-    word = FINISH_WORDS.get(reading.reason, STOP)
-    # A call without any arguments takes none, unless the answer was cut.  What stays open is half
-    # a call, which nobody must run.
-    for block in list(reading.calls.values()):
-        yield from settle_call(reading, block, None if word == LENGTH else "{}")
-    yield from end_answer(reading, word)
-
-
-def settle_live(reading: Reading) -> Iterator[Event]:
-    """Finish the open call, before another block begins, where its arguments are a whole object:
-    nothing can follow that.  Looked at once, for then the other block waits."""
-    live = reading.live
-    if live is None or live.kind != TOOL or live.whole or reading.waiting:
-        return
-    text = live.text.strip()
-    if text.endswith("}") and text.startswith("{") and whole_arguments(text) == text:
-        yield from settle_call(reading, live, None)
-
-
-def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
-    """Some more text, or some more thinking unless a repeated call's is left out."""
-    if isinstance(text, str) and text and not (kind == THINKING and reading.mute_thinking):
-        yield from settle_live(reading)
-        yield from extend(reading, kind, text)
 
 
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================

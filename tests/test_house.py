@@ -30,9 +30,10 @@ BUDGETS = {
     "(head)": 120, "CONSTANTS & LIMITS": 140, "ERRORS": 180, "CONFIG": 290,
     "REDACTION & LOG LINES": 140, "HTTP WIRE": 420, "STREAM FRAMING": 120, "CATALOGUE": 120,
     "MODELS": 230, "KEYS": 140, "EVENTS": 240, "CONTENT PARTS": 350, "PROMPT REPAIR": 220,
-    "TOKEN COUNT": 170, "JSON SCHEMA": 220, "ANSWER FILTERS": 250, "UPSTREAM FORMAT: ALPHA": 300,
-    "UPSTREAM FORMAT: OPENAI": 300, "UPSTREAM FORMAT: ANTHROPIC": 300, "FACE: CHAT": 450,
-    "FACE: MESSAGES": 450, "FACE: RESPONSES": 450, "ANSWER": 275, "KEY ROUTING": 280,
+    "TOKEN COUNT": 170, "JSON SCHEMA": 220, "ANSWER FILTERS": 250, "SHARED BY FORMATS": 300,
+    "UPSTREAM FORMAT: ALPHA": 300, "UPSTREAM FORMAT: OPENAI": 300,
+    "UPSTREAM FORMAT: ANTHROPIC": 300, "FACE: CHAT": 450, "FACE: MESSAGES": 450,
+    "FACE: RESPONSES": 450, "ANSWER": 275, "KEY ROUTING": 280,
     "THE SHELL": 140, "WIRE": 235, "UPSTREAM CALLS": 450, "RELAY": 200, "ACCOUNTS": 250,
     "USAGE LOG": 250, "METRICS": 250, "ALERTS": 250, "ENDPOINTS": 360, "SERVER": 360,
     "DEMO UPSTREAM": 350, "SELFTEST": 350, "PAGE STYLE": 300, "PAGE MARKUP": 300,
@@ -200,6 +201,15 @@ def test_no_section_uses_what_stands_below_it(section):
     ahead = sorted({name for line, name in USES
                     if section.holds(line) and WHERE.get(name, 0) > section.last})
     assert ahead == []
+
+
+def test_no_upstream_format_uses_another():
+    formats = [section for section in SECTIONS if section.name.startswith("UPSTREAM FORMAT: ")]
+    assert len(formats) >= 3
+    borrowed = [(section.name, name) for section in formats for line, name in USES
+                if section.holds(line)
+                for other in formats if other is not section and other.holds(WHERE.get(name, 0))]
+    assert borrowed == []
 
 
 def test_most_of_what_is_used_was_met_before():
