@@ -4506,7 +4506,7 @@ def model_schema(tool: Tool, prompt: Prompt) -> Json:
     return schema
 
 
-def alpha_choice(choice: Choice) -> Json:
+def choice_object(choice: Choice) -> Json:
     return {"type": "tool", "name": choice.name} if choice.kind == "tool" else {"type": choice.kind}
 
 
@@ -4744,10 +4744,10 @@ def read_words(reading: Reading, kind: str, text: Any) -> Iterator[Event]:
 # === UPSTREAM FORMAT: ALPHA (pure) ==========================================
 # Command Code's own wire format, POST /alpha/generate: a Prompt becomes one
 # envelope; the answer is bare NDJSON, one event a line, whatever its content
-# type says (server-sent events are read too).  READERS is the table of events;
-# what is not in it is ignored, as the vendor's own client does.  There is no
-# terminator: `finish` is the answer's end, `provider-metadata` follows it, and a
-# stream that stops without `finish` was cut.
+# type says (server-sent events are read too).  ALPHA_READERS is the table of
+# events; what is not in it is ignored, as the vendor's own client does.  There
+# is no terminator: `finish` is the answer's end, `provider-metadata` follows it,
+# and a stream that stops without `finish` was cut.
 
 # Fixed and neutral, so that nothing of this host leaks and every request of a conversation
 # begins with the same bytes.  The date is fixed too: it takes no part in the prompt as long as
@@ -4808,7 +4808,7 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
         "system": alpha_system(prompt.system), "max_tokens": prompt.max_tokens, "stream": True}
     optional = {"reasoning_effort": prompt.effort, "temperature": prompt.temperature,
                 "top_p": prompt.top_p,
-                "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None}
+                "tool_choice": choice_object(prompt.choice) if prompt.choice else None}
     params.update((name, value) for name, value in optional.items() if value is not None)
     try:
         return to_json({"config": ENVIRONMENT, "memory": None, "taste": None, "skills": None,
@@ -4867,7 +4867,7 @@ def read_tool_call(reading: Reading, raw: Json) -> Iterator[Event]:
         yield from finish_call(reading, name, tool_name(raw.get("toolName")), call_arguments(raw))
 
 
-def read_usage(given: Any) -> Optional[Usage]:
+def alpha_usage(given: Any) -> Optional[Usage]:
     """Token counts (UPSTREAM 5.3): nested details first, the older flat members where absent."""
     counts = read_counts(given)
     if "inputTokens" not in counts and "outputTokens" not in counts:
@@ -4880,13 +4880,13 @@ def read_usage(given: Any) -> Optional[Usage]:
 
 
 def read_finish_step(reading: Reading, raw: Json) -> Iterator[Event]:
-    reading.usage = read_usage(raw.get("usage")) or reading.usage
+    reading.usage = alpha_usage(raw.get("usage")) or reading.usage
     return iter(())
 
 
 def read_finish(reading: Reading, raw: Json) -> Iterator[Event]:
     """The answer's end (UPSTREAM 5.4); a reason nobody knows is an ordinary end."""
-    reading.usage = read_usage(raw.get("totalUsage")) or reading.usage
+    reading.usage = alpha_usage(raw.get("totalUsage")) or reading.usage
     words = [raw.get("finishReason"), raw.get("rawFinishReason")]
     if "pause_turn" in words:
         yield from end_answer(reading, PAUSED)
@@ -4912,7 +4912,7 @@ def read_provider_metadata(reading: Reading, raw: Json) -> Iterator[Event]:
 
 
 LATE_READERS: Readers = {"provider-metadata": read_provider_metadata}   # after the answer's end
-READERS: Readers = {
+ALPHA_READERS: Readers = {
     "text-delta": read_delta_text, "reasoning-delta": read_reasoning,
     "reasoning-end": read_reasoning, "tool-input-start": read_input_start,
     "tool-input-delta": read_input_delta, "tool-call": read_tool_call,
@@ -4926,18 +4926,18 @@ SILENT_LINE = re.compile(       # events that tell nothing: not worth decoding
     rb'|tool-input-end)"')
 
 
-def lane_pattern(kind: bytes, member: bytes) -> bytes:
+def alpha_lane(kind: bytes, member: bytes) -> bytes:
     """A whole delta line and nothing else: (id, escaped string that is not empty)."""
     return (rb'(?:data: ?)?\{"type":"' + kind + rb'","id":"([^"\\\x00-\x1f]*)","'
             + member + rb'":"(?!")(' + LANE_STRING + rb')"\}(?:\r?\n)+')
 
 
 ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
-                       partial(read_typed_line, SILENT_LINE, READERS, LATE_READERS),
+                       partial(read_typed_line, SILENT_LINE, ALPHA_READERS, LATE_READERS),
                        read_upstream_failure,
-                       {TEXT: lane_pattern(b"text-delta", b"text"),
-                        THINKING: lane_pattern(b"reasoning-delta", b"text"),
-                        TOOL: lane_pattern(b"tool-input-delta", b"delta")}, skip=START_STEP)
+                       {TEXT: alpha_lane(b"text-delta", b"text"),
+                        THINKING: alpha_lane(b"reasoning-delta", b"text"),
+                        TOOL: alpha_lane(b"tool-input-delta", b"delta")}, skip=START_STEP)
 
 
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================
@@ -5310,7 +5310,7 @@ def build_anthropic(prompt: Prompt, session: str) -> bytes:
         "system": [block for block in map(anthropic_block, prompt.system) if block],
         "messages": anthropic_messages(prompt),
         "tools": [anthropic_tool(tool) for tool in prompt.tools],
-        "tool_choice": alpha_choice(prompt.choice) if prompt.choice else None, **thinking,
+        "tool_choice": choice_object(prompt.choice) if prompt.choice else None, **thinking,
         **sampling, "stream": True})
 
 

@@ -115,7 +115,7 @@ READ = [    # (what the upstream sends, whether text went out before the fault)
 @each_way
 @pytest.mark.parametrize("script,begun", READ, ids=range(len(READ)))
 def test_a_reader_that_raises(place, monkeypatch, script, begun, path, streamed):
-    monkeypatch.setitem(ccproxy.READERS, "boom", boom)
+    monkeypatch.setitem(ccproxy.ALPHA_READERS, "boom", boom)
     place.upstream.default = script
     check_ended(path, streamed, begun, place.ask(path, streamed))
     place.check_log()
@@ -185,7 +185,7 @@ def test_a_comment_that_cannot_be_made(make_place, monkeypatch):
 
 
 def test_a_pool_of_keys_is_not_gone_through_for_a_fault_of_ours(place, monkeypatch):
-    monkeypatch.setitem(ccproxy.READERS, "boom", boom)
+    monkeypatch.setitem(ccproxy.ALPHA_READERS, "boom", boom)
     place.upstream.default = stream(BOOM)
     check_refused(place.ask(CHAT, True, "user_keyOne12345,user_keyTwo12345"))
     assert len(place.upstream.requests) == 1

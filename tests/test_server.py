@@ -127,7 +127,7 @@ def test_a_fault_while_an_answer_is_read(make_proxy, upstream, monkeypatch, stre
     """A bug in a reader ends this answer alone, and its upstream call."""
     def broken(reading, raw):
         raise KeyError("oops")
-    monkeypatch.setitem(ccproxy.READERS, "finish-step", broken)
+    monkeypatch.setitem(ccproxy.ALPHA_READERS, "finish-step", broken)
     go_on = threading.Event()
 
     def run(sock, request):
