@@ -922,7 +922,7 @@ def format_notes(notes: Iterable[str]) -> str:
 # is: a client's (400) or the upstream's (502).  HTTP/2, trailers' contents and
 # ranges are left out on purpose.
 
-Fault = Callable[[str], ProxyError]
+Fault = Callable[..., ProxyError]   # of a message, and what a client is told instead, if anything
 Fields = Dict[str, str]             # lower-case name to value; repeated ones joined by ", "
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -973,11 +973,11 @@ class ResponseHead(NamedTuple):
     keep_alive: bool
 
 
-def client_fault(message: str) -> ProxyError:
-    return ProxyError("invalid", "Malformed HTTP request: " + redact(message))
+def client_fault(message: str, refusal: Optional[ProxyError] = None) -> ProxyError:
+    return refusal or ProxyError("invalid", "Malformed HTTP request: " + redact(message))
 
 
-def upstream_fault(message: str) -> ProxyError:
+def upstream_fault(message: str, refusal: Optional[ProxyError] = None) -> ProxyError:
     return ProxyError("upstream", "The upstream sent malformed HTTP: " + redact(message))
 
 
@@ -998,8 +998,8 @@ def find_head_end(data: Union[bytes, bytearray], start: int, fault: Fault) -> in
             BARE_LINE_END.search(data, begin, stop):
         raise fault("a line must end with CR LF, not with a bare CR or LF")
     if stop > MAX_HEAD_BYTES:
-        raise ProxyError("head_too_large", "The head of the request is longer than %d bytes."
-                         % MAX_HEAD_BYTES) if fault is client_fault else fault("endless head")
+        raise fault("endless head", ProxyError("head_too_large", "The head of the request is "
+                                               "longer than %d bytes." % MAX_HEAD_BYTES))
     return -1 if end < 0 else stop
 
 
@@ -1007,8 +1007,8 @@ def parse_fields(data: bytes, fault: Fault) -> List[Tuple[str, str]]:
     """Header or trailer lines as (lower-case name, value) pairs, in order (RFC 9112 5)."""
     lines = data.decode("latin-1").split("\r\n") if data else []
     if len(lines) > MAX_HEAD_FIELDS:
-        raise ProxyError("head_too_large", "More than %d header fields." % MAX_HEAD_FIELDS) \
-            if fault is client_fault else fault("too many header fields")
+        raise fault("too many header fields", ProxyError(
+            "head_too_large", "More than %d header fields." % MAX_HEAD_FIELDS))
     pairs = []
     for line in lines:
         found = FIELD_LINE.fullmatch(line)
@@ -1045,9 +1045,9 @@ def is_chunked(pairs: List[Tuple[str, str]], fault: Fault) -> bool:
     if codings == ["chunked"]:
         return True
     plain = all(re.fullmatch("[a-z0-9._-]+", coding) for coding in codings)
-    if plain and "chunked" not in codings[:-1] and fault is client_fault:
-        raise ProxyError("not_implemented", "Transfer-Encoding: only `chunked` is understood.")
-    raise fault("Transfer-Encoding must be exactly `chunked`")
+    raise fault("Transfer-Encoding must be exactly `chunked`", ProxyError(
+        "not_implemented", "Transfer-Encoding: only `chunked` is understood.")
+        if plain and "chunked" not in codings[:-1] else None)
 
 
 def wants_keep_alive(minor: int, fields: Fields) -> bool:
@@ -1328,8 +1328,8 @@ class InflatedBody:
             if self.members > MAX_GZIP_MEMBERS:
                 raise self.fault("compressed content of too many members")
             if len(content) > self.most:
-                raise too_large(self.most) if self.fault is client_fault else \
-                    self.fault("compressed content that grows beyond all bounds")
+                raise self.fault("compressed content that grows beyond all bounds",
+                                 too_large(self.most))
             data = self.inflater.unused_data
         if self.done and not self.inflater.eof:
             raise self.fault("compressed content that is cut off")
