@@ -1959,7 +1959,8 @@ class UpstreamFormat(NamedTuple):
     read_line: Callable[[Reading, bytes], Iterable[Event]]
     read_failure: Callable[[int, Fields, bytes], ProxyError]
     lanes: Mapping[str, bytes]                  # block kind -> pattern of one whole delta line
-    fields: Tuple[Tuple[str, str], ...] = ()    # headers of its own that never change
+    fields: Callable[[Config, str, str], Iterable[Tuple[str, str]]] = (     # headers of its own
+        lambda config, cli_version, session: ())
     read_end: Callable[[Reading], Iterator[Event]] = lambda reading: iter(())   # of the body
     skip: bytes = b"\n"         # how a line begins that nobody wants: none begins with its own end
 
@@ -4817,6 +4818,13 @@ def build_alpha(prompt: Prompt, session: str) -> bytes:
         raise ProxyError("invalid", "A number in the request is out of range.") from None
 
 
+def alpha_fields(config: Config, cli_version: str, session: str) -> List[Tuple[str, str]]:
+    """The headers of the vendor's CLI that matter, and nothing that names this machine."""
+    return [("x-command-code-version", cli_version), ("x-cli-environment", "production"),
+            ("x-project-slug", config.project_slug), ("x-taste-learning", "false"),
+            ("x-session-id", session)]
+
+
 def read_delta_text(reading: Reading, raw: Json) -> Iterator[Event]:
     text = raw.get("text")
     return extend(reading, TEXT, text) if isinstance(text, str) and text else iter(())
@@ -4937,7 +4945,8 @@ ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
                        read_upstream_failure,
                        {TEXT: alpha_lane(b"text-delta", b"text"),
                         THINKING: alpha_lane(b"reasoning-delta", b"text"),
-                        TOOL: alpha_lane(b"tool-input-delta", b"delta")}, skip=START_STEP)
+                        TOOL: alpha_lane(b"tool-input-delta", b"delta")},
+                       alpha_fields, skip=START_STEP)
 
 
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================
@@ -5423,7 +5432,7 @@ ANTHROPIC = UpstreamFormat(
     {TEXT: anthropic_lane(b"text_delta", b"text"),
      THINKING: anthropic_lane(b"thinking_delta", b"thinking"),
      TOOL: anthropic_lane(b"input_json_delta", b"partial_json")},
-    (("anthropic-version", "2023-06-01"),))
+    lambda config, cli_version, session: (("anthropic-version", "2023-06-01"),))
 
 
 # === UPSTREAMS (pure) =======================================================
@@ -13342,11 +13351,7 @@ def build_call(app: App, upstream: UpstreamFormat, key: str, prompt: Prompt,
     """The request of one call: exactly these headers, nothing of the client's but its key, its
     traceparent and what the session is derived from."""
     payload = upstream.build(prompt, prompt.session)
-    own = list(upstream.fields)
-    if upstream is ALPHA:       # what the vendor's CLI sends, and nothing that names this machine
-        own = [("x-command-code-version", app.cli_version), ("x-cli-environment", "production"),
-               ("x-project-slug", app.config.project_slug), ("x-taste-learning", "false"),
-               ("x-session-id", prompt.session)]
+    own = upstream.fields(app.config, app.cli_version, prompt.session)
     return CallSpec(app.home, call_head(app.home, "POST", upstream.path, key, [
         ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), *own, ("traceparent", traceparent),

@@ -212,6 +212,25 @@ def test_no_upstream_format_uses_another():
     assert borrowed == []
 
 
+def compared_names(tree):
+    """Every name that is a side of a comparison, or stands in a list that is one."""
+    sides = [side for node in ast.walk(tree) if isinstance(node, ast.Compare)
+             for side in [node.left] + node.comparators]
+    return {name.id for side in sides for name in getattr(side, "elts", [side])
+            if isinstance(name, ast.Name)}
+
+
+def test_no_function_or_upstream_format_is_compared():
+    """What differs is a member of the row or an argument: which row it is decides nothing."""
+    sample = "fault is client_fault and ALPHA != upstream and reader in (read_error, None)"
+    assert compared_names(ast.parse(sample)) == {
+        "fault", "client_fault", "ALPHA", "upstream", "reader", "read_error"}
+    flags = {name for name, value in vars(ccproxy).items() if not isinstance(value, type)
+             and (callable(value) or isinstance(value, ccproxy.UpstreamFormat))}
+    assert {"client_fault", "ALPHA", "OPENAI", "ANTHROPIC"} < flags
+    assert compared_names(TREE) & flags == set()
+
+
 def test_most_of_what_is_used_was_met_before():
     inside = [(line, WHERE[name]) for top in TREE.body for line, name in uses_of(top)
               if isinstance(top, FUNCTIONS + (ast.ClassDef,)) and name in WHERE

@@ -601,7 +601,7 @@ def test_lane_patterns(kind, data, groups):
 
 
 def test_headers():
-    assert ("anthropic-version", "2023-06-01") in ANTHROPIC.fields
+    assert list(ANTHROPIC.fields(None, "1.2.3", "session")) == [("anthropic-version", "2023-06-01")]
 
 
 @pytest.mark.parametrize("word", ["error", "network_error"])
