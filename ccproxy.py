@@ -4940,13 +4940,11 @@ def alpha_lane(kind: bytes, member: bytes) -> bytes:
             + member + rb'":"(?!")(' + LANE_STRING + rb')"\}(?:\r?\n)+')
 
 
-ALPHA = UpstreamFormat("alpha", "/alpha/generate", build_alpha,
-                       partial(read_typed_line, SILENT_LINE, ALPHA_READERS, LATE_READERS),
-                       read_upstream_failure,
-                       {TEXT: alpha_lane(b"text-delta", b"text"),
-                        THINKING: alpha_lane(b"reasoning-delta", b"text"),
-                        TOOL: alpha_lane(b"tool-input-delta", b"delta")},
-                       alpha_fields, skip=START_STEP)
+ALPHA = UpstreamFormat(
+    "alpha", "/alpha/generate", build_alpha,
+    partial(read_typed_line, SILENT_LINE, ALPHA_READERS, LATE_READERS), read_upstream_failure,
+    {TEXT: alpha_lane(b"text-delta", b"text"), THINKING: alpha_lane(b"reasoning-delta", b"text"),
+     TOOL: alpha_lane(b"tool-input-delta", b"delta")}, alpha_fields, skip=START_STEP)
 
 
 # === UPSTREAM FORMAT: OPENAI (pure) =========================================
@@ -5441,14 +5439,16 @@ ANTHROPIC = UpstreamFormat(
 # models tells which endpoints a model has, else its name does.  A further service
 # that speaks either API would be one more row.
 
+UPSTREAM_FORMATS = {known.name: known for known in (ALPHA, OPENAI, ANTHROPIC)}
+
 
 def provider_format(model: str, endpoints: Iterable[str]) -> UpstreamFormat:
     """The documented endpoint of a model: Messages for Claude, Chat Completions for the others."""
     known = {path.rstrip("/").rpartition("/")[2] for path in endpoints}
     known &= {"messages", "completions"}
-    if len(known) == 1:
-        return ANTHROPIC if "messages" in known else OPENAI
-    return ANTHROPIC if model.lower().rpartition("/")[2].startswith("claude") else OPENAI
+    claude = model.lower().rpartition("/")[2].startswith("claude")
+    messages = "messages" in known if len(known) == 1 else claude
+    return UPSTREAM_FORMATS["anthropic" if messages else "openai"]
 
 
 UPSTREAMS: Dict[str, Callable[[str, Iterable[str]], UpstreamFormat]] = {
