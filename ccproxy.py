@@ -13188,7 +13188,7 @@ class CallSpec:
     backend: Backend
     head: bytes
     payload: bytes
-    upstream: UpstreamFormat = ALPHA
+    upstream: UpstreamFormat
 
 
 def parse_proxy(url: str) -> Tuple[Origin, str]:
@@ -13561,7 +13561,7 @@ async def ask_account(app: App, key: RingKey, path: str) -> Any:
     call = await open_call(app, CallSpec(app.home, call_head(app.home, "GET", path, key.key, [
         ("accept", "application/json"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
-        ("x-cli-environment", "production")]), b""))
+        ("x-cli-environment", "production")]), b"", ALPHA))
     return json.loads(await read_short_body(app, call))
 
 
