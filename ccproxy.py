@@ -5445,8 +5445,8 @@ UPSTREAM_FORMATS = {known.name: known for known in (ALPHA, OPENAI, ANTHROPIC)}
 def provider_format(model: str, endpoints: Iterable[str]) -> UpstreamFormat:
     """The documented endpoint of a model: Messages for Claude, Chat Completions for the others."""
     ends = {path.rstrip("/").rpartition("/")[2] for path in endpoints} & {"messages", "completions"}
-    claude = model.lower().rpartition("/")[2].startswith("claude")
-    messages = "messages" in ends if len(ends) == 1 else claude
+    messages = "messages" in ends if len(ends) == 1 else (
+        model.lower().rpartition("/")[2].startswith("claude"))
     return UPSTREAM_FORMATS["anthropic" if messages else "openai"]
 
 
