@@ -366,6 +366,11 @@ class Option(NamedTuple):
     choices: Tuple[Any, ...] = ()
     at_start: bool = False          # a change counts from the next start on
 
+    @property
+    def secret(self) -> bool:
+        """Whether its value is never shown."""
+        return self.kind in ("secret", "vendors")
+
 
 OPTIONS = (
     Option("port", "int", 3000, "port to listen on (0: any free one)", ("PORT",), (0, 65535),
@@ -426,7 +431,7 @@ OPTIONS = (
     Option("accountTimeoutSeconds", "seconds", 10, "time to ask for an account's figures",
            ("COMMANDCODE_BILLING_TIMEOUT_MS",), (0.01, 600)),
     Option("clientKey", "secret", "", "callers that present this use the operator's keys",
-           ("BRIDGE_API_KEY",)),
+           ("BRIDGE_API_KEY", "BRIDGE_BEARER")),
     Option("operatorKeys", "choice", "off", "loopback: without a clientKey, callers on this "
            "machine use the operator's keys", (), ("off", "loopback")),
     Option("credentialsFile", "str", "", "JSON file of the operator's keys, mode 0600",
@@ -470,6 +475,21 @@ OPTIONS = (
     Option("logLevel", "choice", "info", "least level that is logged", ("LOG_LEVEL",), LOG_LEVELS),
     Option("logFile", "str", "", "log to this file instead of standard error", ("LOG_FILE",),
            at_start=True),
+    Option("backends", "list", [], "what answers besides Command Code: openai, anthropic, "
+           "moonshot, zai, passthrough (each of these that has a key), or names of vendors",
+           ("BRIDGE_BACKENDS",), at_start=True),
+    Option("openaiKey", "secret", "", "the operator's key for OpenAI", ("OPENAI_API_KEY",),
+           at_start=True),
+    Option("anthropicKey", "secret", "", "the operator's key for Anthropic",
+           ("ANTHROPIC_API_KEY",), at_start=True),
+    Option("moonshotKey", "secret", "", "the operator's key for Moonshot", ("MOONSHOT_API_KEY",),
+           at_start=True),
+    Option("zaiKey", "secret", "", "the operator's key for Z.ai", ("ZAI_API_KEY",),
+           at_start=True),
+    Option("vendorBases", "map", {}, "other addresses of vendors, with the version path, such as "
+           "openai=http://127.0.0.1:9/v1", at_start=True),
+    Option("vendors", "vendors", {}, "further APIs by name: {NAME: {base, format: openai or "
+           "anthropic, key or keyEnv, models, insecure}}", at_start=True),
     Option("adminKey", "secret", "", "what /admin wants for changes, and for reading from "
            "another machine"),
     Option("usageDb", "str", "", "SQLite file that keeps a record of every request, without its "
@@ -479,6 +499,13 @@ OPTIONS = (
 
 # Options of earlier versions: `help` says what to do instead.  A source that still sets one gets
 # a warning, whatever the value is.
+# Where vendors' APIs are, and which format they speak.
+VENDORS = {"openai": ("https://api.openai.com/v1", "openai"),
+           "anthropic": ("https://api.anthropic.com/v1", "anthropic"),
+           "moonshot": ("https://api.moonshot.ai/v1", "openai"),
+           "zai": ("https://api.z.ai/api/paas/v4", "openai")}
+RESERVED_NAMES = {*VENDORS, *"commandcode chatgpt bridge passthrough claude claudish codex "
+                  "opencode kimi amp factory forge".split()}
 REMOVED_OPTIONS = (Option("workers", "removed", None, "see README, several processes"),)
 
 
@@ -547,6 +574,10 @@ def parse_origin(url: str) -> Origin:
 def bracketed(host: str) -> str:
     """A host as it stands in a URL."""
     return "[%s]" % host if ":" in host else host
+
+
+LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
+MODEL_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+~\[\]-]{0,199}")     # of a backend's model id
 
 
 def local_address(host: str, port: int) -> str:
@@ -691,12 +722,58 @@ def read_switches(option: Option, given: Any) -> List[Json]:
     return given
 
 
+# Members of a vendor of the option `vendors`: what each must be.
+VENDOR_MEMBERS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "base": (lambda value: bool(parse_origin(value)), "an http:// or https:// URL"),
+    "format": (lambda value: value in ("openai", "anthropic"), "openai or anthropic"),
+    "key": (lambda value: re.fullmatch("[!-~]+", value) is not None, "visible ASCII characters"),
+    "keyEnv": (lambda value: re.fullmatch(r"\w+", value) is not None, "a variable's name"),
+    "models": (lambda value: isinstance(value, list) and all(
+        isinstance(one, str) and MODEL_PART.fullmatch(one) for one in value), "a list of ids"),
+    "insecure": (lambda value: isinstance(value, bool), "true or false")}
+
+
+def check_vendor(name: str, row: Any) -> None:
+    """Raise ValueError for what cannot be a vendor's name or row."""
+    if not re.fullmatch("[a-z0-9-]{1,32}", name) or name in RESERVED_NAMES:
+        raise ValueError("%s must be another name: of a-z, 0-9 and -, and not a backend's own"
+                         % json.dumps(name[:40]))
+    if not isinstance(row, dict) or not set(row) <= set(VENDOR_MEMBERS):
+        raise ValueError("%s must be an object with no more members than %s"
+                         % (name, ", ".join(VENDOR_MEMBERS)))
+    if "base" not in row or "format" not in row or ("key" in row) == ("keyEnv" in row):
+        raise ValueError("%s must have base, format, and either key or keyEnv" % name)
+    for member, value in row.items():
+        fits, words = VENDOR_MEMBERS[member]
+        try:
+            sound = fits(value)
+        except (TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise ValueError("%s.%s must be %s" % (name, member, words))
+
+
+def read_vendors(option: Option, given: Any) -> Dict[str, Json]:
+    """Vendors' rows by name; from a flag or the environment as JSON.  What is wrong is told
+    without the values, among which are keys."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise ValueError("must be a JSON object") from None
+    if not isinstance(given, dict):
+        raise ValueError("must be an object of vendors by name")
+    for name, row in given.items():
+        check_vendor(name, row)
+    return given
+
+
 VALUE_READERS: Dict[str, Callable[[Option, Any], Any]] = {
     "secret": read_secret, "int": read_number, "seconds": read_number, "number": read_number,
     "bool": read_boolean, "str": read_string,
     "host": read_host,
     "choice": read_choice, "url": read_url, "list": read_list, "map": read_map,
-    "models": read_switches}
+    "models": read_switches, "vendors": read_vendors}
 
 
 def read_value(option: Option, given: Any, source: str) -> Any:
@@ -709,7 +786,7 @@ def read_value(option: Option, given: Any, source: str) -> Any:
     except ValueError as error:
         text = json.dumps(given)
         text = text if len(text) <= 100 else re.sub(r"[\w-]*\Z", "...", text[:100])    # no cut key
-        shown = "" if option.kind == "secret" else " (it is %s)" % text
+        shown = "" if option.secret else " (it is %s)" % text
         raise ProxyError("config", "%s: %s %s%s" % (source, option.name, error, shown),
                          param=option.name) from None
 
@@ -1963,6 +2040,7 @@ class UpstreamFormat(NamedTuple):
         lambda config, cli_version, session: ())
     read_end: Callable[[Reading], Iterator[Event]] = lambda reading: iter(())   # of the body
     skip: bytes = b"\n"         # how a line begins that nobody wants: none begins with its own end
+    key_field: str = "authorization"            # the header of the key; this one as Bearer
 
 
 # === GRAMMAR (pure) =========================================================
@@ -6658,6 +6736,7 @@ class Model(NamedTuple):
     plan: str = ""
     endpoints: Tuple[str, ...] = ()
     created: int = 0                                # epoch seconds, as the live list tells it
+    owner: str = "command-code"                     # the backend's name, as lists show it
 
 
 class Models(NamedTuple):
@@ -6883,13 +6962,17 @@ def refuse_switched_off(found: str, models: Models, config: Config) -> None:
                             "Model %s is switched off here (the option models).")
 
 
+def not_allowed(name: str, config: Config) -> ProxyError:
+    return ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
+        printable(name, 100), redact(", ".join(config.allowed_models[:20]))), param="model")
+
+
 def check_allowed(name: str, model: Optional[Model], models: Models, config: Config) -> None:
     """Refuse what models, allowedModels or allowUnknownModels do not let through (404)."""
     allowed, found = config.allowed_models, model.id if model else name
     refuse_switched_off(found, models, config)
     if allowed and not names_of(found, allowed, models, config):
-        raise ProxyError("model", "Model %s is not allowed here. Allowed: %s." % (
-            printable(name, 100), redact(", ".join(allowed[:20]))), param="model")
+        raise not_allowed(name, config)
     if model is None and not config.allow_unknown_models:
         raise unknown_model(name, served_ids(models, config))
 
@@ -6901,9 +6984,12 @@ def note_unknown_model(name: str, models: Models, config: Config, notes: List[st
             printable(name, 48), near))
 
 
+OWN_PREFIX = re.compile(r"\Acommandcode/", re.I)     # names Command Code explicitly
+
+
 def resolve_model(asked: str, models: Models, config: Config, notes: List[str]) -> Model:
     """The model that a request's `model` means.  Raises ProxyError `model` (404) or `invalid`."""
-    name = aliased(asked or "default", config)
+    name = OWN_PREFIX.sub("", aliased(asked or "default", config))
     if name.lower() in DECISION_MODELS:
         raise ProxyError("invalid", "%s is a decision model without chat; name another model."
                          % printable(name, 100), param="model")
@@ -6941,7 +7027,7 @@ def openai_model(model: Model) -> Json:
     """A model as OpenAI lists it; `created` is the upstream's, 0 for one that is not live."""
     told = {"context_length": model.context, "max_output_tokens": model.max_output}
     return {"id": model.id, "object": "model", "created": model.created,
-            "owned_by": "command-code", "name": model.name,
+            "owned_by": model.owner, "name": model.name,
             **{name: number for name, number in told.items() if number}}
 
 
@@ -6949,7 +7035,7 @@ def describe_model(model: Model) -> str:
     """A model described in a sentence, without what is unknown of it (efforts None: not in the
     catalogue, which alone tells input and plan)."""
     return "; ".join(filter(None, [
-        "%s at Command Code" % model.name,
+        "%s at %s" % (model.name, model.owner.replace("command-code", "Command Code")),
         "%d tokens of context" % model.context if model.context else "",
         "" if model.efforts is None else "text and image input" if model.vision else "text input",
         "effort " + ", ".join(model.efforts) if model.efforts else "",
@@ -7268,7 +7354,6 @@ def ring_in(fields: Fields, notes: Optional[List[str]] = None,
 # key always wins.  Reading files and the environment is the shell's work.
 
 MAX_OPERATOR_KEYS = 256
-LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
 FORWARDED = re.compile("via|forwarded|x-forwarded.*|x-original-.*|x-real-ip|x-envoy-.*|cdn-loop|"
                        "cf-.*|(x-|true-|fly-|x-cluster-)client-ip")     # what proxies add
 CREDENTIAL_VARIABLES = ("COMMANDCODE_CREDENTIALS", "COMMANDCODE_API_KEYS", "COMMANDCODE_API_KEY")
@@ -7294,6 +7379,7 @@ class Caller(NamedTuple):
     digest: str
     operator: bool = False
     notes: Tuple[str, ...] = ()
+    refusal: Optional[ProxyError] = None    # there are no keys: why, and vendors alone will do
 
 
 def credential_fault(source: str, place: str, problem: str) -> ProxyError:
@@ -7719,6 +7805,132 @@ def parse_env_file(text: str, source: str) -> Dict[str, str]:
             raise ProxyError("config", "%s, line %d: must be NAME=value; a value in quotes ends on "
                              "its line" % (source, number))
     return found
+
+
+# === VENDORS (pure) =========================================================
+# What answers besides Command Code: vendors' own APIs and any address that
+# speaks one of them, a row each.  A model id `[bridge/]<backend>/<model>` names
+# one that is on, and the part behind it is sent; an id whose first part is no
+# such name goes the ordinary way.  A vendor's key is the operator's and goes to
+# that vendor alone.
+
+OWN_APIS: Dict[str, UpstreamFormat] = {     # as vendors speak them: no plans, no address of ours
+    "openai": OPENAI._replace(path="/chat/completions", read_failure=read_upstream_failure),
+    "anthropic": ANTHROPIC._replace(path="/messages", read_failure=read_upstream_failure,
+                                    key_field="x-api-key")}
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """One vendor's API: `base` ends with the version, `models` are what lists show."""
+
+    name: str
+    base: str
+    api: UpstreamFormat
+    key: str = field(default="", repr=False)
+    models: Tuple[str, ...] = ()
+
+
+def check_base(vendor: Vendor, insecure: bool) -> None:
+    """Raise ProxyError `config` for an address that is none, or that shows the key to a network."""
+    try:
+        origin = parse_origin(vendor.base)
+    except ValueError as error:
+        raise ProxyError("config", "vendorBases: %s %s" % (vendor.name, error),
+                         param="vendorBases") from None
+    if origin.scheme == "http" and not insecure and not LOOPBACK.fullmatch(origin.host):
+        raise ProxyError("config", "%s: plain http would show its key to the network; use https, "
+                         "or a row of vendors with insecure: true" % vendor.name, param="vendors")
+
+
+def known_vendors(config: Config, environment: Mapping[str, str]) -> Dict[str, Vendor]:
+    """Every vendor that can be switched on, by name.  Raises ProxyError `config`."""
+    strange = sorted(set(config.vendor_bases) - set(VENDORS))
+    if strange:
+        raise ProxyError("config", "vendorBases names no vendor: %s (there are %s; others belong "
+                         "into vendors)" % (strange[0], ", ".join(VENDORS)), param="vendorBases")
+    known = {name: Vendor(name, config.vendor_bases.get(name, base), OWN_APIS[api],
+                          getattr(config, name + "_key"))
+             for name, (base, api) in VENDORS.items()}
+    for name, row in config.vendors.items():
+        key = row.get("key") or environment.get(row.get("keyEnv", ""), "")
+        known[name] = Vendor(name, row["base"], OWN_APIS[row["format"]], key,
+                             tuple(row.get("models", ())))
+    for vendor in known.values():
+        check_base(vendor, config.vendors.get(vendor.name, {}).get("insecure", False))
+    return known
+
+
+def vendors_on(config: Config, environment: Mapping[str, str]) -> Tuple[Vendor, ...]:
+    """The vendors that `backends` switches on, in its order.  Raises ProxyError `config`, also
+    where anybody on the net could spend their keys."""
+    known = known_vendors(config, environment)
+    names: List[str] = []
+    for word in map(str.lower, config.backends):
+        if word != "passthrough" and word not in known:
+            raise ProxyError("config", "backends: %s is none of passthrough, %s" % (
+                json.dumps(word[:40]), ", ".join(known)), param="backends")
+        names += [word] if word in known else [name for name in VENDORS if known[name].key]
+    if names and not config.client_key and not LOOPBACK.fullmatch(config.host):
+        raise ProxyError("config", "backends are on, and host %s is reachable from other machines: "
+                         "whoever reaches it could spend their keys. Set clientKey "
+                         "(BRIDGE_API_KEY, BRIDGE_BEARER) for callers to present" % config.host,
+                         param="clientKey")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def vendor_warnings(vendors: Iterable[Vendor], models: Models) -> List[str]:
+    """What is to be said at start: of vendors without a key, and of ids that they take over."""
+    told = []
+    for vendor in vendors:
+        taken = sum(name.startswith(vendor.name + "/") for name in models.known)
+        if taken:
+            told.append("backends: %s answers %s of Command Code's list now (commandcode/%s/... "
+                        "names that one)" % (vendor.name, counted(taken, "id"), vendor.name))
+        if not vendor.key:
+            told.append("backends: %s has no key, so its requests fail" % vendor.name)
+    return told
+
+
+def split_backend(name: str, on: Collection[str]) -> Tuple[str, str]:
+    """(backend, its own model id) of a model id that is no alias any more; the backend is "" where
+    none is named.  Raises ProxyError 400 and 404."""
+    bridged = name[:7].lower() == "bridge/"
+    plain = name[7:] if bridged else name
+    first, _, model = plain.partition("/")
+    first = first.lower()
+    if first == "commandcode" and model:
+        return "", model
+    if first not in on:
+        if bridged:
+            raise ProxyError("model", "There is no backend %s here (the option backends switches "
+                             "backends on)." % printable(first, 40), param="model")
+        return "", name
+    if not MODEL_PART.fullmatch(model):
+        raise wrong("model", "must be %s/ and a model of it, of letters, digits and . _ : @ / + ~ "
+                    "[ ] -, at most 200 of them" % first)
+    return first, model
+
+
+def vendor_model(name: str, model: str, config: Config, models: Models) -> Model:
+    """A vendor's model; `name` is its whole id.  Raises ProxyError 404 where it is not allowed."""
+    refuse_switched_off(name, models, config)
+    named = {aliased(one, config).lower() for one in config.allowed_models}
+    if named and name.lower() not in named:
+        raise not_allowed(name, config)
+    return Model(model, name)
+
+
+def admit_borrower(fields: Fields, operator: Operator, peer: str, method: str) -> None:
+    """Let nobody use a vendor's key but those who may use the operator's.  Raises ProxyError 401
+    without the clientKey, 403 where there is none and it is not this machine's own user."""
+    if operator.client_key:
+        if not presents_client_key(fields, operator.client_key):
+            raise missing_key(fields, True)
+        return
+    fault = loopback_fault(fields, peer, method)
+    if fault:
+        raise ProxyError("permission", "The vendors' keys are not for this request: %s." % fault)
 
 
 # === ACCOUNT FIGURES (pure) =================================================
@@ -9069,7 +9281,7 @@ def decode_entries(text: str, path: str) -> Json:
 def holds_secret(text: bytes) -> bool:
     """Whether a secret option is named in the text of a config file."""
     return any(b'"%b"' % option.name.encode() in text for option in OPTIONS
-               if option.kind == "secret")
+               if option.secret)
 
 
 def read_changes(body: Json) -> Json:
@@ -9117,7 +9329,7 @@ def change_report(names: Iterable[str], waiting: Iterable[str],
 
 
 def option_entry(option: Option, value: Any, source: str) -> Json:
-    secret = option.kind == "secret"
+    secret = option.secret
     shown = None if secret else json.loads(redact(json.dumps(value)))
     return {"name": option.name, "kind": option.kind, "value": shown,
             "default": None if secret else option.default, "choices": list(option.choices),
@@ -12022,6 +12234,7 @@ class App:
     demo_server: Any = None                     # the upstream inside the program
     started: float = 0.0                        # loop time
     cli_version: str = DEFAULT_CLI_VERSION
+    vendors: Dict[str, "Backend"] = field(default_factory=dict)     # those that are on, by name
     tls: Optional[ssl.SSLContext] = None
     raiser: Any = None                          # guarded: a fault of ours becomes a ProxyError
     demo: bool = False                          # the upstream is the one inside the program
@@ -12058,6 +12271,7 @@ def held_secrets(app: App) -> List[str]:
         basic = app.home.proxy_authorization.partition(" ")[2]
         password = base64.b64decode(basic).decode().partition(":")[2]
         found += [basic, password] if password else [basic]
+    found += [backend.key.key for backend in app.vendors.values() if backend.key]
     return found + [key.key for key in app.operator.keys]
 
 
@@ -12119,6 +12333,7 @@ class Settings:
     fault: str = ""                     # what is wrong, where all is at its default therefore
     warnings: Tuple[str, ...] = ()      # about what is set and does not count
     env_file: str = ""                  # --env-file
+    vendors: Tuple[Vendor, ...] = ()    # that are on
 
     @property
     def path(self) -> str:
@@ -12155,12 +12370,14 @@ def check_settings(flags: Dict[str, str], entries: Json, file_name: str,
     if sources["maxTotalInFlight"] == "environment " + MULTIPLIER:
         config = config._replace(max_total_in_flight=config.max_total_in_flight
                                  * len(operator.keys))
+    vendors = vendors_on(config, os.environ)
     others = other_variables(os.environ)
     unknown = sorted(set(os.environ).difference(*others.values()))
     return Settings(config, sources, flags, file_name, entries, operator,
                     check_operator(operator, config.host), given,
                     warnings=(*removed_warnings(flags, os.environ, entries), *strange, *others,
-                              *variable_warnings(unknown), *odd_key_warnings(operator)))
+                              *variable_warnings(unknown), *odd_key_warnings(operator),
+                              *vendor_warnings(vendors, builtin_models())), vendors=vendors)
 
 
 def place_paths(config: Config, sources: Dict[str, str], file_name: str) -> Config:
@@ -13136,6 +13353,9 @@ class Pool:
                 wire.close()
 
 
+NO_MODELS = Models({}, {}, [])
+
+
 @dataclass(eq=False)
 class Backend:
     """A place that can answer: where it is, the way there, and what is known of its models."""
@@ -13143,6 +13363,8 @@ class Backend:
     name: str
     origin: Origin
     models: Models                              # the newest list that is known
+    vendor: Optional[Vendor] = None             # None: Command Code
+    key: Optional[RingKey] = None               # the vendor's
     pool: Pool = field(default_factory=Pool)
     proxy: Optional[Origin] = None              # HTTP proxy on the way
     proxy_authorization: str = ""
@@ -13150,6 +13372,12 @@ class Backend:
     calibrations: Dict[str, Calibration] = field(default_factory=dict)
     models_due: float = 0.0                     # loop time at which the list is asked for again
     models_task: Optional["asyncio.Task[Any]"] = None
+
+
+def vendor_backends(vendors: Iterable[Vendor]) -> Dict[str, Backend]:
+    return {vendor.name: Backend(
+        vendor.name, parse_origin(vendor.base), NO_MODELS, vendor,
+        new_ring_key(vendor.key, name=vendor.name) if vendor.key else None) for vendor in vendors}
 
 
 def new_app(config: Config, limits: Limits, log: logging.Logger) -> App:
@@ -13313,8 +13541,10 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     raise upstream_fault("interim answers without end")
 
 
-def upstream_of(app: App, fields: Fields, model: str) -> UpstreamFormat:
+def upstream_of(app: App, backend: Backend, fields: Fields, model: str) -> UpstreamFormat:
     """The format in which a model is asked for.  Raises ProxyError 400 for an unknown word."""
+    if backend.vendor:
+        return backend.vendor.api
     word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
     if app.demo or word == "alpha":
         return ALPHA
@@ -13331,13 +13561,13 @@ def upstream_address(app: App) -> str:
     return "demo" if app.demo else configured_upstream(app.config)
 
 
-def call_head(backend: Backend, method: str, path: str, key: str,
+def call_head(backend: Backend, method: str, path: str, credential: Tuple[str, str],
               fields: List[Tuple[str, str]]) -> bytes:
     """The head of a call with a key, through a proxy where there is one."""
     if not backend.proxy_known:
         read_proxy(backend)
     path = backend.origin.base + path
-    every = [("host", backend.origin.authority), ("authorization", "Bearer " + key), *fields]
+    every = [("host", backend.origin.authority), credential, *fields]
     if backend.proxy is not None and backend.origin.scheme == "http":
         path = "http://%s%s" % (backend.origin.authority, path)
         if backend.proxy_authorization:
@@ -13345,13 +13575,19 @@ def call_head(backend: Backend, method: str, path: str, key: str,
     return head_bytes("%s %s HTTP/1.1" % (method, path), every)
 
 
-def build_call(app: App, upstream: UpstreamFormat, key: str, prompt: Prompt,
+def credential_of(key: str, name: str = "authorization") -> Tuple[str, str]:
+    """The header that holds a key."""
+    return name, "Bearer " + key if name == "authorization" else key
+
+
+def build_call(app: App, backend: Backend, upstream: UpstreamFormat, key: str, prompt: Prompt,
                traceparent: str) -> CallSpec:
     """The request of one call: exactly these headers, nothing of the client's but its key, its
     traceparent and what the session is derived from."""
     payload = upstream.build(prompt, prompt.session)
     own = upstream.fields(app.config, app.cli_version, prompt.session)
-    return CallSpec(app.home, call_head(app.home, "POST", upstream.path, key, [
+    credential = credential_of(key, upstream.key_field)
+    return CallSpec(backend, call_head(backend, "POST", upstream.path, credential, [
         ("content-type", "application/json"), ("accept", "*/*"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), *own, ("traceparent", traceparent),
         ("content-length", str(len(payload)))]), payload, upstream)
@@ -13558,10 +13794,11 @@ def read_routing(config: Config, fields: Fields, model: str, upstream: str) -> R
 
 async def ask_account(app: App, key: RingKey, path: str) -> Any:
     """One account answer.  Raises ProxyError, ValueError."""
-    call = await open_call(app, CallSpec(app.home, call_head(app.home, "GET", path, key.key, [
+    head = call_head(app.home, "GET", path, credential_of(key.key), [
         ("accept", "application/json"), ("accept-encoding", "identity"),
         ("user-agent", "ccproxy/" + __version__), ("x-command-code-version", app.cli_version),
-        ("x-cli-environment", "production")]), b"", ALPHA))
+        ("x-cli-environment", "production")])
+    call = await open_call(app, CallSpec(app.home, head, b"", ALPHA))
     return json.loads(await read_short_body(app, call))
 
 
@@ -13690,12 +13927,13 @@ def list_watched(app: App, keys: Tuple[RingKey, ...], least: float, now: float) 
     """All that is watched: these keys' accounts, and the error rate of `least` requests or more."""
     routing = Routing(refresh=app.config.account_refresh_seconds)
     watched, accounts = [], []
-    for key in keys:
+    lent = [backend.key for backend in app.vendors.values() if backend.key]
+    for key in (*keys, *lent):
         state = state_of(app.keys, key, now)
         accounts.append(account_state(key, state, routing, now))
         watched += watch_account(key, accounts[-1], state.figures, now)
     rate = error_percentage(app.recent, now - app.config.error_rate_alert_seconds, least)
-    return [*watched, *watch_pool(accounts), ("errorRateAlert", rate, None)]
+    return [*watched, *watch_pool(accounts[:len(keys)]), ("errorRateAlert", rate, None)]
 
 
 def tell_alerts(app: App, watch: AlertWatch, keys: Tuple[RingKey, ...]) -> None:
@@ -14411,13 +14649,32 @@ def suit_face(app: App, prompt: Prompt, face: Face, reader: Face, body: Json) ->
         prompt.echo = echo_request(body)
 
 
+def choose_backend(app: App, body: Json) -> Backend:
+    """Who answers: the backend that the model id names, else Command Code.  Raises ProxyError."""
+    if not app.vendors:
+        return app.home
+    name = aliased(read_model_name(body) or "default", app.config)
+    return app.vendors.get(split_backend(name, app.vendors)[0], app.home)
+
+
+def model_of(app: App, asked: str, notes: List[str]) -> Model:
+    """The model that a request's `model` means, of whichever backend.  Raises ProxyError."""
+    if app.vendors or asked[:7].lower() == "bridge/":
+        name = aliased(asked or "default", app.config)
+        backend, model = split_backend(name, app.vendors)
+        if backend:
+            return vendor_model("%s/%s" % (backend, model), model, app.config, app.home.models)
+        asked = asked if model == name else model
+    return resolve_model(asked, app.home.models, app.config, notes)
+
+
 def read_prompt(app: App, face: Face, digest: str, body: Json, notes: List[str]) -> Prompt:
     """A request's decoded body as a Prompt that is fit to be sent.  Raises ProxyError."""
     recall_items(app, digest, body)
     reader = choose_reader(face, body)
     prompt = reader.parse(body, notes)
     suit_face(app, prompt, face, reader, body)
-    model = resolve_model(prompt.asked, app.home.models, app.config, notes)
+    model = model_of(app, prompt.asked, notes)
     prompt.model = model.id
     prompt.effort = fit_effort(prompt.effort, model, notes)
     prompt.no_answer = prompt.max_tokens == 0
@@ -14428,11 +14685,11 @@ def read_prompt(app: App, face: Face, digest: str, body: Json, notes: List[str])
     return prompt
 
 
-def count_input(app: App, prompt: Prompt) -> Tuple[int, int, str]:
+def count_input(backend: Backend, prompt: Prompt) -> Tuple[int, int, str]:
     """(calibrated estimate, raw estimate, family) of a prompt's input tokens."""
     raw = estimate_input(prompt)
     family = model_family(prompt.model, bool(prompt.tools))
-    count = calibrated(raw, app.home.calibrations.get(family, Calibration()))
+    count = calibrated(raw, backend.calibrations.get(family, Calibration()))
     return count, raw, "" if images_of(prompt) else family      # pictures teach nothing of text
 
 
@@ -14452,7 +14709,7 @@ def refuse_notes(exchange: Exchange, face: Face, body: Json, notes: List[str]) -
                          details={"notes": unique[:100]})
 
 
-def new_answer(app: App, exchange: Exchange, face: Face, prompt: Prompt,
+def new_answer(app: App, exchange: Exchange, face: Face, prompt: Prompt, backend: Backend,
                upstream: UpstreamFormat) -> Answer:
     """An empty answer to a prompt."""
     secrets = secrets_of(app, exchange)
@@ -14460,7 +14717,7 @@ def new_answer(app: App, exchange: Exchange, face: Face, prompt: Prompt,
     reply = Reply(face.id_prefix + random_hex(24), redact(prompt.asked or prompt.model, secrets),
                   int(time.time()), include_usage=prompt.include_usage,
                   carry_thinking=prompt.carry_thinking, echo=echo, remember=prompt.remember)
-    reply.input_estimate, reply.raw_estimate, reply.family = count_input(app, prompt)
+    reply.input_estimate, reply.raw_estimate, reply.family = count_input(backend, prompt)
     answer = Answer(face, upstream, reply, prompt, app.config.empty_response_policy == "allow")
     answer.secrets = secrets
     return answer
@@ -14472,33 +14729,53 @@ async def breathe(data: bytes) -> None:
         await asyncio.sleep(0)
 
 
+def served_caller(app: App, exchange: Exchange, caller: Caller, backend: Backend) -> Caller:
+    """The caller with the key that serves its request: its own or the operator's, or a vendor's.
+    Raises ProxyError 401, 403, 503."""
+    if backend.vendor is None:
+        if caller.refusal is not None:
+            raise caller.refusal
+        return caller
+    if caller.refusal is None:
+        admit_borrower(exchange.head.fields, app.operator, exchange.wire.peer_address(),
+                       exchange.head.method)
+    if backend.key is None:
+        raise ProxyError("unavailable", "The proxy has no key for %s: its operator must set one "
+                         "(%sKey, or key or keyEnv in vendors)." % (backend.name, backend.name))
+    exchange.record["key"] = backend.key.shown
+    return caller._replace(keys=(backend.key,), operator=False)
+
+
 async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data: bytes) -> Job:
     """A request's body translated into its upstream call.  Raises ProxyError."""
     notes = list(caller.notes)
-    fields, keys = exchange.head.fields, caller.keys
+    fields = exchange.head.fields
     traceparent = choose_traceparent(fields.get("traceparent", ""), random_hex(48))
 
     def build(key: RingKey) -> CallSpec:
         prompt.session = derive_session(key.key, named, first)
-        return build_call(app, upstream, key.key, prompt, traceparent)
+        return build_call(app, backend, upstream, key.key, prompt, traceparent)
 
     try:
         body = parse_object(data, notes)
         await breathe(data)
+        backend = choose_backend(app, body)
+        caller = served_caller(app, exchange, caller, backend)
+        keys = caller.keys
         prompt = read_prompt(app, face, anchor_of(keys).digest, body, notes)
         await breathe(data)
         named, first = session_value(fields, prompt.user_id), first_user_text(prompt)
-        upstream = upstream_of(app, fields, prompt.model)
+        upstream = upstream_of(app, backend, fields, prompt.model)
         spec = build(keys[0])
         await breathe(data)
-        answer = new_answer(app, exchange, face, prompt, upstream)
+        answer = new_answer(app, exchange, face, prompt, backend, upstream)
         answer.comment_end = comment_end(fields.get("user-agent", ""))
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
     model = answer.reply.model if prompt.model == prompt.asked else hide(
         prompt.model, answer.secrets)
-    exchange.record.update(asked=answer.reply.model if prompt.asked else "", model=model,
-                           stream=prompt.stream)
+    exchange.record.update(asked=answer.reply.model if prompt.asked else "", stream=prompt.stream,
+                           model="%s/%s" % (backend.name, model) if backend.vendor else model)
     refuse_notes(exchange, face, body, notes)
     routing = read_routing(app.config, fields, prompt.model, upstream.path)
     allowed = [name for key in keys for name in key.allowed_models]
@@ -14539,9 +14816,12 @@ def explain_call(app: App, job: Job) -> Json:
     line, *rows = job.spec.head.decode("ascii").rstrip("\r\n").split("\r\n")
     method, target, _ = line.split(" ")
     fields = dict(row.split(": ", 1) for row in rows)
-    fields["authorization"] = "Bearer " + key_name(fields["authorization"][len("Bearer "):])
+    for name, start in (("authorization", "Bearer "), ("x-api-key", "")):
+        if name in fields:
+            fields[name] = start + key_name(fields[name][len(start):])
     fields.pop("proxy-authorization", None)
-    base = "%s://%s" % (app.home.origin.scheme, app.home.origin.authority)
+    origin = job.spec.backend.origin
+    base = "%s://%s" % (origin.scheme, origin.authority)
     return {"method": method, "url": target if "://" in target else base + target,
             "headers": fields, "body": json.loads(job.spec.payload),
             "notes": conceal(list(dict.fromkeys(job.notes)), job.answer.secrets)}
@@ -14570,8 +14850,9 @@ async def hold_format(app: App, exchange: Exchange, job: Job, key: RingKey) -> A
         return answer
     add_repair_turns(prompt, answer.reply, violation)
     upstream = job.spec.upstream
-    second = new_answer(app, exchange, answer.face, prompt, upstream)
-    relay = Relay(app, exchange.wire, second, CallSpec(app.home, b"", b"", upstream), lambda: b"")
+    second = new_answer(app, exchange, answer.face, prompt, job.spec.backend, upstream)
+    spec = CallSpec(job.spec.backend, b"", b"", upstream)
+    relay = Relay(app, exchange.wire, second, spec, lambda: b"")
     try:
         payload = upstream.build(prompt, prompt.session)
         length = b"content-length: %d\r\n" % len(payload)
@@ -14633,6 +14914,19 @@ def caller_of(app: App, exchange: Exchange) -> Caller:
     return caller
 
 
+def caller_or_borrower(app: App, exchange: Exchange) -> Caller:
+    """Whose request it is, which may have no key where vendors are on: their keys are lent, and the
+    body tells whether it wants one.  Raises ProxyError 400, 401, 403."""
+    try:
+        return caller_of(app, exchange)
+    except ProxyError as error:
+        if not app.vendors or error.status not in (401, 403):
+            raise
+        head = exchange.head
+        admit_borrower(head.fields, app.operator, exchange.wire.peer_address(), head.method)
+        return Caller((), hashlib.sha256(b"borrower").hexdigest(), refusal=error)
+
+
 def note_fields(exchange: Exchange) -> List[Tuple[str, str]]:
     """The header of the notes that are known of a request."""
     notes = exchange.record.get("notes")
@@ -14669,6 +14963,9 @@ async def run_job(relay: Relay, record: Dict[str, Any], ring: Ring) -> None:
             raise
         raise relay.fault from None     # it was not the client that left
     except ProxyError as error:
+        if relay.spec.backend.vendor and error.kind in ("authentication", "permission"):
+            error.message = "The operator's key for %s: %s" % (relay.spec.backend.name,
+                                                              error.message)
         if not ring.operator or error.kind != "authentication":
             raise
         refused = [key for key in keys if account_state(
@@ -14681,8 +14978,8 @@ async def serve_answer(app: App, exchange: Exchange, face: Face) -> None:
     long as no response head went out; later errors become the stream's last event."""
     exchange.face = face
     exchange.record["api"] = face.name
-    caller = caller_of(app, exchange)
-    exchange.record["key"] = caller.keys[0].shown
+    caller = caller_or_borrower(app, exchange)
+    exchange.record["key"] = caller.keys[0].shown if caller.keys else ""
     admit(app, caller)
     app.in_flight += 1
     try:
@@ -14766,7 +15063,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
     if face is RESPONSES:
-        remember_items(app, anchor_of(caller.keys).digest, job.answer.reply)
+        remember_items(app, anchor_of(job.ring.keys).digest, job.answer.reply)
 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
@@ -15892,7 +16189,7 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
         count_caller(app, caller)
     data = await read_body(app, exchange)
     try:
-        return count_input(app, read_prompt(app, face, digest, parse_object(data, []), []))[0]
+        return count_input(app.home, read_prompt(app, face, digest, parse_object(data, []), []))[0]
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
 
@@ -15928,9 +16225,22 @@ async def fresh_models(app: App) -> List[Model]:
     return listed_models(app.home.models, app.config)
 
 
+def lent_models(app: App, exchange: Exchange) -> List[Model]:
+    """The models of vendors, for who may use them."""
+    head = exchange.head
+    try:
+        if app.vendors:
+            admit_borrower(head.fields, app.operator, exchange.wire.peer_address(), head.method)
+    except ProxyError:
+        return []
+    return [Model("%s/%s" % (name, model), model, owner=name)
+            for name, backend in app.vendors.items() if backend.vendor
+            for model in backend.vendor.models]
+
+
 async def serve_models(app: App, exchange: Exchange) -> None:
     """The list, in Anthropic's shape for its clients (they send anthropic-version, R5)."""
-    shown = await fresh_models(app)
+    shown = await fresh_models(app) + lent_models(app, exchange)
     make = anthropic_model_list if exchange.face is MESSAGES else openai_model_list
     await respond_json(app, exchange, 200, make(shown))
 
@@ -15945,7 +16255,7 @@ def choose_shown(app: App, name: str, shown: List[Model]) -> Optional[Model]:
 async def serve_model(app: App, exchange: Exchange) -> None:
     """One model by its id, which arrives percent-encoded (R4)."""
     name = unquote(normal_path(exchange.head.path)[len("/models/"):])
-    shown = await fresh_models(app)
+    shown = await fresh_models(app) + lent_models(app, exchange)
     found = find_model(aliased(name, app.config), app.home.models)
     refuse_switched_off(found.id if found else name, app.home.models, app.config)
     model = choose_shown(app, name, shown)
@@ -15982,6 +16292,12 @@ async def serve_ollama_show(app: App, exchange: Exchange) -> None:
     await respond_json(app, exchange, 200, ollama_details(model))
 
 
+def vendor_state(backend: Backend) -> Json:
+    """A vendor as /health shows it."""
+    return {"name": backend.name, "state": "ready"} if backend.key else {
+        "name": backend.name, "state": "unavailable", "detail": "no key is set"}
+
+
 async def serve_health(app: App, exchange: Exchange) -> None:
     """How the proxy is; to a nonce, whose it is.  Raises ProxyError 400."""
     now = time.monotonic()
@@ -15995,6 +16311,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
                            for family, known in sorted(app.home.calibrations.items())},
+        **({"backends": list(map(vendor_state, app.vendors.values()))} if app.vendors else {}),
         **(proof_entry(app, nonce, exchange.wire.local_port()) if nonce else {})})
 
 
@@ -16387,7 +16704,8 @@ async def sweep(app: App) -> None:
         now = time.monotonic()
         look_at_each(app, list(app.wires), lambda wire: wire.expire(now), Wire.abort)
         look_at_each(app, list(app.relays), lambda relay: relay.tick(now), Relay.crash)
-        app.home.pool.prune(now - app.limits.pool_idle)
+        for backend in (app.home, *app.vendors.values()):
+            backend.pool.prune(now - app.limits.pool_idle)
 
 
 async def drain(app: App, hurry: asyncio.Event) -> None:
@@ -16408,7 +16726,8 @@ async def drain(app: App, hurry: asyncio.Event) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await end_usage_log(app)
-    app.home.pool.prune(float("inf"))
+    for backend in (app.home, *app.vendors.values()):
+        backend.pool.prune(float("inf"))
     if app.demo_server is not None:
         app.demo_server.close()
 
@@ -16508,6 +16827,7 @@ async def start_demo(app: App) -> None:
     app.demo_server = await open_listener(app, "127.0.0.1", 0, lambda: Wire(
         app, lambda wire: spawn(app, serve_demo_connection(app, wire))))
     app.home.origin = Origin("http", "127.0.0.1", app.demo_server.sockets[0].getsockname()[1], "")
+    app.vendors = {}                # it answers all by itself
     app.home.proxy_known = True          # loopback is never reached through a proxy
     app.home.models_due = float("inf")   # and has no list of models
     app.demo = True
@@ -16677,7 +16997,7 @@ def own_command(invocation: Invocation, words: str = "") -> str:
     given, values = invocation.given, invocation.settings.flags
     flags = ["%s=%s" % pair for pair in given_files(given)] + ["--demo"] * given.demo
     flags += ["%s=%s" % (flag_name(option), values[option.name]) for option in OPTIONS
-              if option.name in values and option.kind != "secret"]
+              if option.name in values and not option.secret]
     return " ".join(filter(None, [program_name(), words, *map(shlex.quote, flags)]))
 
 
@@ -17131,7 +17451,7 @@ def check_configuration(scene: Scene) -> List[Finding]:
                      if name.startswith("CC_") and nearest_ids(name, tuple(names)))
     if strange:
         findings.append(Finding(None, "no option has the name " + ", ".join(strange)))
-    secrets = [option.name for option in OPTIONS if option.kind == "secret"
+    secrets = [option.name for option in OPTIONS if option.secret
                and settings.entries.get(option.name)]
     if secrets and readable_by_others(settings.file_name):
         findings.append(Finding(False, "other accounts of this machine can read %s in %s" % (
@@ -17796,7 +18116,7 @@ def service_flags(settings: Settings) -> List[str]:
         value = settings.flags.get(option.name)
         if value is None:
             continue
-        if option.kind == "secret" or KEY_LIKE.search(value):
+        if option.secret or KEY_LIKE.search(value):
             raise ProxyError("config", "%s: a secret does not go into a service's file, which "
                              "others may read: put it into config.json (mode 0600)"
                              % flag_name(option))
@@ -18627,7 +18947,7 @@ def show_environment(invocation: Invocation) -> int:
 def client_environment(client: Client, target: Target) -> Dict[str, str]:
     """Our own environment, led here, without what leads elsewhere and without the secrets of
     whoever runs the proxy."""
-    secrets = {name for option in OPTIONS if option.kind == "secret"
+    secrets = {name for option in OPTIONS if option.secret
                for name in environment_names(option)}
     secrets.update(set(CREDENTIAL_VARIABLES) - set(KEY_SOURCES))
     gone = secrets.union(foreign_names(client, os.environ))
@@ -19089,6 +19409,7 @@ def welcome(app: App, source: str, host: str, port: int, unused: str = "") -> st
         "ccproxy %s on http://%s:%d" % (__version__, bracketed(host), port),
         "  upstream  " + upstream, "  config    " + source,
         "  page      %s/dashboard" % local,
+        *(["  backends  " + ", ".join(app.vendors)] if app.vendors else []),
         "  try       curl %s/v1/chat/completions%s \\" % (local, key),
         "              -H 'Content-Type: application/json' \\",
         "              -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}]}'",
@@ -19111,7 +19432,7 @@ def describe_config(settings: Settings, whole: bool) -> str:
     rows = []
     for option in OPTIONS:
         value = getattr(settings.config, snake_case(option.name))
-        shown = '"(secret)"' if option.kind == "secret" and value else redact(json.dumps(value))
+        shown = '"(secret)"' if option.secret and value else redact(json.dumps(value))
         differs = value != read_value(option, option.default, "default")
         rows.append((differs, option.name, shown, settings.sources[option.name]))
     rows = [row for row in rows if row[0]] + [row for row in rows if whole and not row[0]]
@@ -19141,6 +19462,7 @@ def make_app(settings: Settings) -> App:
     check_surroundings(config)
     app = new_app(config, Limits(), open_log(config))
     app.operator, app.settings = settings.operator, settings
+    app.vendors = vendor_backends(settings.vendors)
     return app
 
 

@@ -114,7 +114,8 @@ def test_flags_win_over_environment_over_file_over_defaults(flags, environment, 
 def test_every_option_can_come_from_every_source(option):
     text = {"int": "2000", "seconds": "7.5", "bool": "false", "str": "thing", "host": "::1", "list": "a,b",
             "map": "a=b", "url": "http://h:1/x", "choice": "x", "secret": "word",
-            "number": "2.5", "models": "kimi=off"}[option.kind]
+            "number": "2.5", "models": "kimi=off",
+            "vendors": '{"a": {"base": "https://h", "format": "openai", "key": "k"}}'}[option.kind]
     text = {"cliVersion": "9.8.7", "accountRefreshSeconds": "17",
             "alertIntervalSeconds": "17", "alertWebhookUrl": "https://h/x?y=1"}.get(
                 option.name, text)

@@ -16,7 +16,9 @@ needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this sy
 OTHER = {"cliVersion": "9.8.7", "models": [{"id": "glm", "enabled": False}], "modelAliases": {"mine": "kimi"},
          "allowedModels": ["glm"], "adminKey": "another-admin-key", "clientKey": "word",
          "corsOrigin": "https://page.example", "credentialsFile": "", "apiBase": "https://other.example",
-         "alertWebhookUrl": "https://hook.example/x", "host": "127.0.0.2", "usageDb": "auto"}
+         "alertWebhookUrl": "https://hook.example/x", "host": "127.0.0.2", "usageDb": "auto",
+         "backends": ["openai"], "vendorBases": {"openai": "http://127.0.0.1:9/v1"},
+         "vendors": {"a": {"base": "https://h", "format": "openai", "key": "k"}}}
 
 
 def other_value(option, tmp_path):
