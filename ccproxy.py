@@ -12587,32 +12587,80 @@ def check_surroundings(config: Config) -> None:
 
 # === SAFE FILES =============================================================
 # Files that hold a person's settings, changed so that nothing is lost: one
-# change at a time (other processes wait for a lock on the folder), on top of
-# what the file says by then, and at once or not at all.  A link stays one.
+# change at a time, on top of what the file says by then, and at once or not at
+# all.  A link stays one.  The lock file of `x` is `.x.lock` beside it, there only
+# while `x` is changed: all that share `x` find it, and may make it where they may
+# replace `x`.  State folders differ by account, environment and systemd unit, so
+# that two processes would hold two locks.
 
 LOCK_SECONDS = 5.0          # another change takes milliseconds
+Edit = Callable[[Optional[bytes]], Optional[bytes]]     # of a file's content, None for no file
 
 
-def lock_folder(folder: str) -> int:
-    """A descriptor that keeps other processes' changes waiting until it is closed; -1 where there
-    are no such locks.  Raises TimeoutError."""
+def open_lock(path: str, target: str) -> int:
+    """A descriptor of a lock file, made where there is none.  Raises OSError."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
     try:
-        import fcntl
-    except ImportError:         # Windows: there is one process, and its changes come one by one
-        return -1
-    number = os.open(folder, os.O_RDONLY)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
+        number = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return os.open(path, flags)
+    try:
+        if os.name == "posix" and os.geteuid() == 0:    # root leaves it the owner of the file
+            os.fchown(number, os.stat(target).st_uid, os.stat(target).st_gid)
+    except OSError:         # there is no file yet, or this root may not
+        pass
+    return number
+
+
+def try_lock(number: int, path: str) -> bool:
+    """Whether a lock file is ours from now until it is closed, as it is when its process dies; on a
+    file system without locks it is everybody's."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return number
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(number)
-                raise TimeoutError(errno.EBUSY, "another change does not end") from None
-            time.sleep(0.02)
-        except OSError:         # a file system without locks
-            return number
+        return os.path.samestat(os.fstat(number), os.lstat(path))
+    except (BlockingIOError, PermissionError, FileNotFoundError):   # held, or just removed
+        return False
+    except OSError:
+        return True
+
+
+def take_lock(path: str, target: str) -> int:
+    """A descriptor that keeps other changes of a file waiting until `drop_lock`; -1 in a folder
+    where nothing can be written.  Raises OSError."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            number = open_lock(path, target)
+            if try_lock(number, path):
+                return number
+            os.close(number)
+        except OSError as error:    # removed just now, or another account's
+            if not os.access(os.path.dirname(path), os.W_OK):
+                return -1
+            if error.errno not in (errno.ENOENT, errno.EACCES) and not os.path.lexists(path):
+                raise
+        time.sleep(0.01)
+    raise TimeoutError(errno.EBUSY, "another change has held the lock file %s for %g s: end the "
+                       "process that makes it; where there is none, delete the lock file"
+                       % (path, LOCK_SECONDS))
+
+
+def drop_lock(number: int, path: str) -> None:
+    """Remove a lock file while it is held: later it may be another's.  Windows removes no file that
+    is open, and so no lock that anybody holds."""
+    if sys.platform == "win32":
+        os.close(number)
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+    if sys.platform != "win32":
+        os.close(number)
 
 
 def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode: int) -> None:
@@ -12635,36 +12683,54 @@ def replace_file(target: str, data: bytes, like: Optional[os.stat_result], mode:
         raise
 
 
-def change_file(path: str, edit: Callable[[bytes], bytes], mode: Optional[int] = None) -> None:
-    """Give a file the content that `edit` makes of its present one (b"" for none).  The previous
-    file is kept beside it as a hidden one and the mode is kept (but that other accounts read a
-    secret option), unless a mode is given, as for keys.  Raises ProxyError 409 where it cannot be
-    written, and what edit does."""
+def put_file(target: str, old: Optional[bytes], new: Optional[bytes], mode: Optional[int],
+             previous: bool) -> None:
+    """Write or remove a file for `change_file`.  Raises OSError."""
+    if new is None:
+        os.unlink(target)
+        return
+    folder, name = os.path.split(target)
+    like = None if old is None else os.stat(target)
+    open_to = 0o770 if holds_secret((old or b"") + new) else 0o777
+    kept = mode or (like.st_mode & open_to if like is not None else 0o600)
+    if old and previous:
+        replace_file(os.path.join(folder, ".%s.previous" % name), old, like, kept)
+    replace_file(target, new, like, kept)
+
+
+def change_file(path: str, edit: Edit, mode: Optional[int] = None, previous: bool = False,
+                folder_mode: int = 0, after: Optional[Callable[[], None]] = None
+                ) -> Optional[bytes]:
+    """Give a file the content that `edit` makes of its present one, and return that one.  The mode
+    is kept (but that other accounts read a secret option), unless one is given, as for keys.  With
+    `previous` the old file is kept beside it as a hidden one, with `folder_mode` its folder is
+    made; `after` is done before another change.  Raises ProxyError 409 where it cannot be written,
+    and what edit does."""
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    lock = -1
+    lock_path, lock = os.path.join(folder, ".%s.lock" % name), -1
     try:
-        lock = lock_folder(folder)
-        like = os.stat(target) if os.path.exists(target) else None
-        old = b""
-        if like is not None:
+        if folder_mode:
+            os.makedirs(folder, folder_mode, exist_ok=True)
+        lock = take_lock(lock_path, target)
+        old = None
+        if os.path.exists(target):
             with open(target, "rb") as file:
                 old = file.read()
         new = edit(old)
-        if new == old:
-            return
-        open_to = 0o770 if holds_secret(old + new) else 0o777
-        kept = mode or (like.st_mode & open_to if like is not None else 0o600)
-        if old and mode is None:
-            replace_file(os.path.join(folder, ".%s.previous" % name), old, like, kept)
-        replace_file(target, new, like, kept)
+        if new != old:
+            put_file(target, old, new, mode, previous)
+        if after is not None:
+            after()
+        return old
     except OSError as error:
-        raise ProxyError("invalid", "%s cannot be changed: %s. Nothing was; let the account that "
-                         "runs the proxy write it and its folder, or change it by hand and send "
-                         "SIGHUP." % (path, error.strerror or error), status=409) from None
+        raise ProxyError("invalid", "%s cannot be changed: %s.%s" % (
+            path, error.strerror or error, "" if isinstance(error, TimeoutError) else
+            " Nothing was; let the account that runs ccproxy write it and its folder, or change "
+            "it by hand."), status=409) from None
     finally:
         if lock >= 0:
-            os.close(lock)
+            drop_lock(lock, lock_path)
 
 
 def read_file(path: str) -> Optional[bytes]:
@@ -12674,16 +12740,6 @@ def read_file(path: str) -> Optional[bytes]:
             return file.read()
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
-
-
-def write_file(path: str, data: bytes, like: str, mode: int = 0o600) -> None:
-    """Put a file in place, with the mode and owner of another, if any.  Raises ProxyError."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        known = os.stat(like) if os.path.exists(like) else None
-        replace_file(path, data, known, known.st_mode & 0o777 if known else mode)
     except OSError as error:
         raise ProxyError("config", "%s: %s" % (path, error.strerror)) from None
 
@@ -15282,7 +15338,8 @@ def reload_settings(app: App) -> None:
 
 
 async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
-    """Run blocking work that changes a file in a thread, one at a time."""
+    """Run blocking work that changes a file in a thread, one at a time: what a file holds last is
+    also put into effect last."""
     if app.changing is None:
         app.changing = asyncio.Lock()
     async with app.changing:
@@ -15448,9 +15505,9 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
     """Change the config file; the settings that it then makes.  Raises ProxyError."""
     made: List[Settings] = []
 
-    def edit(old: bytes) -> bytes:
+    def edit(old: Optional[bytes]) -> Optional[bytes]:
         try:
-            text = old.decode("utf-8-sig")
+            text = (old or b"").decode("utf-8-sig")
         except UnicodeDecodeError:
             raise ProxyError("config", "%s: is not UTF-8" % settings.path) from None
         entries = load_object(text, settings.path)
@@ -15462,7 +15519,7 @@ def write_config(app: App, settings: Settings, changes: Json) -> Settings:
         same = list(merged.items()) == list(entries.items())
         return old if same else dump_object(merged, "", settings.path).encode()
 
-    change_file(settings.path, edit)
+    change_file(settings.path, edit, previous=True)
     return made[0]
 
 
@@ -15563,9 +15620,9 @@ def write_keys(config: Config, edit: Callable[[List[Any], str], str]) -> Tuple[s
     path = config.credentials_file
     made: List[Tuple[str, Operator]] = []
 
-    def rewrite(old: bytes) -> bytes:
+    def rewrite(old: Optional[bytes]) -> bytes:
         try:
-            value, rows = open_credentials(old.decode(), path)
+            value, rows = open_credentials((old or b"").decode(), path)
         except UnicodeDecodeError:
             raise credential_fault(path, "is not", "UTF-8") from None
         name = edit(rows, path)
@@ -16079,28 +16136,15 @@ NONCE = re.compile("[0-9a-fA-F]{32,128}")
 INSTANCE_KEY_BYTES = 32
 
 
-def make_instance_key(path: str) -> None:
-    """Put a new key there, whole or not at all, unless another process was faster.  Raises
-    OSError."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    fresh = "%s.%s" % (path, random_hex(8))
-    replace_file(fresh, os.urandom(INSTANCE_KEY_BYTES), None, 0o600)
-    try:
-        os.link(fresh, path)            # which never replaces a file, as a rename may
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(fresh)
-
-
 def read_instance_key() -> bytes:
-    """This user's key, made where there is none.  Raises OSError, and ValueError for a file that is
-    not to be trusted."""
+    """This user's key, made where there is none.  Raises OSError, ProxyError, and ValueError for a
+    file that is not to be trusted."""
     path = os.path.join(state_folder(), "instance.key")
     if not os.path.isabs(path):
         raise ValueError("this account has no home folder")
     if not os.path.exists(path):
-        make_instance_key(path)
+        change_file(path, lambda old: old or os.urandom(INSTANCE_KEY_BYTES), 0o600,
+                    folder_mode=0o700)
     with open(path, "rb") as file:
         known, key = os.fstat(file.fileno()), file.read(INSTANCE_KEY_BYTES + 1)
     if os.name == "posix" and (known.st_mode & 0o077 or known.st_uid != os.geteuid()):
@@ -16111,7 +16155,7 @@ def read_instance_key() -> bytes:
 
 
 def instance_proof(nonce: str, port: int) -> str:
-    """The answer to a nonce of the proxy that listens on a port.  Raises OSError, ValueError."""
+    """The answer to a nonce of the proxy that listens on a port.  Raises as `read_instance_key`."""
     return hmac.digest(read_instance_key(), ("%s:%d" % (nonce, port)).encode(), "sha256").hex()
 
 
@@ -16128,7 +16172,7 @@ def proof_entry(app: App, nonce: str, port: int) -> Json:
     The log says so, first at the start."""
     try:
         return {"proof": instance_proof(nonce, port)}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ProxyError) as error:
         app.log.warning("no instance key (`run` and `top` need --url): %s", error)
         return {}
 
@@ -16312,7 +16356,8 @@ async def serve_health(app: App, exchange: Exchange) -> None:
                                     "mean_error": round(known.error, 3)}
                            for family, known in sorted(app.home.calibrations.items())},
         **({"backends": list(map(vendor_state, app.vendors.values()))} if app.vendors else {}),
-        **(proof_entry(app, nonce, exchange.wire.local_port()) if nonce else {})})
+        **(await in_thread(partial(proof_entry, app, nonce, exchange.wire.local_port()))
+           if nonce else {})})
 
 
 async def show_usage(app: App, exchange: Exchange, caller: Caller, fresh: bool) -> None:
@@ -17139,7 +17184,7 @@ def read_proven_health(base: str) -> Tuple[Optional[Json], bool]:
     health = read_health(base, "?nonce=" + nonce)
     try:
         wanted = instance_proof(nonce, parse_origin(base).port) if health else ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ProxyError) as error:
         warn("ccproxy: no instance key: %s\n" % error)
         wanted = ""
     proof = (health or {}).get("proof")
@@ -18192,20 +18237,18 @@ def unseen_variables(settings: Settings) -> List[str]:
     return sorted(names.difference(os.environ.get(FROM_ENV_FILE, "").split()))
 
 
-def read_own_file(path: str) -> Optional[bytes]:
-    """What a service's file holds, None for none.  Raises ProxyError for one that is another's."""
-    data = read_file(path)
-    if data is not None and SERVICE_MARK.encode() not in data:
+def replace_own(old: Optional[bytes], new: Optional[bytes], path: str) -> Optional[bytes]:
+    """`new` in place of a service's file.  Raises ProxyError for one that is another's."""
+    if old is not None and SERVICE_MARK.encode() not in old:
         raise ProxyError("config", "%s was not written by ccproxy: move it away first" % path)
-    return data
+    return new
 
 
 def write_step(step: Step) -> int:
     """Write a service's file, at once or not at all, and say what became of it."""
     path, data = step.words[0], step.text.encode("utf-8")
-    before = read_own_file(path)
-    if before != data:
-        write_file(path, data, path, 0o644)
+    before = change_file(path, lambda old: replace_own(old, data, path),
+                         None if os.path.exists(path) else 0o644, folder_mode=0o777)
     changed = "unchanged" if before == data else "written" if before is None else "replaced"
     say("%s: %s\n" % (changed, path))
     return 0
@@ -18213,11 +18256,10 @@ def write_step(step: Step) -> int:
 
 def remove_step(step: Step) -> int:
     path = step.words[0]
-    if read_own_file(path) is None:
-        say("there is no %s\n" % path)
-        return 0
-    os.remove(path)
-    say("removed: %s\n" % path)
+    known = os.path.exists(path)
+    if known:
+        change_file(path, lambda old: replace_own(old, None, path))
+    say(("removed: %s\n" if known else "there is no %s\n") % path)
     return 0
 
 
@@ -18323,7 +18365,7 @@ def start_service(invocation: Invocation, service: Service, steps: List[Step]) -
     for folder in service.writes:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     if not service.account:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ProxyError):
             read_instance_key()         # which a user's service may read, but not make
     status = carry_out(invocation, service, steps)
     if status and service_manager() == "systemd" and lacks_namespaces(service):
@@ -19114,24 +19156,26 @@ def show_next_steps(invocation: Invocation, name: str, path: str, target: Target
 
 def undo_setup(name: str, path: str, dry: bool) -> int:
     """Bring a client's settings back to what they were, but for what others changed since."""
-    now, kept = read_file(path), read_file(path + BACKUP_ENDING)
-    if kept is None:
-        complain("%s: nothing was set up here (there is no %s)." % (
-            path, os.path.basename(path) + BACKUP_ENDING), 1)
-    before = b"" if kept == NO_FILE else kept or b""
-    set_up, earlier = SET_UPS[name], decode_settings(before, path)[1]
-    mark, text = decode_settings(now, path)
-    restored = before if now is None else (mark + set_up.restore(
-        text, earlier, set_up.paths(set_up.load(earlier, path)), path)).encode()
+    set_up, backup = SET_UPS[name], path + BACKUP_ENDING
+
+    def restore(now: Optional[bytes]) -> Optional[bytes]:
+        kept = read_file(backup)
+        if kept is None:
+            complain("%s: nothing was set up here (there is no %s)." % (
+                path, os.path.basename(backup)), 1)
+        before = b"" if kept == NO_FILE else kept or b""
+        earlier = decode_settings(before, path)[1]
+        mark, text = decode_settings(now, path)
+        restored = before if now is None else (mark + set_up.restore(
+            text, earlier, set_up.paths(set_up.load(earlier, path)), path)).encode()
+        return None if restored == b"" and kept == NO_FILE else restored
+
+    restore(read_file(path))
     if dry:
         say("%s: would be as before\n" % path)
         return 0
-    if restored == b"" and kept == NO_FILE:
-        if now is not None:
-            os.unlink(path)
-    elif restored != now:
-        write_file(path, restored, path + BACKUP_ENDING)
-    os.unlink(path + BACKUP_ENDING)
+    mode = None if os.path.exists(path) else os.stat(backup).st_mode & 0o777
+    change_file(path, restore, mode, after=lambda: os.unlink(backup))
     show_feature(True, "%s: as it was before" % path)
     return 0
 
@@ -19144,24 +19188,30 @@ def set_up_client(invocation: Invocation) -> int:
         return undo_setup(name, path, dry)
     target = target_of(invocation, proxy_base(invocation), NO_KEY if lent_key(invocation) == NO_KEY
                        else KEY_MARK)._replace(models=())
-    old = read_file(path)
-    mark, text = decode_settings(old, path)
-    try:
+
+    def edit(old: Optional[bytes]) -> bytes:
+        mark, text = decode_settings(old, path)
         entries = set_up.entries(set_up.load(text, path), target, windows)
         new = (mark + set_up.edit(text, entries, path)).encode()
+        if dry:
+            say("%s:\n%s" % (path, "".join("  %s\n" % line for line in change_lines(entries))))
+        elif new != old and not os.path.exists(path + BACKUP_ENDING):
+            like = None if old is None else os.stat(path)
+            replace_file(path + BACKUP_ENDING, NO_FILE if old is None else old, like,
+                         like.st_mode & 0o777 if like else 0o600)
+        return new
+
+    try:
+        edit(read_file(path)) if dry else change_file(path, edit, folder_mode=0o777)
     except ProxyError as error:
+        if error.kind != "config":      # it cannot be written
+            raise
         sys.stderr.write("ccproxy: %s\nNothing was written.  What it needs:\n" % printable(
             error.message, 1000))
         say(set_up.edit("", set_up.entries({}, target, windows), path))
         return 1
-    if dry:
-        say("%s:\n%s" % (path, "".join("  %s\n" % line for line in change_lines(entries))))
-        return 0
-    if new != old:
-        if not os.path.exists(path + BACKUP_ENDING):
-            write_file(path + BACKUP_ENDING, NO_FILE if old is None else old, path)
-        write_file(path, new, path)
-    show_next_steps(invocation, name, path, target)
+    if not dry:
+        show_next_steps(invocation, name, path, target)
     return 0
 
 
@@ -19480,13 +19530,13 @@ def serve(invocation: Invocation) -> int:
     source = settings.file_name if settings.entries else "none (all defaults)"
 
     def announce(host: str, port: int) -> None:
-        proof_entry(app, "", port)      # which makes the key
         say(welcome(app, source, host, port, settings.unused))
         log_warnings(app, settings.warnings)
 
     if invocation.given.while_stdin:
         end_with_stdin()
     give_memory_back()
+    proof_entry(app, "", config.port)       # which makes the key
     try:
         asyncio.run(run_proxy(app, demo, announce))
         if app.restarting:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from harness import CHAT, ccproxy
@@ -51,6 +52,25 @@ def test_all_keys_are_shown_also_those_switched_off(place):
     assert (one["id"], one["key"], one["enabled"], one["fit"]) == ("one", shown(ONE), True, True)
     assert (two["id"], two["key"], two["enabled"]) == ("two", shown(TWO), False)
     assert {"weight", "reason", "account", "through_proxy", "max_in_flight"} <= set(one)
+
+
+def test_of_two_proxies_that_share_a_file_each_keeps_the_others_keys(start_program, tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"credentials": [{"id": "one", "apiKey": ONE}]}))
+    proxies = [start_program("--credentials-file", str(path), "--admin-key", ADMIN,
+                             "--client-key", CLIENT, until="curl") for _ in range(2)]
+
+    def add(proxy, name):
+        for number in range(15):
+            answer = change((proxy, path), "POST", "", {
+                "id": "%s%d" % (name, number), "apiKey": "user_5ecr3t%s%022d" % (name, number)})
+            assert answer.status == 201, answer.json
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(add, proxies, "ab"))
+    names = {row["id"] for row in json.loads(path.read_text())["credentials"]}
+    assert names == {"one", *("%s%d" % (name, number) for name in "ab" for number in range(15))}
+    assert os.listdir(str(tmp_path)) == ["keys.json"]
 
 
 def test_a_key_without_user_is_warned_about(place):

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 from harness import Proxy, ccproxy, clean_environment
@@ -83,14 +84,14 @@ def test_of_many_that_start_at_once_all_have_the_same(state):
 
 
 def test_another_process_that_is_faster_wins(state, monkeypatch):
-    link = os.link
+    take = ccproxy.take_lock
 
-    def late(source, target):
+    def late(*given):
         state.write_bytes(b"f" * 32)
         state.chmod(0o600)
-        link(source, target)
+        return take(*given)
 
-    monkeypatch.setattr(os, "link", late)
+    monkeypatch.setattr(ccproxy, "take_lock", late)
     assert ccproxy.read_instance_key() == b"f" * 32
     assert os.listdir(state.parent) == ["instance.key"]
 
@@ -117,6 +118,22 @@ def test_without_a_key_that_can_be_trusted_there_is_no_proof(state, proxy, monke
     assert answer.status == 200 and "proof" not in answer.json
     assert "WARNING no instance key" in proxy.log.getvalue() and told in proxy.log.getvalue()
     assert ccproxy.read_proven_health(proxy.base)[1] is False
+
+
+def test_other_requests_do_not_wait_for_a_key_that_is_being_made(state, proxy, monkeypatch):
+    """By a process that holds its lock: the nonce is answered when that ends."""
+    state.parent.mkdir()
+    lock = str(state.parent / ".instance.key.lock")
+    number = ccproxy.take_lock(lock, str(state))
+    waits, take = threading.Event(), ccproxy.take_lock
+    monkeypatch.setattr(ccproxy, "take_lock", lambda *given: waits.set() or take(*given))
+    asked = threading.Thread(target=health, args=(proxy, "?nonce=" + NONCE))
+    asked.start()
+    waits.wait()
+    assert health(proxy, "").status == 200 and asked.is_alive() and not state.exists()
+    ccproxy.drop_lock(number, lock)
+    asked.join()
+    assert state.exists() and os.listdir(state.parent) == ["instance.key"]
 
 
 def test_an_account_without_a_home_has_no_key(monkeypatch, tmp_path):

@@ -1,15 +1,20 @@
 """SAFE FILES: changed at once or not at all, one change at a time, nothing lost."""
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from harness import PROGRAM, ccproxy
+
+if os.name == "posix":
+    import fcntl
 
 needs_modes = pytest.mark.skipif(os.name != "posix", reason="modes and links are those of Unix")
 
@@ -22,7 +27,7 @@ def test_a_change_keeps_the_previous_file_and_the_mode(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("one")
     os.chmod(str(path), 0o640)
-    ccproxy.change_file(str(path), lambda old: old + b"two")
+    assert ccproxy.change_file(str(path), lambda old: old + b"two", previous=True) == b"one"
     assert path.read_text() == "onetwo" and (tmp_path / ".x.json.previous").read_text() == "one"
     assert names_in(tmp_path) == [".x.json.previous", "x.json"]
     if os.name == "posix":
@@ -38,7 +43,7 @@ def test_other_accounts_read_no_secret_option(tmp_path, old, new, mode):
     path = tmp_path / "config.json"
     path.write_text(old)
     os.chmod(str(path), 0o664)
-    ccproxy.change_file(str(path), lambda data: new.encode())
+    ccproxy.change_file(str(path), lambda data: new.encode(), previous=True)
     assert {stat.S_IMODE(os.stat(str(tmp_path / name)).st_mode) for name in names_in(tmp_path)} == {mode}
 
 
@@ -67,7 +72,7 @@ def test_the_folders_owner_cannot_turn_mode_and_owner_to_another_file(tmp_path, 
 
 @needs_modes
 def test_a_new_file_is_private(tmp_path):
-    ccproxy.change_file(str(tmp_path / "x"), lambda old: b"new" + old)
+    ccproxy.change_file(str(tmp_path / "x"), lambda old: b"new" if old is None else None)
     assert (tmp_path / "x").read_text() == "new" and names_in(tmp_path) == ["x"]
     assert stat.S_IMODE(os.stat(str(tmp_path / "x")).st_mode) == 0o600
 
@@ -87,7 +92,7 @@ def test_a_link_stays_one(tmp_path):
     place.mkdir()
     (place / "real").write_text("one")
     os.symlink(str(place / "real"), str(tmp_path / "link"))
-    ccproxy.change_file(str(tmp_path / "link"), lambda old: b"two")
+    ccproxy.change_file(str(tmp_path / "link"), lambda old: b"two", previous=True)
     assert os.path.islink(str(tmp_path / "link")) and (place / "real").read_text() == "two"
     assert names_in(place) == [".real.previous", "real"] and names_in(tmp_path) == ["elsewhere", "link"]
 
@@ -159,16 +164,177 @@ def test_processes_and_threads_take_turns(tmp_path):
         assert file.read() == "100"
 
 
-@needs_modes
-def test_a_change_that_does_not_end_is_told(tmp_path, monkeypatch):
+def test_two_processes_lose_no_change(tmp_path):
+    """Each changes the file 100 times, through a link or not; no lock is left."""
+    path, link = tmp_path / "x", tmp_path / "link"
+    path.write_text("0")
+    if os.name == "posix":
+        link.symlink_to(path)
+    places = (str(path), str(link if os.name == "posix" else path))
+    writers = [subprocess.Popen([sys.executable, "-c", (WRITER % (
+        os.path.dirname(PROGRAM), place)).replace("(25)", "(100)")]) for place in places]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    assert path.read_text() == "200" and ".x.lock" not in names_in(tmp_path)
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, %r)
+import ccproxy
+def hold(old):
+    print("held", flush=True)
+    time.sleep(60)
+ccproxy.change_file(%r, hold)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that is in the midst of changing x."""
+    words = HOLDER % (os.path.dirname(PROGRAM), str(tmp_path / "x"))
+    with subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip() == b"held"
+        yield process
+        process.kill()
+
+
+def test_a_killed_holder_holds_nobody_up(tmp_path, holder):
+    lock = tmp_path / ".x.lock"
+    assert lock.exists() and (os.name != "posix" or stat.S_IMODE(lock.stat().st_mode) == 0o600)
+    holder.kill()
+    holder.wait()
+    assert lock.exists()
+    ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_a_change_that_does_not_end_is_told(tmp_path, monkeypatch, holder):
     monkeypatch.setattr(ccproxy, "LOCK_SECONDS", 0.05)
-    lock = ccproxy.lock_folder(str(tmp_path))
-    try:
-        with pytest.raises(ccproxy.ProxyError) as caught:
-            ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
-    finally:
-        os.close(lock)
-    assert caught.value.status == 409 and "another change" in caught.value.message
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
+    lock = str(tmp_path / ".x.lock")
+    assert caught.value.status == 409 and names_in(tmp_path) == [".x.lock"]
+    assert caught.value.message == (
+        "%s cannot be changed: another change has held the lock file %s for 0.05 s: end the "
+        "process that makes it; where there is none, delete the lock file." % (lock.replace(
+            ".x.lock", "x"), lock))
+
+
+def test_a_change_waits_for_the_one_before(tmp_path, holder):
+    threading.Timer(0.2, holder.kill).start()
+    ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
+    assert holder.wait() and names_in(tmp_path) == ["x"]
+
+
+@needs_modes
+@pytest.mark.parametrize("kind", ["link", "folder", "dangling"])
+def test_what_is_no_lock_file_is_not_followed(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(ccproxy, "LOCK_SECONDS", 0.05)
+    lock, victim = tmp_path / ".x.lock", tmp_path / "victim"
+    if kind == "link":
+        victim.write_text("v")
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(victim)
+    with pytest.raises(ccproxy.ProxyError, match="delete the lock file"):
+        ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
+    assert not (tmp_path / "x").exists() and victim.exists() == (kind == "link")
+
+
+@needs_modes
+def test_roots_lock_is_the_files_owners(tmp_path, monkeypatch):
+    """Else one that root's process leaves, when it is killed, would stop its owner for good."""
+    given, path = [], tmp_path / "x"
+    path.write_text("one")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda target, *who: given.append((target, who)))
+    lock = str(tmp_path / ".x.lock")
+    number = ccproxy.take_lock(lock, str(path))
+    owner = (os.stat(str(path)).st_uid, os.stat(str(path)).st_gid)
+    assert given == [(number, owner)]
+    ccproxy.drop_lock(number, lock)
+    open(lock, "w").close()     # one that was there may be a hard link to anything
+    ccproxy.drop_lock(ccproxy.take_lock(lock, str(path)), lock)
+    assert given == [(number, owner)] and names_in(tmp_path) == ["x"]
+
+
+@needs_modes
+@pytest.mark.parametrize("number", ["EACCES", "EROFS"])
+def test_a_folder_that_cannot_be_written_is_as_without_locks(tmp_path, monkeypatch, number):
+    """What does not change is no error there, and what does is told at once."""
+    path = tmp_path / "x"
+    path.write_text("one")
+    real, fault = os.open, getattr(errno, number)
+
+    def refuse(name, flags, *more, **known):
+        if flags & os.O_CREAT:
+            raise OSError(fault, os.strerror(fault), name)
+        return real(name, flags, *more, **known)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda name, mode: False)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    assert ccproxy.change_file(str(path), lambda old: old) == b"one"
+    with pytest.raises(ccproxy.ProxyError) as caught:
+        ccproxy.change_file(str(path), lambda old: b"two")
+    assert os.strerror(fault) in caught.value.message and path.read_text() == "one"
+
+
+@needs_modes
+def test_a_file_system_without_locks_is_as_before(tmp_path, monkeypatch):
+    def refuse(number, how):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    ccproxy.change_file(str(tmp_path / "x"), lambda old: b"two")
+    assert (tmp_path / "x").read_text() == "two" and names_in(tmp_path) == ["x"]
+
+
+@needs_modes
+def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_one(tmp_path):
+    """Whoever waited for a lock that its holder removed takes the next one."""
+    lock = str(tmp_path / ".x.lock")
+    first = ccproxy.take_lock(lock, "")
+    late = os.open(lock, os.O_RDWR)
+    ccproxy.drop_lock(first, lock)
+    assert not ccproxy.try_lock(late, lock)
+    second = ccproxy.take_lock(lock, "")
+    assert not ccproxy.try_lock(late, lock)
+    os.close(late)
+    ccproxy.drop_lock(second, lock)
+    assert names_in(tmp_path) == []
+
+
+def test_windows_locks_a_byte_and_closes_before_it_removes(tmp_path, monkeypatch):
+    """With a msvcrt of our own: it refuses the first time, as the real one does, with EACCES."""
+    asked, path, lock = [], str(tmp_path / "x"), str(tmp_path / ".x.lock")
+
+    def locking(number, how, size):
+        asked.append((how, size))
+        if len(asked) == 1:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    def unlink(name):
+        with pytest.raises(OSError):
+            os.fstat(number)
+        remove(name)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    number, remove = ccproxy.take_lock(lock, path), os.unlink
+    assert asked == [(2, 1), (2, 1)] and os.path.exists(lock)
+    monkeypatch.setattr(os, "unlink", unlink)
+    ccproxy.drop_lock(number, lock)
+    assert not os.path.exists(lock)
+
+
+def test_a_file_is_removed_and_what_comes_after_is_done_under_the_lock(tmp_path):
+    path, seen = tmp_path / "x", []
+    path.write_text("one")
+    ccproxy.change_file(str(path), lambda old: None, after=lambda: seen.extend(names_in(tmp_path)))
+    assert seen == [".x.lock"] and names_in(tmp_path) == []
+    assert ccproxy.change_file(str(path), lambda old: None) is None and names_in(tmp_path) == []
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

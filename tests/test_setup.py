@@ -10,6 +10,8 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
+import time
 from typing import NamedTuple
 from unittest import mock
 
@@ -150,6 +152,31 @@ def test_what_changed_since_survives_undo(home):
         "permissions": {"allow": ["Read"]}, "apiKeyHelper": "mine", "theme": "dark",
         "env": {"FOO": "baz", "ANTHROPIC_AUTH_TOKEN": SECRET}}
     assert home.names() == [FILES["claude"]]
+
+
+@every_client
+@pytest.mark.parametrize("undo", [False, True])
+def test_what_another_process_writes_meanwhile_is_kept(home, name, undo):
+    """Both wait for a change that is not over, and then begin with what it left."""
+    home.write(name, "" if name == "codex" else "{}")
+    if undo:
+        assert home.run(name).returncode == 0
+
+    def edit(old):
+        held.set()
+        time.sleep(0.2)
+        if name == "codex":
+            return old + b"[theirs]\n"
+        return json.dumps({**json.loads(old), "theirs": 1}).encode()
+
+    held = threading.Event()
+    other = threading.Thread(target=ccproxy.change_file, args=(str(home.path(name)), edit))
+    other.start()
+    held.wait()
+    assert home.run(name, *["--undo"] * undo).returncode == 0
+    other.join()
+    assert "theirs" in home.read(name) and ("127.0.0.1" in home.read(name)) == (not undo)
+    assert home.names() == [FILES[name]] + [FILES[name] + ".ccproxy-backup"] * (not undo)
 
 
 @every_client
