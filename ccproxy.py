@@ -12644,7 +12644,7 @@ def take_lock(path: str, target: str) -> int:
                 return -1
             if error.errno not in (errno.ENOENT, errno.EACCES) and not os.path.lexists(path):
                 raise
-        time.sleep(0.01)
+        time.sleep(0.001)   # a lock that is taken again and again is free for that long
     raise TimeoutError(errno.EBUSY, "another change has held the lock file %s for %g s: end the "
                        "process that makes it; where there is none, delete the lock file"
                        % (path, LOCK_SECONDS))
@@ -12727,7 +12727,7 @@ def change_file(path: str, edit: Edit, mode: Optional[int] = None, previous: boo
         raise ProxyError("invalid", "%s cannot be changed: %s.%s" % (
             path, error.strerror or error, "" if isinstance(error, TimeoutError) else
             " Nothing was; let the account that runs ccproxy write it and its folder, or change "
-            "it by hand."), status=409) from None
+            "it by hand (a proxy reads its own files anew on SIGHUP)."), status=409) from None
     finally:
         if lock >= 0:
             drop_lock(lock, lock_path)
@@ -15338,8 +15338,8 @@ def reload_settings(app: App) -> None:
 
 
 async def change_in_turn(app: App, work: Callable[[], Any]) -> Any:
-    """Run blocking work that changes a file in a thread, one at a time: what a file holds last is
-    also put into effect last."""
+    """Run blocking work that changes a file in a thread, one at a time.  The file's lock would
+    order the writing alone: what is written last must be put into effect last, too."""
     if app.changing is None:
         app.changing = asyncio.Lock()
     async with app.changing:
