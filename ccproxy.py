@@ -8159,6 +8159,7 @@ class KeyState:
     marks: Dict[str, Mark] = field(default_factory=dict)    # by reason, or route of a model
     figures: Optional[Figures] = None
     asked: float = 0.0                                      # when figures were last asked for
+    unreached: bool = False                                 # and no connection could be made
     accepted: float = 0.0                                   # when the upstream last took the key
     denied: float = 0.0     # since when account questions alone are answered with 401; 0.0: not
     requests: int = 0
@@ -8626,6 +8627,7 @@ def usage_entry(key: RingKey, state: KeyState, routing: Routing, now: float) -> 
                    "state": known.word, "fit": {"usable": True, "unknown": None}.get(
                        known.word, False),
                    "reason": UNFIT_WORDS.get(known.reason), "fit_at": shown_moment(known.until),
+                   "unreachable": state.unreached,
                    "models_passed_over": len(models), "in_flight": state.in_flight,
                    "account": account_entry(state.figures, now),
                    "through_proxy": {"requests": state.requests, "failures": state.failures,
@@ -10156,7 +10158,10 @@ curl -q -s -m 4 --noproxy 127.0.0.1,localhost -H @- -w '"state":"%{http_code}"' 
 $ANTHROPIC_BASE_URL: start ccproxy there, then start claude again" >&2; exit 1;; esac; \
 case "$(printf %s "$said" | grep -o '"state":"[a-z0-9]*"' | sort -u | tr -d '"\\n')" in \
 state:401*|state:200state:refused) echo "KEY holds a key that is refused (commandcode.ai, \
-settings, API keys shows yours)AGAIN" >&2; exit 1;; esac; fi; printf "%s\\n" "$KEY"\
+settings, API keys shows yours)AGAIN" >&2; exit 1;; esac; case "$said" in *'"unreachable":true'*) \
+echo "the proxy reaches no upstream: ccproxy.py doctor looks for the cause" >&2; exit 1;; esac; \
+fi; \
+printf "%s\\n" "$KEY"\
 """
 
 
@@ -13888,13 +13893,15 @@ async def read_account(app: App, key: RingKey, state: KeyState) -> Optional[Figu
 async def refresh_account(app: App, key: RingKey) -> None:
     """Ask for figures once; what cannot be had leaves those that are known."""
     state = state_of(app.keys, key, time.time())
-    state.asked = time.time()
+    state.asked, state.unreached = time.time(), False
     try:
         figures = await within(app, app.config.account_timeout_seconds,
                                read_account(app, key, state))
         if figures is not None:
             note_figures(state, figures)
     except (ProxyError, OSError, ValueError, RecursionError, asyncio.TimeoutError) as error:
+        if isinstance(error, ProxyError) and error.kind in ("unreachable", "unconnected"):
+            state.asked, state.unreached = 0.0, True        # asked again at the next chance
         app.log.debug("no account figures for %s: %s", key.shown, printable(hide(
             str(error), [key.key]), 200))
 

@@ -387,6 +387,20 @@ def test_the_key_helper_fails_for_a_key_that_the_proxy_calls_refused(shell, code
 
 
 @POSIX
+def test_the_key_helper_tells_that_the_proxy_has_no_network(make_proxy):
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    proxy = make_proxy(apiBase="http://127.0.0.1:9")
+    for _ in range(2):      # it is looked at anew each time
+        done = subprocess.run(
+            ["/bin/sh", "-c", ccproxy.key_helper(False)], stdout=subprocess.PIPE,
+            env={"COMMANDCODE_KEY": KEY, "PATH": os.environ["PATH"],
+                 "ANTHROPIC_BASE_URL": proxy.base}, stderr=subprocess.PIPE, encoding="utf-8")
+        assert (done.returncode, done.stdout, done.stderr) == (
+            1, "", "the proxy reaches no upstream: ccproxy.py doctor looks for the cause\n")
+
+
+@POSIX
 def test_the_key_helper_tells_that_no_proxy_runs_and_does_without_curl(tmp_path):
     for name in ("grep", "sort", "tr"):
         (tmp_path / name).symlink_to(shutil.which(name))
