@@ -5108,7 +5108,9 @@ def build_openai(prompt: Prompt, session: str) -> bytes:
         "tools": [{"type": "function", "function": {
             "name": tool.name, "description": tool.description,
             "parameters": model_schema(tool, prompt)}} for tool in prompt.tools],
-        "tool_choice": openai_choice(prompt.choice), limit: prompt.max_tokens,
+        "tool_choice": openai_choice(prompt.choice),
+        "parallel_tool_calls": False if prompt.tools and not prompt.parallel else None,
+        limit: prompt.max_tokens,
         "reasoning_effort": prompt.effort, **fit_sampling(prompt, refused),
         "stream": True, "stream_options": {"include_usage": True}})
 
@@ -5341,6 +5343,14 @@ def anthropic_tool(tool: Tool) -> Json:
     return with_cache_control({"name": tool.name, **said, "input_schema": tool.schema}, tool.cache)
 
 
+def anthropic_choice(prompt: Prompt) -> Optional[Json]:
+    """tool_choice, which also says that an answer may hold one call at most."""
+    chosen = choice_object(prompt.choice) if prompt.choice else None
+    if prompt.parallel or not prompt.tools:
+        return chosen
+    return {**(chosen or {"type": "auto"}), "disable_parallel_tool_use": True}
+
+
 def can_go_on_thinking(prompt: Prompt) -> bool:
     """Whether a budget may be given: amid tool calls only where their turn began with thinking."""
     turns = [turn for turn in prompt.turns if turn.role == "assistant"][-1:]
@@ -5395,8 +5405,7 @@ def build_anthropic(prompt: Prompt, session: str) -> bytes:
         "system": [block for block in map(anthropic_block, prompt.system) if block],
         "messages": anthropic_messages(prompt),
         "tools": [anthropic_tool(tool) for tool in prompt.tools],
-        "tool_choice": choice_object(prompt.choice) if prompt.choice else None, **thinking,
-        **sampling, "stream": True})
+        "tool_choice": anthropic_choice(prompt), **thinking, **sampling, "stream": True})
 
 
 def greater(one: Optional[int], other: Optional[int]) -> Optional[int]:

@@ -184,3 +184,22 @@ def test_over_real_sockets(path, off):
     finally:
         proxy.close()
         upstream.close()
+
+
+TOOL = ccproxy.Tool("a", "", {"type": "object", "properties": {}})
+
+
+@pytest.mark.parametrize("parallel, tools, choice, openai, anthropic", [
+    (True, [TOOL], None, None, None), (False, [], None, None, None),
+    (False, [TOOL], None, False, {"type": "auto", "disable_parallel_tool_use": True}),
+    (False, [TOOL], ccproxy.Choice("any"), False,
+     {"type": "any", "disable_parallel_tool_use": True}),
+    (False, [TOOL], ccproxy.Choice("tool", "a"), False,
+     {"type": "tool", "name": "a", "disable_parallel_tool_use": True})])
+def test_the_documented_apis_are_told(parallel, tools, choice, openai, anthropic):
+    prompt = ccproxy.Prompt("m", [ccproxy.Turn("user", [ccproxy.Text("hi")])], tools=tools,
+                            choice=choice, parallel=parallel, max_tokens=100)
+    prompt.model = "m"
+    body = json.loads(ccproxy.OPENAI.build(prompt, ""))
+    assert body.get("parallel_tool_calls") is openai
+    assert json.loads(ccproxy.ANTHROPIC.build(prompt, "")).get("tool_choice") == anthropic
