@@ -365,6 +365,7 @@ class Option(NamedTuple):
     env: Tuple[str, ...] = ()       # besides CC_ and the name in upper snake case; ..._MS: in ms
     choices: Tuple[Any, ...] = ()
     at_start: bool = False          # a change counts from the next start on
+    lent: bool = False              # a vendor's key; its variable is other programs' too
 
     @property
     def secret(self) -> bool:
@@ -479,13 +480,13 @@ OPTIONS = (
            "moonshot, zai, passthrough (each of these that has a key), or names of vendors",
            ("BRIDGE_BACKENDS",), at_start=True),
     Option("openaiKey", "secret", "", "the operator's key for OpenAI", ("OPENAI_API_KEY",),
-           at_start=True),
+           at_start=True, lent=True),
     Option("anthropicKey", "secret", "", "the operator's key for Anthropic",
-           ("ANTHROPIC_API_KEY",), at_start=True),
+           ("ANTHROPIC_API_KEY",), at_start=True, lent=True),
     Option("moonshotKey", "secret", "", "the operator's key for Moonshot", ("MOONSHOT_API_KEY",),
-           at_start=True),
+           at_start=True, lent=True),
     Option("zaiKey", "secret", "", "the operator's key for Z.ai", ("ZAI_API_KEY",),
-           at_start=True),
+           at_start=True, lent=True),
     Option("vendorBases", "map", {}, "other addresses of vendors, with the version path, such as "
            "openai=http://127.0.0.1:9/v1", at_start=True),
     Option("vendors", "vendors", {}, "further APIs by name: {NAME: {base, format: openai or "
@@ -497,8 +498,6 @@ OPTIONS = (
     Option("usageDays", "int", 90, "how long it keeps them", (), (1, 36_500)),
 )
 
-# Options of earlier versions: `help` says what to do instead.  A source that still sets one gets
-# a warning, whatever the value is.
 # Where vendors' APIs are, and which format they speak.
 VENDORS = {"openai": ("https://api.openai.com/v1", "openai"),
            "anthropic": ("https://api.anthropic.com/v1", "anthropic"),
@@ -506,6 +505,8 @@ VENDORS = {"openai": ("https://api.openai.com/v1", "openai"),
            "zai": ("https://api.z.ai/api/paas/v4", "openai")}
 RESERVED_NAMES = {*VENDORS, *"commandcode chatgpt bridge passthrough claude claudish codex "
                   "opencode kimi amp factory forge".split()}
+# Options of earlier versions: `help` says what to do instead.  A source that still sets one gets
+# a warning, whatever the value is.
 REMOVED_OPTIONS = (Option("workers", "removed", None, "see README, several processes"),)
 
 
@@ -629,6 +630,8 @@ def read_string(option: Option, given: Any) -> str:
 def read_secret(option: Option, given: Any) -> str:
     """Visible ASCII, for it goes into a header; with choices, a URL that begins with one of them.
     What is wrong is told without the value."""
+    if option.lent and isinstance(given, str):
+        return given.strip()        # checked where it is used
     value = read_string(option, given)
     if not re.fullmatch("[!-~]*", value):
         raise ValueError("must be of visible ASCII characters")
@@ -2041,6 +2044,7 @@ class UpstreamFormat(NamedTuple):
     read_end: Callable[[Reading], Iterator[Event]] = lambda reading: iter(())   # of the body
     skip: bytes = b"\n"         # how a line begins that nobody wants: none begins with its own end
     key_field: str = "authorization"            # the header of the key; this one as Bearer
+    needs_limit: bool = True                    # whether max_tokens must be sent
 
 
 # === GRAMMAR (pure) =========================================================
@@ -6746,6 +6750,7 @@ class Model(NamedTuple):
     endpoints: Tuple[str, ...] = ()
     created: int = 0                                # epoch seconds, as the live list tells it
     owner: str = "command-code"                     # the backend's name, as lists show it
+    needs_limit: bool = True                        # max_tokens is sent also where none was asked
 
 
 class Models(NamedTuple):
@@ -7824,7 +7829,8 @@ def parse_env_file(text: str, source: str) -> Dict[str, str]:
 # that vendor alone.
 
 OWN_APIS: Dict[str, UpstreamFormat] = {     # as vendors speak them: no plans, no address of ours
-    "openai": OPENAI._replace(path="/chat/completions", read_failure=read_upstream_failure),
+    "openai": OPENAI._replace(path="/chat/completions", read_failure=read_upstream_failure,
+                              needs_limit=False),
     "anthropic": ANTHROPIC._replace(path="/messages", read_failure=read_upstream_failure,
                                     key_field="x-api-key")}
 
@@ -7885,6 +7891,10 @@ def vendors_on(config: Config, environment: Mapping[str, str]) -> Tuple[Vendor, 
                          "whoever reaches it could spend their keys. Set clientKey "
                          "(BRIDGE_API_KEY, BRIDGE_BEARER) for callers to present" % config.host,
                          param="clientKey")
+    unfit = [name for name in names if not re.fullmatch("[!-~]*", known[name].key)]
+    if unfit:
+        raise ProxyError("config", "backends: the key of %s must be of visible ASCII characters"
+                         % unfit[0], param="backends")
     return tuple(known[name] for name in dict.fromkeys(names))
 
 
@@ -7901,11 +7911,14 @@ def vendor_warnings(vendors: Iterable[Vendor], models: Models) -> List[str]:
     return told
 
 
+BRIDGE = re.compile(r"\Abridge/", re.I)
+
+
 def split_backend(name: str, on: Collection[str]) -> Tuple[str, str]:
     """(backend, its own model id) of a model id that is no alias any more; the backend is "" where
     none is named.  Raises ProxyError 400 and 404."""
-    bridged = name[:7].lower() == "bridge/"
-    plain = name[7:] if bridged else name
+    plain = BRIDGE.sub("", name)
+    bridged = plain != name
     first, _, model = plain.partition("/")
     first = first.lower()
     if first == "commandcode" and model:
@@ -7924,7 +7937,7 @@ def split_backend(name: str, on: Collection[str]) -> Tuple[str, str]:
 def vendor_model(name: str, model: str, config: Config, models: Models) -> Model:
     """A vendor's model; `name` is its whole id.  Raises ProxyError 404 where it is not allowed."""
     refuse_switched_off(name, models, config)
-    named = {aliased(one, config).lower() for one in config.allowed_models}
+    named = {BRIDGE.sub("", aliased(one, config).lower()) for one in config.allowed_models}
     if named and name.lower() not in named:
         raise not_allowed(name, config)
     return Model(model, name)
@@ -7934,7 +7947,7 @@ def admit_borrower(fields: Fields, operator: Operator, peer: str, method: str) -
     """Let nobody use a vendor's key but those who may use the operator's.  Raises ProxyError 401
     without the clientKey, 403 where there is none and it is not this machine's own user."""
     if operator.client_key:
-        if not presents_client_key(fields, operator.client_key):
+        if not presents_client_key(fields, operator.client_key, []):    # alone or in a list
             raise missing_key(fields, True)
         return
     fault = loopback_fault(fields, peer, method)
@@ -12275,14 +12288,15 @@ class App:
     page: Optional[Page] = None                 # the dashboard, once it was asked for
 
 
-SECRET_OPTIONS = [place for place, option in enumerate(OPTIONS) if option.kind == "secret"]
+SECRET_OPTIONS = [place for place, option in enumerate(OPTIONS)
+                  if option.kind == "secret" and not option.lent]
 
 
 def held_secrets(app: App) -> List[str]:
     """Every secret that the program holds."""
     found = [app.config[place] for place in SECRET_OPTIONS if app.config[place]]
-    if app.home.proxy_authorization:
-        basic = app.home.proxy_authorization.partition(" ")[2]
+    for way in {one.proxy_authorization for one in (app.home, *app.vendors.values())} - {""}:
+        basic = way.partition(" ")[2]
         password = base64.b64decode(basic).decode().partition(":")[2]
         found += [basic, password] if password else [basic]
     found += [backend.key.key for backend in app.vendors.values() if backend.key]
@@ -13613,9 +13627,9 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
 
 def upstream_of(app: App, backend: Backend, fields: Fields, model: str) -> UpstreamFormat:
     """The format in which a model is asked for.  Raises ProxyError 400 for an unknown word."""
+    word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
     if backend.vendor:
         return backend.vendor.api
-    word = parse_upstream(fields.get("x-ccproxy-upstream", ""), app.config.upstream)
     if app.demo or word == "alpha":
         return ALPHA
     found = find_model(model, app.home.models)
@@ -14731,12 +14745,13 @@ def choose_backend(app: App, body: Json) -> Backend:
 
 def model_of(app: App, asked: str, notes: List[str]) -> Model:
     """The model that a request's `model` means, of whichever backend.  Raises ProxyError."""
-    if app.vendors or asked[:7].lower() == "bridge/":
-        name = aliased(asked or "default", app.config)
+    name = aliased(asked or "default", app.config)
+    if app.vendors or BRIDGE.match(name):
         backend, model = split_backend(name, app.vendors)
         if backend:
-            return vendor_model("%s/%s" % (backend, model), model, app.config, app.home.models)
-        asked = asked if model == name else model
+            found = vendor_model("%s/%s" % (backend, model), model, app.config, app.home.models)
+            return found._replace(needs_limit=app.vendors[backend].vendor.api.needs_limit)
+        asked = asked if model == name else "commandcode/" + model      # and no alias any more
     return resolve_model(asked, app.home.models, app.config, notes)
 
 
@@ -14750,7 +14765,8 @@ def read_prompt(app: App, face: Face, digest: str, body: Json, notes: List[str])
     prompt.model = model.id
     prompt.effort = fit_effort(prompt.effort, model, notes)
     prompt.no_answer = prompt.max_tokens == 0
-    prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
+    if model.needs_limit or prompt.max_tokens is not None:
+        prompt.max_tokens = fit_max_tokens(prompt.max_tokens, model, notes)
     repair_prompt(prompt)
     if not model.vision and images_of(prompt):
         add_note(notes, "pictures", "%s takes text alone and may not see them" % model.id)
@@ -14801,6 +14817,11 @@ async def breathe(data: bytes) -> None:
         await asyncio.sleep(0)
 
 
+def memory_digest(caller: Caller, backend: Backend) -> str:
+    """Under what a caller's items are kept: many may share a vendor's key, so not under that."""
+    return caller.digest if backend.vendor or not caller.keys else anchor_of(caller.keys).digest
+
+
 def served_caller(app: App, exchange: Exchange, caller: Caller, backend: Backend) -> Caller:
     """The caller with the key that serves its request: its own or the operator's, or a vendor's.
     Raises ProxyError 401, 403, 503."""
@@ -14834,7 +14855,7 @@ async def prepare(app: App, exchange: Exchange, face: Face, caller: Caller, data
         backend = choose_backend(app, body)
         caller = served_caller(app, exchange, caller, backend)
         keys = caller.keys
-        prompt = read_prompt(app, face, anchor_of(keys).digest, body, notes)
+        prompt = read_prompt(app, face, memory_digest(caller, backend), body, notes)
         await breathe(data)
         named, first = session_value(fields, prompt.user_id), first_user_text(prompt)
         upstream = upstream_of(app, backend, fields, prompt.model)
@@ -15135,7 +15156,7 @@ async def generate(app: App, exchange: Exchange, face: Face, caller: Caller) -> 
         record_answer(app, exchange, relay, job)
         exchange.wire.on_end, exchange.wire.flood_bytes = None, 0
     if face is RESPONSES:
-        remember_items(app, anchor_of(job.ring.keys).digest, job.answer.reply)
+        remember_items(app, memory_digest(caller, job.spec.backend), job.answer.reply)
 
 
 def record_answer(app: App, exchange: Exchange, relay: Relay, job: Job) -> None:
@@ -16239,17 +16260,19 @@ async def count_tokens(app: App, exchange: Exchange, face: Face) -> int:
     """The estimated input tokens of a request; nobody is asked (FIELD 3)."""
     exchange.face = face
     exchange.record["api"] = face.name
-    digest = ""         # will do: it is wanted for references alone
+    caller = Caller((), "")     # will do: it is wanted for references alone
     try:
-        caller = caller_of(app, exchange)
+        caller = caller_or_borrower(app, exchange)
     except ProxyError:
         app.log.debug("tokens are counted for nobody in particular")
     else:
-        digest = anchor_of(caller.keys).digest
         count_caller(app, caller)
     data = await read_body(app, exchange)
     try:
-        return count_input(app.home, read_prompt(app, face, digest, parse_object(data, []), []))[0]
+        body = parse_object(data, [])
+        backend = choose_backend(app, body)
+        prompt = read_prompt(app, face, memory_digest(caller, backend), body, [])
+        return count_input(backend, prompt)[0]
     except RecursionError:
         raise ProxyError("invalid", "The body is nested too deeply.") from None
 
@@ -16285,17 +16308,28 @@ async def fresh_models(app: App) -> List[Model]:
     return listed_models(app.home.models, app.config)
 
 
-def lent_models(app: App, exchange: Exchange) -> List[Model]:
-    """The models of vendors, for who may use them."""
+def may_borrow(app: App, exchange: Exchange) -> bool:
+    """Whether a request may use the vendors' keys."""
     head = exchange.head
     try:
-        if app.vendors:
-            admit_borrower(head.fields, app.operator, exchange.wire.peer_address(), head.method)
+        admit_borrower(head.fields, app.operator, exchange.wire.peer_address(), head.method)
     except ProxyError:
-        return []
-    return [Model("%s/%s" % (name, model), model, owner=name)
-            for name, backend in app.vendors.items() if backend.vendor
-            for model in backend.vendor.models]
+        return False
+    return True
+
+
+def lent_models(app: App, exchange: Exchange) -> List[Model]:
+    """The models of vendors, for who may use them, but for those that are not allowed."""
+    found = []
+    for name, backend in app.vendors.items() if may_borrow(app, exchange) else ():
+        for model in backend.vendor.models if backend.vendor else ():
+            whole = "%s/%s" % (name, model)
+            try:
+                vendor_model(whole, model, app.config, app.home.models)
+                found.append(Model(whole, model, owner=name))
+            except ProxyError:
+                pass            # a request may not name it either
+    return found
 
 
 async def serve_models(app: App, exchange: Exchange) -> None:
@@ -16352,10 +16386,11 @@ async def serve_ollama_show(app: App, exchange: Exchange) -> None:
     await respond_json(app, exchange, 200, ollama_details(model))
 
 
-def vendor_state(backend: Backend) -> Json:
-    """A vendor as /health shows it."""
-    return {"name": backend.name, "state": "ready"} if backend.key else {
-        "name": backend.name, "state": "unavailable", "detail": "no key is set"}
+def vendor_states(app: App, exchange: Exchange) -> List[Json]:
+    """The vendors as /health shows them; why one is unavailable, only to who may use it."""
+    detail = {"detail": "no key is set"} if may_borrow(app, exchange) else {}
+    return [{"name": name, "state": "ready"} if backend.key else {
+        "name": name, "state": "unavailable", **detail} for name, backend in app.vendors.items()]
 
 
 async def serve_health(app: App, exchange: Exchange) -> None:
@@ -16371,7 +16406,7 @@ async def serve_health(app: App, exchange: Exchange) -> None:
         "token_estimate": {family: {"answers": round(known.weight, 1),
                                     "mean_error": round(known.error, 3)}
                            for family, known in sorted(app.home.calibrations.items())},
-        **({"backends": list(map(vendor_state, app.vendors.values()))} if app.vendors else {}),
+        **({"backends": vendor_states(app, exchange)} if app.vendors else {}),
         **(await in_thread(partial(proof_entry, app, nonce, exchange.wire.local_port()))
            if nonce else {})})
 
@@ -19005,8 +19040,8 @@ def show_environment(invocation: Invocation) -> int:
 def client_environment(client: Client, target: Target) -> Dict[str, str]:
     """Our own environment, led here, without what leads elsewhere and without the secrets of
     whoever runs the proxy."""
-    secrets = {name for option in OPTIONS if option.secret
-               for name in environment_names(option)}
+    secrets = {name for option in OPTIONS if option.secret     # other programs want vendors' keys
+               for name in environment_names(option)[:1 if option.lent else None]}
     secrets.update(set(CREDENTIAL_VARIABLES) - set(KEY_SOURCES))
     gone = secrets.union(foreign_names(client, os.environ))
     kept = {name: value for name, value in os.environ.items() if name not in gone}

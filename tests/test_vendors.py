@@ -2,13 +2,15 @@
 and what comes back, in every API over both formats."""
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 
 import pytest
 from fake_provider import say_in
 from fake_upstream import FakeUpstream, ndjson, status, stream, text_answer
-from harness import CHAT, MESSAGES, Proxy, ccproxy, make_config, wait_until
+from harness import CHAT, MESSAGES, Proxy, call_program, ccproxy, make_config, wait_until
 
 RESPONSES = "/v1/responses"
 
@@ -62,6 +64,17 @@ class Place:
         self.home.close()
         log = self.proxy.log.getvalue()
         assert KEY not in log and "Traceback" not in log, log
+
+
+@contextlib.contextmanager
+def demo_proxy():
+    proxy = Proxy(backends=["openai"], openaiKey=KEY)
+    try:
+        turn_on(proxy)
+        asyncio.run_coroutine_threadsafe(ccproxy.start_demo(proxy.app), proxy.loop).result(5)
+        yield proxy
+    finally:
+        proxy.close()
 
 
 @pytest.fixture
@@ -245,6 +258,76 @@ def test_aliases_and_allowed_models(place):
     assert json.loads(place.sent().body)["model"] == "small"
     assert place.ask(CHAT, "openai/gpt-5").status == 200
     assert place.ask(CHAT, "openai/gpt-4").status == 404
+    listed = json.loads(place.proxy.request("GET", "/v1/models").body)["data"]
+    assert "mine/small" in {one["id"] for one in listed}        # as best
+    assert not {one["id"] for one in listed} & {"mine-too/small", "mine/org/large:free"}
+
+
+@pytest.mark.parametrize("place", [{"allowedModels": [
+    "bridge/Mine/small", "OpenAI/GPT-5", "only"], "modelAliases": {"only": "bridge/zai/glm"}}],
+    indirect=True)
+def test_allowed_models_in_any_spelling(place):
+    place.say("openai")
+    for name in ("mine/small", "bridge/MINE/small", "openai/gpt-5", "only", "zai/glm"):
+        assert place.ask(CHAT, name).status == 200, name
+    for name in ("mine/large", "zai/other", "moonshot/small"):
+        assert place.ask(CHAT, name).status == 404, name
+
+
+@pytest.mark.parametrize("place", [{"models": [{"id": "mine/small", "enabled": False}]}],
+                         indirect=True)
+def test_models_switched_off(place):
+    place.say("openai")
+    assert place.ask(CHAT, "mine/small").status == 404
+    assert place.ask(CHAT, "mine-too/small").status != 404
+    listed = json.loads(place.proxy.request("GET", "/v1/models").body)["data"]
+    assert "mine/small" not in {one["id"] for one in listed}
+
+
+@pytest.mark.parametrize("place", [{"defaultModel": "mine/small"}], indirect=True)
+def test_a_default_model_of_a_vendor(place):
+    place.say("openai")
+    for model in ("default", None, ""):
+        assert place.ask(CHAT, model).status == 200
+        assert json.loads(place.sent().body)["model"] == "small"
+    assert place.home.requests == []
+
+
+@pytest.mark.parametrize("place", [{"modelAliases": {
+    "openai/gpt-5.4": "zai/glm", "best": "commandcode/openai/gpt-5.4"}}], indirect=True)
+def test_commandcode_ids_are_no_aliases(place):
+    for vendors in (place.proxy.app.vendors, {}):
+        place.proxy.app.vendors = vendors
+        for name in ("commandcode/openai/gpt-5.4", "bridge/commandcode/openai/gpt-5.4", "best"):
+            assert place.ask(CHAT, name, OWN).status == 200, name
+            sent = json.loads(place.home.requests[-1].body)
+            assert sent["params"]["model"] == "gpt-5.4"
+
+
+@pytest.mark.parametrize("place", [{"modelAliases": {"best": "bridge/kimi/deepseek-v4-flash"}}],
+                         indirect=True)
+def test_an_alias_that_leads_to_one_that_is_off(place):
+    for vendors in (place.proxy.app.vendors, {}):
+        place.proxy.app.vendors = vendors
+        answer = place.ask(CHAT, "best", OWN)
+        assert answer.status == 404 and "backends" in json.loads(answer.body)["error"]["message"]
+    assert place.home.requests == []
+
+
+@pytest.mark.parametrize("asked", [None, 100])
+def test_a_limit_that_none_asked_for_is_sent_where_it_must_be(place, asked):
+    limit = {} if asked is None else {"max_tokens": asked}
+    for vendor, default in (("openai", None), ("anthropic", 64000)):
+        place.say(FORMATS[vendor])
+        assert place.ask(CHAT, vendor + "/gpt-4o", **limit).status == 200
+        assert json.loads(place.sent().body).get("max_tokens") == (asked or default)
+
+
+def test_the_upstream_header_is_read_as_ever(place):
+    place.say("openai")
+    for word, status_code in (("provider", 200), ("nonsense", 400)):
+        answer = place.ask(CHAT, "openai/m", None, {"x-ccproxy-upstream": word})
+        assert answer.status == status_code
 
 
 # Who may.
@@ -257,6 +340,55 @@ def test_with_a_client_key_it_must_be_presented(place):
     assert place.ask(CHAT, "openai/m", "another").status == 401
     assert place.vendor.requests == []
     assert place.ask(CHAT, "openai/m", CLIENT).status == 200
+    assert place.ask(CHAT, "openai/m", None, {"x-api-key": CLIENT}).status == 200
+    assert place.ask(CHAT, "openai/m", "%s, %s" % (CLIENT, OWN)).status == 200
+    assert place.ask(CHAT, "openai/m", OWN, {"x-api-key": CLIENT}).status == 200
+    assert place.ask(CHAT, "openai/m", None, {"host": "evil.example", "x-api-key": CLIENT}
+                     ).status == 200
+    sent = str(place.vendor.requests)
+    assert CLIENT not in sent and OWN not in sent and place.home.requests == []
+
+
+def test_other_vendors_keys_and_placeholders_do_no_harm(place):
+    place.say("openai")
+    for fields in ({"x-api-key": "sk-ant-api03-abcdefghijkl"}, {"authorization": "Bearer dummy"},
+                   {"authorization": "Basic dTpw"}, {"api-key": "x"}):
+        assert place.ask(CHAT, "openai/m", None, fields).status == 200, fields
+        assert not set(fields.values()) & set(dict(place.sent().fields).values())
+
+
+@pytest.mark.parametrize("place", [{"rateLimitMax": 2}], indirect=True)
+def test_the_rate_limit_holds_without_a_key(place):
+    place.say("openai")
+    assert [place.ask(CHAT, "openai/m").status for _ in range(3)] == [200, 200, 429]
+
+
+OTHER = "user_" + "d" * 20
+
+
+def test_items_are_their_callers_alone(place):
+    place.say("openai")
+    first = json.loads(place.ask(RESPONSES, "openai/m", OWN).body)
+    reference = [{"type": "item_reference", "id": first["output"][0]["id"]},
+                 {"role": "user", "content": "go on"}]
+    for key, code in ((OWN, 200), (OTHER, 400), (None, 400)):
+        count = {"model": "openai/m", "input": reference}
+        assert place.ask(RESPONSES, "openai/m", key, input=reference).status == code
+        assert place.proxy.request("POST", RESPONSES + "/input_tokens", count, JSON, key
+                                   ).status == code
+    assert len(place.vendor.requests) == 2
+    assert "Hello there" in place.sent().body.decode()
+
+
+@pytest.mark.parametrize("path", [MESSAGES + "/count_tokens", RESPONSES + "/input_tokens"])
+@pytest.mark.parametrize("place", [{}, {"clientKey": CLIENT}], indirect=True)
+def test_tokens_are_counted_for_anybody(place, path):
+    body = {"model": "openai/m", "input": "hi"} if path.startswith(RESPONSES) else {
+        "model": "openai/m", "messages": [{"role": "user", "content": "hi"}]}
+    for key in (None, OWN, CLIENT):
+        answer = place.proxy.request("POST", path, body, JSON, key)
+        assert answer.status == 200 and json.loads(answer.body)["input_tokens"] > 0
+    assert place.vendor.requests == place.home.requests == []
 
 
 @pytest.mark.parametrize("fields", [
@@ -326,6 +458,72 @@ def test_lists_and_health(place):
     health = json.loads(place.proxy.request("GET", "/health").body)
     assert [(row["name"], row["state"]) for row in health["backends"]] == [
         (name, "unavailable" if name.startswith("mine") else "ready") for name in FORMATS]
+    assert not any("detail" in row for row in health["backends"])       # only to who may
+    health = json.loads(place.proxy.request("GET", "/health", key=CLIENT).body)
+    assert ["detail" in row for row in health["backends"]] == [
+        name.startswith("mine") for name in FORMATS]
+
+
+def test_lists_are_not_for_a_page_of_another_origin(place):
+    for method in ("GET", "HEAD", "OPTIONS"):
+        answer = place.proxy.request(method, "/v1/models", None,
+                                     {"origin": "http://evil.example"}, None)
+        assert b"mine/small" not in answer.body
+    assert b"mine/small" in place.proxy.request("GET", "/v1/models", key=None).body
+
+
+@pytest.mark.parametrize("code", [301, 302, 307, 308])
+def test_redirects_are_not_followed(place, code):
+    other = FakeUpstream()
+    head = "HTTP/1.1 %d x\r\nlocation: %s/v1\r\ncontent-length: 0\r\n\r\n" % (code, other.base)
+    place.vendor.default = lambda sock, request: sock.sendall(head.encode())
+    answer = place.ask(CHAT, "anthropic/m")
+    assert answer.status == 502 and other.requests == []
+    other.close()
+
+
+def test_nothing_that_is_shown_holds_a_key(place):
+    place.vendor.default = status(400, json.dumps({"error": {"message": KEY}}).encode())
+    for stream_it in (False, True):
+        assert KEY not in place.ask(CHAT, "openai/m", stream=stream_it).body.decode()
+    place.say("openai", {"type": "text-delta", "id": "0", "text": "so"},
+              {"type": "error", "error": {"message": "bad " + KEY}})
+    assert KEY not in place.ask(CHAT, "openai/m", stream=True).body.decode()
+    for path in ("/admin/state", "/admin/config", "/metrics", "/health", "/dashboard"):
+        answer = place.proxy.request("GET", path)
+        assert answer.status == 200 and KEY not in answer.body.decode(), path
+    assert KEY not in str(list(place.proxy.app.recent))
+
+
+@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+def test_an_answer_in_the_wrong_form_is_asked_for_again(place, vendor):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+        "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}}
+    for text in ('{"n": "one"}', '{"n": 1}'):
+        place.vendor.scripts.append(stream(say_in(vendor, text_answer(text))))
+    answer = place.ask(CHAT, vendor + "/m", response_format=form)
+    assert json.loads(json.loads(answer.body)["choices"][0]["message"]["content"]) == {"n": 1}
+    assert "json_repaired" in answer.fields["x-ccproxy-notes"]
+    for request in place.vendor.requests:
+        assert request.line == "POST %s HTTP/1.1" % PATHS[vendor]
+        assert KEY in str(request) and len(place.vendor.requests) == 2
+
+
+def test_connections_end_with_the_proxy(place):
+    for name in FORMATS:
+        place.say(FORMATS[name])
+        assert place.ask(CHAT, name + "/m").status == 200
+    pools = [backend.pool for backend in place.proxy.app.vendors.values()]
+    assert all(pool.idle for pool in pools)
+    place.proxy.close()
+    assert not any(pool.idle for pool in pools)
+
+
+def test_the_demo_answers_all_by_itself():
+    with demo_proxy() as demo:
+        assert json.loads(demo.request("GET", "/health").body).get("backends") is None
+        assert demo.post(CHAT, model="openai/gpt-5.4").status == 200
+        assert demo.post(CHAT, model="bridge/openai/gpt-5.4").status == 404
 
 
 def test_records_name_the_backend(place):
@@ -377,6 +575,11 @@ MINE = {"base": "https://a.example/v1", "format": "openai", "key": KEY}
     ({"vendorBases": {"openai": "ftp://a"}}, "openai"),
     ({"vendorBases": {"openai": "http://a.example/v1"}}, "plain http"),
     ({"vendors": {"mine": {**MINE, "base": "http://a.example/v1"}}}, "plain http"),
+    ({"backends": ["openai"], "openaiKey": "a b"}, "visible ASCII"),
+    ({"backends": ["passthrough"], "zaiKey": "\u043a"}, "visible ASCII"),
+    ({"vendorBases": {"OpenAI": "https://a.example/v1"}}, "OpenAI"),
+    ({"vendorBases": {"zai": "https://u:%s@a.example/v1" % KEY}}, "zai"),
+    ({"vendorBases": {"zai": "https://a.example/v1?key=%s" % KEY}}, "zai"),
     ({"backends": ["openai"], "host": "0.0.0.0"}, "BRIDGE_BEARER")])
 def test_what_ends_the_start(options, words):
     with pytest.raises(ccproxy.ProxyError) as caught:
@@ -406,6 +609,49 @@ def test_rows_that_can():
     assert on({}, backends=["mine"], vendors=json.dumps(rows))[0] == mine
     assert KEY not in repr(mine)
     assert on(backends=["openai"], host="0.0.0.0", clientKey=CLIENT)[0].name == "openai"
+
+
+def test_a_key_of_the_environment_that_cannot_be():
+    rows = {"mine": {"base": "https://a.example/v1", "format": "openai", "keyEnv": "K"}}
+    for value in ("sk-\u00e9" + KEY, KEY + "\r\nx: y", "a b"):
+        with pytest.raises(ccproxy.ProxyError) as caught:
+            on({"K": value}, backends=["mine"], vendors=rows)
+        assert "mine" in caught.value.message and value not in caught.value.message
+        assert on({"K": value}, vendors=rows) == ()
+
+
+@pytest.mark.parametrize("value", ["a b", "\u043a\u043b", "x", "a\tb"])
+def test_a_vendors_variable_changes_nothing_for_who_sets_no_backends(value):
+    names = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "MOONSHOT_API_KEY", "ZAI_API_KEY")
+    config = ccproxy.read_config({}, dict.fromkeys(names, value), {}, "test")[0]
+    assert ccproxy.vendors_on(config, {}) == ()
+    proxy = Proxy(openaiKey=value)
+    try:
+        assert value not in ccproxy.held_secrets(proxy.app)     # would be hidden in every text
+    finally:
+        proxy.close()
+
+
+def test_what_a_start_reads(tmp_path):
+    """From flags, the environment and the file alike; what is shown holds no key."""
+    rows = json.dumps({"mine": MINE})
+    for arguments, environment in (
+            (["--backends", "mine,ZAI", "--vendors", rows, "--zai-key", KEY], {}),
+            ([], {"BRIDGE_BACKENDS": "mine, zai", "CC_VENDORS": rows, "ZAI_API_KEY": KEY}),
+            (["--config", str(tmp_path / "config.json")], {})):
+        (tmp_path / "config.json").write_text(json.dumps({
+            "backends": ["mine", "zai", "mine"], "vendors": {"mine": MINE}, "zaiKey": KEY}))
+        (tmp_path / "config.json").chmod(0o600)
+        ran = call_program("--check", *arguments, environment=environment)
+        assert ran.returncode == 0, ran.stderr
+        assert KEY not in ran.stdout + ran.stderr and "(secret)" in ran.stdout
+
+
+def test_values_nested_without_end_are_config_errors():
+    for text in ("[" * 100000, '{"a":' * 100000, "5", "null", '"x"'):
+        with pytest.raises(ccproxy.ProxyError) as caught:
+            make_config(vendors=text)
+        assert caught.value.kind == "config"
 
 
 def test_warnings_at_start():
