@@ -13526,7 +13526,8 @@ def read_proxy(backend: Backend) -> None:
         import urllib.request
         url = urllib.request.getproxies().get(backend.origin.scheme)
         where = "%s:%d" % (backend.origin.host, backend.origin.port)
-        if url and not urllib.request.proxy_bypass(where):
+        near = backend.vendor is not None and LOOPBACK.fullmatch(backend.origin.host)
+        if url and not near and not urllib.request.proxy_bypass(where):
             backend.proxy, backend.proxy_authorization = parse_proxy(url)
     backend.proxy_known = True
 

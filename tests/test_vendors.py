@@ -482,6 +482,36 @@ def test_redirects_are_not_followed(place, code):
     other.close()
 
 
+def test_no_proxy_sees_what_goes_to_loopback(place, monkeypatch):
+    """Plain http is for loopback: a proxy on the way there would see the key."""
+    proxy = FakeUpstream()
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.base)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    place.say("openai")
+    assert place.ask(CHAT, "openai/m").status == 200
+    assert proxy.requests == []
+    proxy.close()
+
+
+@pytest.mark.parametrize("place", [{"vendors": {"mine": {
+    "base": "http://llm.example/v1", "format": "openai", "key": KEY, "insecure": True}},
+    "backends": ["mine"]}], indirect=True)
+def test_the_password_of_a_proxy_to_a_vendor_is_hidden(place, monkeypatch):
+    proxy = FakeUpstream()
+    monkeypatch.setenv("http_proxy", proxy.base.replace("//", "//me:the-password@"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    proxy.default = status(400, b'{"error": {"message": "no, the-password"}}')
+    answer = place.ask(CHAT, "mine/m")
+    assert answer.status == 400 and b"the-password" not in answer.body
+    assert proxy.requests[0].line == "POST http://llm.example/v1/chat/completions HTTP/1.1"
+    explained = place.ask(CHAT, "mine/m", None, {"x-ccproxy-dry-run": "1"})
+    assert b"the-password" not in explained.body and KEY.encode() not in explained.body
+    proxy.close()
+
+
 def test_nothing_that_is_shown_holds_a_key(place):
     place.vendor.default = status(400, json.dumps({"error": {"message": KEY}}).encode())
     for stream_it in (False, True):
