@@ -579,6 +579,7 @@ def bracketed(host: str) -> str:
 
 LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?|::ffff:127(\.[0-9]{1,3}){3}", re.I)
 MODEL_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+~\[\]-]{0,199}")     # of a backend's model id
+BRIDGE = re.compile(r"\Abridge/", re.I)
 
 
 def local_address(host: str, port: int) -> str:
@@ -7891,10 +7892,10 @@ def vendors_on(config: Config, environment: Mapping[str, str]) -> Tuple[Vendor, 
                          "whoever reaches it could spend their keys. Set clientKey "
                          "(BRIDGE_API_KEY, BRIDGE_BEARER) for callers to present" % config.host,
                          param="clientKey")
-    unfit = [name for name in names if not re.fullmatch("[!-~]*", known[name].key)]
-    if unfit:
-        raise ProxyError("config", "backends: the key of %s must be of visible ASCII characters"
-                         % unfit[0], param="backends")
+    for name in names:
+        if not re.fullmatch("[!-~]*", known[name].key):
+            raise ProxyError("config", "backends: %s: its key must be of visible ASCII characters"
+                             % name, param="backends")
     return tuple(known[name] for name in dict.fromkeys(names))
 
 
@@ -7909,9 +7910,6 @@ def vendor_warnings(vendors: Iterable[Vendor], models: Models) -> List[str]:
         if not vendor.key:
             told.append("backends: %s has no key, so its requests fail" % vendor.name)
     return told
-
-
-BRIDGE = re.compile(r"\Abridge/", re.I)
 
 
 def split_backend(name: str, on: Collection[str]) -> Tuple[str, str]:
@@ -9095,9 +9093,13 @@ class Metrics:
     models: Dict[str, str] = field(default_factory=dict)    # id -> label
 
 
-def model_label(metrics: Metrics, name: str, models: Models) -> str:
-    """The id of a model that the list knows, "other" for the rest and beyond a bound.  The list is
-    the upstream's: no key can stand there, whatever it holds."""
+def model_label(metrics: Metrics, name: str, models: Models,
+                lent: Mapping[str, Collection[str]]) -> str:
+    """The id of a model that the list or a vendor's row (`lent`) knows, "other" for the rest and
+    beyond a bound.  No key can stand there, whatever a client sends."""
+    vendor, _, model = name.partition("/")
+    if vendor in lent:
+        return name if model in lent[vendor] else vendor + "/other"
     found = models.known.get(name.lower())
     if found is None:
         return "other"
@@ -9128,11 +9130,12 @@ def count_notes(counts: Counts, notes: str) -> None:
             counts["failovers_total",] += 1
 
 
-def measure_record(metrics: Metrics, record: Record, models: Models) -> None:
+def measure_record(metrics: Metrics, record: Record, models: Models,
+                   lent: Optional[Mapping[str, Collection[str]]] = None) -> None:
     """Count one finished request."""
     counts, stream = metrics.counts, "true" if record.stream else "false"
     status = "left" if record.status == 499 else STATUS_CLASSES.get(record.status // 100, "other")
-    model = model_label(metrics, record.model, models)
+    model = model_label(metrics, record.model, models, lent or {})
     counts["requests_total", record.api if record.api in API_NAMES else "other",
            record.client if record.client in CLIENT_NAMES else "other", status, stream] += 1
     counts["model_requests_total", model, status] += 1
@@ -13526,7 +13529,7 @@ def read_proxy(backend: Backend) -> None:
         import urllib.request
         url = urllib.request.getproxies().get(backend.origin.scheme)
         where = "%s:%d" % (backend.origin.host, backend.origin.port)
-        near = backend.vendor is not None and LOOPBACK.fullmatch(backend.origin.host)
+        near = backend.vendor and LOOPBACK.fullmatch(backend.origin.host)
         if url and not near and not urllib.request.proxy_bypass(where):
             backend.proxy, backend.proxy_authorization = parse_proxy(url)
     backend.proxy_known = True
@@ -16322,14 +16325,14 @@ def may_borrow(app: App, exchange: Exchange) -> bool:
 def lent_models(app: App, exchange: Exchange) -> List[Model]:
     """The models of vendors, for who may use them, but for those that are not allowed."""
     found = []
-    for name, backend in app.vendors.items() if may_borrow(app, exchange) else ():
+    for backend in app.vendors.values() if may_borrow(app, exchange) else ():
         for model in backend.vendor.models if backend.vendor else ():
-            whole = "%s/%s" % (name, model)
+            whole = "%s/%s" % (backend.name, model)
             try:
                 vendor_model(whole, model, app.config, app.home.models)
-                found.append(Model(whole, model, owner=name))
             except ProxyError:
-                pass            # a request may not name it either
+                continue
+            found.append(Model(whole, model, owner=backend.name))
     return found
 
 
@@ -16341,9 +16344,10 @@ async def serve_models(app: App, exchange: Exchange) -> None:
 
 
 def choose_shown(app: App, name: str, shown: List[Model]) -> Optional[Model]:
-    """The model of a list that a name means."""
-    found = find_model(aliased(name, app.config), app.home.models)
-    wanted = {name.lower(), found.id.lower() if found else ""}
+    """The model of a list that a name means: a vendor's by its own id alone."""
+    plain = BRIDGE.sub("", aliased(name, app.config)).lower()
+    found = None if plain.partition("/")[0] in app.vendors else find_model(plain, app.home.models)
+    wanted = {name.lower(), found.id.lower() if found else plain}
     return next((one for one in shown if one.id.lower() in wanted), None)
 
 
@@ -16866,7 +16870,8 @@ async def listen(app: App) -> Any:
                                  lambda: Wire(app, lambda wire: accept(app, wire)), app.sockets)
     spawn(app, keep_running(app, sweep))
     spawn(app, keep_running(app, watch_alerts))
-    app.listeners += [lambda record: measure_record(app.metrics, record, app.home.models),
+    app.listeners += [lambda record: measure_record(app.metrics, record, app.home.models, {
+        name: one.vendor.models for name, one in app.vendors.items() if one.vendor}),
                       lambda record: count_record(app.minutes, record)]
     start_usage_log(app)
     if app.config.cli_version == "auto":

@@ -453,6 +453,12 @@ def test_lists_and_health(place):
         for model in ("small", "org/large:free")]
     one = place.proxy.request("GET", "/v1/models/mine%2Fsmall", key=CLIENT)
     assert json.loads(one.body)["id"] == "mine/small"
+    for name in ("MINE/small", "bridge/mine/small", "mine/org/large:free"):
+        assert json.loads(place.proxy.request("GET", "/v1/models/" + name, key=CLIENT).body)[
+            "owned_by"] == "mine"
+    for name in ("mine/gpt-5.4", "openai/gpt-5.4", "bridge/kimi/x"):    # not Command Code's
+        assert place.proxy.request("GET", "/v1/models/" + name, key=CLIENT).status == 404
+    assert place.proxy.request("GET", "/v1/models/gpt-5.4").status == 200
     assert place.proxy.request("GET", "/v1/models/mine%2Fsmall").status == 404
     turn_on(place.proxy)
     health = json.loads(place.proxy.request("GET", "/health").body)
@@ -561,6 +567,11 @@ def test_records_name_the_backend(place):
     place.ask(CHAT, "moonshot/kimi")
     wait_until(lambda: place.proxy.app.recent)
     assert place.proxy.app.recent[-1].model == "moonshot/kimi"
+    place.ask(CHAT, "mine/small")
+    wait_until(lambda: len(place.proxy.app.recent) == 2)
+    metrics = place.proxy.request("GET", "/metrics").body.decode()
+    for label in ("mine/small", "moonshot/other"):      # a label is no client's word
+        assert 'ccproxy_model_requests_total{model="%s",status="2xx"} 1' % label in metrics
 
 
 def test_explain_shows_the_call_without_the_key(place):
