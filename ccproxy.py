@@ -7916,13 +7916,12 @@ def split_backend(name: str, on: Collection[str]) -> Tuple[str, str]:
     """(backend, its own model id) of a model id that is no alias any more; the backend is "" where
     none is named.  Raises ProxyError 400 and 404."""
     plain = BRIDGE.sub("", name)
-    bridged = plain != name
     first, _, model = plain.partition("/")
     first = first.lower()
     if first == "commandcode" and model:
         return "", model
     if first not in on:
-        if bridged:
+        if plain != name:
             raise ProxyError("model", "There is no backend %s here (the option backends switches "
                              "backends on)." % printable(first, 40), param="model")
         return "", name
