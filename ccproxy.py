@@ -7864,7 +7864,8 @@ def known_vendors(config: Config, environment: Mapping[str, str]) -> Dict[str, V
     strange = sorted(set(config.vendor_bases) - set(VENDORS))
     if strange:
         raise ProxyError("config", "vendorBases names no vendor: %s (there are %s; others belong "
-                         "into vendors)" % (strange[0], ", ".join(VENDORS)), param="vendorBases")
+                         "into vendors)" % (json.dumps(strange[0][:40]), ", ".join(VENDORS)),
+                         param="vendorBases")
     known = {name: Vendor(name, config.vendor_bases.get(name, base), OWN_APIS[api],
                           getattr(config, name + "_key"))
              for name, (base, api) in VENDORS.items()}
@@ -7906,7 +7907,8 @@ def vendor_warnings(vendors: Iterable[Vendor], models: Models) -> List[str]:
         taken = sum(name.startswith(vendor.name + "/") for name in models.known)
         if taken:
             told.append("backends: %s answers %s of Command Code's list now (commandcode/%s/... "
-                        "names that one)" % (vendor.name, counted(taken, "id"), vendor.name))
+                        "still means Command Code's)" % (vendor.name, counted(taken, "id"),
+                                                         vendor.name))
         if not vendor.key:
             told.append("backends: %s has no key, so its requests fail" % vendor.name)
     return told

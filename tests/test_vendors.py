@@ -176,23 +176,21 @@ def test_usage_and_pictures_arrive(place, path):
     assert "iVBORw0KGgo=" in place.sent().body.decode()
 
 
-def test_a_fifth_vendor_is_one_row(monkeypatch):
+def test_a_fifth_vendor_is_one_row():
     fake = FakeUpstream()
-    monkeypatch.setitem(ccproxy.VENDORS, "fifth", (fake.base + "/v9", "openai"))
-    config = make_config(backends=["fifth"])
-    row = ccproxy.Vendor("fifth", ccproxy.VENDORS["fifth"][0], ccproxy.OWN_APIS["openai"], KEY)
-    proxy = Proxy(**{"apiBase": fake.base, "useProviderModels": False})
-    proxy.app.vendors = ccproxy.vendor_backends([row])
+    row = {"base": fake.base + "/v9", "format": "openai", "key": KEY}
+    proxy = Proxy(apiBase=fake.base, useProviderModels=False, backends=["fifth"],
+                  vendors={"fifth": row})
+    turn_on(proxy)
     try:
-        assert config.backends == ["fifth"]
         fake.default = stream(say_in("openai", text_answer("Hello")))
         for path in (CHAT, MESSAGES, RESPONSES):
             body = {"input": "hi"} if path == RESPONSES else {
                 "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000}
             answer = proxy.request("POST", path, {"model": "fifth/m", **body}, JSON, None)
             assert said(path, answer) == ("Hello", "fifth/m")
-        assert {request.line for request in fake.requests} == {
-            "POST /v9/chat/completions HTTP/1.1"}
+        assert [request.line for request in fake.requests] == [
+            "POST /v9/chat/completions HTTP/1.1"] * 3
     finally:
         proxy.close()
         fake.close()
